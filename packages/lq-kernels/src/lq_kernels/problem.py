@@ -1,0 +1,80 @@
+"""Problem: everything that kernel selection may look at, and nothing else."""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from lq_formats import QuantSpec
+
+Op: TypeAlias = Literal["int4", "int8", "q4_0_q8_1"]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The processor a problem runs on.
+
+    Attributes:
+        kind: ``"cpu"``, ``"cuda"`` or ``"rocm"``.
+        capability: CUDA compute capability ``(major, minor)``; ``(0, 0)`` elsewhere.
+        name: Device name as the driver reports it, for the tables in ``tuned/``; empty on a CPU.
+        sm_count: Streaming multiprocessors (compute units); 0 on a CPU.
+    """
+
+    kind: Literal["cpu", "cuda", "rocm"]
+    capability: tuple[int, int] = (0, 0)
+    name: str = ""
+    sm_count: int = 0
+
+    @staticmethod
+    def of(device: torch.device | str) -> "Arch":
+        """Return the architecture of a torch device (cached per device)."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return CPU
+        return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+CPU = Arch("cpu")
+
+
+@functools.cache
+def _cuda_arch(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    kind: Literal["cuda", "rocm"] = "rocm" if torch.version.hip else "cuda"
+    capability = (0, 0) if kind == "rocm" else (properties.major, properties.minor)
+    return Arch(kind, capability, properties.name, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One low-bit matrix product ``y (m, n) = x (m, k) @ w (n, k).T``.
+
+    Attributes:
+        op: Which family of formats the weights are in.
+        m: Tokens (rows of x).
+        n: Out features (rows of w).
+        k: In features.
+        spec: How the weights are quantized.
+        dtype: dtype of x (and of y).
+        arch: Where it runs.
+    """
+
+    op: Op
+    m: int
+    n: int
+    k: int
+    spec: QuantSpec
+    dtype: torch.dtype
+    arch: Arch
+
+    @property
+    def group_size(self) -> int:
+        """In features that share a scale."""
+        return self.spec.resolve_group_size(self.k)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        where = self.arch.name or self.arch.kind
+        kind = "sym" if self.spec.symmetric else "asym"
+        return f"{self.op} m={self.m} n={self.n} k={self.k} g={self.group_size} {kind} {name} on {where}"
