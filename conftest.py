@@ -1,0 +1,29 @@
+"""Marker handling for every test of the workspace: what needs a GPU says so, and is never passed over silently.
+
+``gpu`` and ``multi_gpu`` tests skip with a reason where the machine lacks the GPUs, and fail instead when
+``LQ_REQUIRE_GPU=1``: a GPU runner that lost its GPU must not report green.
+"""
+
+import os
+
+import pytest
+import torch
+
+_NEEDED = {"gpu": 1, "multi_gpu": 2}
+
+
+def _missing(item: pytest.Item) -> str | None:
+    needed = max((count for name, count in _NEEDED.items() if item.get_closest_marker(name)), default=0)
+    available = torch.cuda.device_count() if needed else 0
+    if available >= needed:
+        return None
+    return f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, this machine has {available}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    reason = _missing(item)
+    if reason is None:
+        return
+    if os.environ.get("LQ_REQUIRE_GPU") == "1":
+        pytest.fail(f"{reason} and LQ_REQUIRE_GPU=1", pytrace=False)
+    pytest.skip(reason)
