@@ -65,14 +65,10 @@ def tests_all_pythons(session: nox.Session) -> None:
 def gpu_tests(session: nox.Session) -> None:
     """The tests marked ``gpu``: skipped with a reason without a GPU, failing instead when LQ_REQUIRE_GPU=1."""
     _sync(session, "dev")
-    probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     executable = sys.executable if _no_venv(session) else "python"
-    found = session.run(executable, "-c", probe, external=True, success_codes=[0, 1], silent=True) is not False
-    try:
-        session.run(executable, "-c", probe, external=True, silent=True)
-    except nox.command.CommandFailed:
-        found = False
-    if not found:
+    probe = "import torch; print(torch.cuda.device_count())"
+    found = session.run(executable, "-c", probe, external=_no_venv(session), silent=True)
+    if str(found).strip() == "0":
         reason = "torch finds no CUDA GPU on this machine"
         if os.environ.get("LQ_REQUIRE_GPU") == "1":
             session.error(f"{reason}, and LQ_REQUIRE_GPU=1")
