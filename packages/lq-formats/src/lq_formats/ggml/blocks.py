@@ -1,0 +1,110 @@
+"""What every 32-element ggml block codec shares: input checks, block views, fp16 fields and ggml's rounding."""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lq_formats.errors import DTypeError, ShapeError
+from lq_formats.validation import FLOAT_DTYPES, check_finite, check_float
+
+BLOCK_SIZE: Final = 32
+
+
+def split_blocks(x: Tensor, name: str, check: bool = True) -> Tensor:
+    """Return ``x: (..., K)`` as float32 blocks ``(..., K // 32, 32)``.
+
+    Raises:
+        DTypeError: If ``x`` is not floating point.
+        ShapeError: If K is not a positive multiple of 32.
+        NonFiniteError: If ``check`` and ``x`` holds NaN or infinity.
+    """
+    check_float(x, f"the input of {name}")
+    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
+        raise ShapeError(
+            f"the input of {name} has shape {tuple(x.shape)}: the last dimension must be a positive multiple of "
+            f"{BLOCK_SIZE}; pad it or keep this tensor in floating point"
+        )
+    if check:
+        check_finite(x, f"the input of {name}")
+    return x.detach().to(torch.float32).reshape(*x.shape[:-1], -1, BLOCK_SIZE)
+
+
+def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) -> None:
+    """Raise unless ``data`` is ``(..., blocks, type_size) uint8`` and ``dtype`` is a floating dtype."""
+    if data.dtype != torch.uint8:
+        raise DTypeError(f"{name} blocks have dtype {data.dtype}: expected uint8 bytes")
+    if data.dim() < 2 or data.shape[-1] != type_size:
+        raise ShapeError(f"{name} blocks have shape {tuple(data.shape)}: expected (..., K // 32, {type_size}) bytes")
+    if dtype not in FLOAT_DTYPES:
+        raise DTypeError(f"{name} cannot be dequantized to {dtype}: expected a floating point dtype")
+
+
+def merge_blocks(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``(..., blocks, 32)`` values as ``(..., K)`` of ``dtype``."""
+    return values.reshape(*values.shape[:-2], -1).to(dtype)
+
+
+def half_bytes(value: Tensor) -> Tensor:
+    """Round float32 ``(..., blocks, 1)`` to fp16 (nearest even) and return its two bytes ``(..., blocks, 2)``."""
+    return value.to(torch.float16).contiguous().view(torch.uint8)
+
+
+def read_half(data: Tensor, offset: int) -> Tensor:
+    """Read the fp16 at byte ``offset`` of each block as float32 ``(..., blocks, 1)``."""
+    return data[..., offset : offset + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def reciprocal(d: Tensor) -> Tensor:
+    """Return ``1 / d`` in float32, and 0 where ``d`` is 0."""
+    return torch.where(d == 0, torch.zeros_like(d), 1.0 / d)
+
+
+def truncate_codes(x: Tensor, max_code: int) -> Tensor:
+    """Truncate to codes in [0, max_code], uint8.
+
+    Where 1 / d overflowed float32 the stored fp16 scale is 0 and the code does not matter: it is 0, as in gguf-py.
+    """
+    return torch.trunc(x).nan_to_num(0.0, 0.0, 0.0).clamp(0, max_code).to(torch.uint8)
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties away from zero: C's ``roundf``, which ``torch.round`` is not."""
+    magnitude = x.abs()
+    floor = magnitude.floor()
+    return torch.copysign(floor + (2 * (magnitude - floor)).floor(), x)
+
+
+def signed_extreme(blocks: Tensor) -> Tensor:
+    """Return the element of largest magnitude of each block with its sign, the first of equals: ``(..., 1)``."""
+    magnitude = blocks.abs()
+    is_extreme = magnitude == magnitude.amax(dim=-1, keepdim=True)
+    # The first of equals: torch.argmax promises no order among ties, a descending weight does.
+    order = torch.arange(BLOCK_SIZE, 0, -1, device=blocks.device)
+    first = (is_extreme * order).argmax(dim=-1, keepdim=True)
+    return blocks.gather(-1, first)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack ``(..., 32)`` codes: element j in the low nibble of byte j, element j + 16 in the high nibble."""
+    codes = codes.to(torch.uint8)
+    return codes[..., :16] | codes[..., 16:] << 4
+
+
+def unpack_nibbles(octets: Tensor) -> Tensor:
+    """Undo :func:`pack_nibbles`: ``(..., 16) uint8`` to ``(..., 32) uint8``."""
+    return torch.cat((octets & 0x0F, octets >> 4), dim=-1)
+
+
+def pack_fifth_bits(codes: Tensor) -> Tensor:
+    """Collect bit 4 of ``(..., 32)`` codes: bit j of a little-endian u32 is element j; returns ``(..., 4)`` bytes."""
+    bits = (codes.to(torch.uint8) >> 4 & 1).reshape(*codes.shape[:-1], 4, 8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_fifth_bits(octets: Tensor) -> Tensor:
+    """Undo :func:`pack_fifth_bits`: ``(..., 4)`` bytes to ``(..., 32)`` codes of 0 or 16."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=octets.device)
+    bits = octets.unsqueeze(-1) >> shifts & 1
+    return bits.reshape(*octets.shape[:-1], BLOCK_SIZE) << 4

@@ -1,0 +1,56 @@
+"""Checks that every codec makes of its input, each stated once, each with an error that says what to do."""
+
+import torch
+from torch import Tensor
+
+from lq_formats.errors import DTypeError, NonFiniteError, ShapeError, SizeOverflowError
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_ELEMENTS = 2**63 - 1
+
+
+def check_float(tensor: Tensor, name: str = "weight") -> None:
+    """Raise DTypeError unless ``tensor`` is fp16, bf16, fp32 or fp64."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise DTypeError(
+            f"{name} has dtype {tensor.dtype}: expected float16, bfloat16, float32 or float64; convert it with .to()"
+        )
+
+
+def check_matrix(tensor: Tensor, name: str = "weight") -> tuple[int, int]:
+    """Return ``(out_features, in_features)`` of a 2-D tensor with in features, or raise ShapeError."""
+    if tensor.dim() != 2:
+        raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected 2 dimensions (out_features, in_features)")
+    rows, columns = tensor.shape
+    if columns == 0:
+        raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected at least one in feature")
+    return rows, columns
+
+
+def check_finite(tensor: Tensor, name: str = "weight") -> None:
+    """Raise NonFiniteError, naming the tensor and the first bad element, if it holds NaN or infinity."""
+    if tensor.numel() == 0:
+        return
+    # min and max see every NaN and infinity without a temporary of the tensor's size.
+    low, high = torch.aminmax(tensor.detach())
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return
+    bad = ~torch.isfinite(tensor.detach())
+    index = tuple(int(i) for i in bad.nonzero()[0])
+    value = float(tensor.detach()[index])
+    raise NonFiniteError(
+        f"{name} holds {int(bad.sum())} non-finite values, the first ({value}) at index {index}: no quantized format "
+        "can represent them; repair or exclude this weight"
+    )
+
+
+def check_elements(*sizes: int, name: str = "weight") -> int:
+    """Return the product of ``sizes``, or raise SizeOverflowError if it does not fit a signed 64-bit integer."""
+    total = 1
+    for size in sizes:
+        if size < 0:
+            raise ShapeError(f"{name} has a negative size in {sizes}")
+        total *= size
+    if total > _MAX_ELEMENTS:
+        raise SizeOverflowError(f"{name} of sizes {sizes} has {total} elements: more than 2**63 - 1")
+    return total
