@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
 from lq_formats.spec import QuantSpec
-from lq_formats.validation import check_finite, check_float, check_matrix
+from lq_formats.validation import check_finite, check_float, check_matrix, check_scale
 
 
 def choose_qparams(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -66,12 +66,13 @@ def quantize_affine(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSp
 
     Raises:
         ShapeError, GroupSizeError, DTypeError: If the tensors do not fit each other or ``spec``.
-        NonFiniteError: If ``w`` holds NaN or infinity.
+        NonFiniteError: If ``w`` holds NaN or infinity, or ``scale`` holds those or zero.
     """
     check_float(w)
     check_matrix(w)
     check_finite(w)
     _check_params(tuple(w.shape), scale, zero, spec)
+    check_scale(scale)
     groups = _grouped(_compute(w), spec)
     codes = groups / scale.to(groups.dtype).unsqueeze(-1)
     if zero is None:
@@ -80,7 +81,7 @@ def quantize_affine(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSp
         codes = codes.round_() + zero.to(groups.dtype).unsqueeze(-1)
     else:
         codes = (codes + zero.to(groups.dtype).unsqueeze(-1)).round_()
-    return codes.clamp_(0, spec.max_code).to(torch.uint8).view(w.shape)
+    return codes.clamp_(0, spec.max_code).to(torch.uint8).reshape(w.shape).contiguous()
 
 
 def dequantize_affine(
@@ -110,7 +111,17 @@ def dequantize_affine(
     groups = _grouped(codes, spec).to(compute)
     groups -= spec.midpoint if zero is None else zero.to(compute).unsqueeze(-1)
     groups *= scale.to(compute).unsqueeze(-1)
-    return groups.view(codes.shape).to(dtype)
+    return groups.reshape(codes.shape).to(dtype).contiguous()
+
+
+def smallest_scale(scale_dtype: torch.dtype) -> float:
+    """Return the smallest positive scale that is stored in ``scale_dtype``.
+
+    fp16 goes down to its subnormals (2**-24), which every GPU converts exactly; its normals end at 6.1e-5, in the middle
+    of the scales of real layers. fp32 and bf16 stop at 2**-126, because GPUs flush their subnormals to zero.
+    """
+    info = torch.finfo(scale_dtype)
+    return float(info.smallest_normal * info.eps if scale_dtype == torch.float16 else info.smallest_normal)
 
 
 def _compute(w: Tensor) -> Tensor:
@@ -135,9 +146,8 @@ def _store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
             "(bfloat16 or float32)"
         )
     # A group of zeros needs any positive scale: its codes are exactly the zero point. A scale that underflows becomes
-    # the smallest number of its dtype: the codes stay finite, the error stays below that number.
-    smallest = torch.finfo(spec.scale_dtype).smallest_normal
-    return torch.where(scale > 0, stored.clamp(min=smallest), torch.ones_like(stored))
+    # the smallest usable number of its dtype: the codes stay finite, the error stays below that number.
+    return torch.where(scale > 0, stored.clamp(min=smallest_scale(spec.scale_dtype)), torch.ones_like(stored))
 
 
 def _check_params(shape: tuple[int, ...], scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> None:

@@ -7,20 +7,24 @@ Code ``i`` of a row occupies bits ``n*i`` to ``n*i + n - 1`` of the row's bit st
     bit   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
           2 2|1 1 1|0 0 0   5|4 4 4|3 3 3|2   7 7 7|6 6 6|5 5        (which code the bit belongs to)
 
-An int32 item holds four such bytes, little-endian. Unused bits at the end of a row are 0.
+An item of more than a byte (int16, int32) holds its bytes little-endian, so code ``i`` starts at bit ``n*i % 32`` of
+int32 word ``n*i // 32``. Unused bits at the end of a row are 0.
 """
 
 import torch
 from torch import Tensor
 
 from lq_formats.errors import DTypeError, ShapeError, SpecError
+from lq_formats.validation import check_codes
 
-_ITEM_BYTES = {torch.uint8: 1, torch.int32: 4}
+_ITEM_BYTES = {torch.uint8: 1, torch.int16: 2, torch.int32: 4}
 
 
 def packed_items(count: int, bits: int, dtype: torch.dtype = torch.uint8) -> int:
-    """Return how many items of ``dtype`` hold ``count`` codes of ``bits`` bits."""
+    """Return how many items of ``dtype`` (uint8, int16 or int32) hold ``count`` codes of ``bits`` bits."""
     _check(bits, dtype)
+    if count < 0:
+        raise ShapeError(f"count={count}: expected a number of codes")
     return -(-count * bits // (8 * _ITEM_BYTES[dtype]))
 
 
@@ -30,62 +34,80 @@ def pack_bits(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Ten
     Args:
         codes: ``(..., count) uint8`` in ``[0, 2**bits - 1]``.
         bits: 1 to 8.
-        dtype: ``torch.uint8`` or ``torch.int32``.
+        dtype: ``torch.uint8``, ``torch.int16`` or ``torch.int32``.
 
     Returns:
-        ``(..., packed_items(count, bits, dtype))`` of ``dtype``.
+        ``(..., packed_items(count, bits, dtype))`` of ``dtype``, contiguous.
 
     Raises:
-        SpecError: If ``bits`` is not in 1 to 8.
-        DTypeError: If ``codes`` is not uint8 or ``dtype`` is not uint8 or int32.
-        ShapeError: If ``codes`` has no dimension, or a code does not fit ``bits`` bits.
+        SpecError: If ``bits`` is not in 1 to 8, or a code does not fit ``bits`` bits.
+        DTypeError: If ``codes`` is not uint8 or ``dtype`` is none of the above.
+        ShapeError: If ``codes`` has no dimension.
     """
     _check(bits, dtype)
-    if codes.dtype != torch.uint8:
-        raise DTypeError(f"codes have dtype {codes.dtype}: expected uint8")
+    check_codes(codes, bits)
     if codes.dim() == 0:
         raise ShapeError("codes is a scalar: expected at least one dimension")
-    if bits < 8 and codes.numel() and int(codes.max()) >> bits:
-        raise ShapeError(f"a code of {int(codes.max())} does not fit {bits} bits")
     lead, count = codes.shape[:-1], codes.shape[-1]
     items = packed_items(count, bits, dtype)
-    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(*lead, count * bits)
-    stream = torch.nn.functional.pad(stream, (0, items * _ITEM_BYTES[dtype] * 8 - count * bits))
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
-    packed = (stream.reshape(*lead, -1, 8) * weights).sum(dim=-1, dtype=torch.uint8)
-    return packed if dtype == torch.uint8 else packed.contiguous().view(torch.int32)
+    if not codes.numel():
+        return torch.empty((*lead, items), dtype=dtype, device=codes.device)
+    per_block, block_bytes, word = _block(bits)
+    count_blocks = -(-count // per_block)
+    blocks = torch.nn.functional.pad(codes, (0, -count % per_block)).reshape(*lead, count_blocks, per_block)
+    words = torch.zeros(blocks.shape[:-1], dtype=word, device=codes.device)
+    for j in range(per_block):
+        words |= blocks[..., j].to(word) << (bits * j)
+    octets = words.unsqueeze(-1).view(torch.uint8)[..., :block_bytes].reshape(*lead, count_blocks * block_bytes)
+    octets = torch.nn.functional.pad(octets, (0, items * _ITEM_BYTES[dtype] - octets.shape[-1])).contiguous()
+    return octets if dtype == torch.uint8 else octets.view(dtype)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack codes along the last dimension; the inverse of :func:`pack_bits`.
 
     Args:
-        packed: ``(..., packed_items(count, bits, dtype))`` uint8 or int32.
+        packed: ``(..., packed_items(count, bits, dtype))`` uint8, int16 or int32.
         bits: 1 to 8.
         count: Codes in a row.
 
     Returns:
-        ``(..., count) uint8``.
+        ``(..., count) uint8``, contiguous.
 
     Raises:
         SpecError: If ``bits`` is not in 1 to 8.
-        DTypeError: If ``packed`` is neither uint8 nor int32.
+        DTypeError: If ``packed`` is none of the dtypes above.
         ShapeError: If the number of items is not what ``count`` codes need.
     """
     _check(bits, packed.dtype)
     expected = packed_items(count, bits, packed.dtype)
     if packed.dim() == 0 or packed.shape[-1] != expected:
         raise ShapeError(f"packed has shape {tuple(packed.shape)}: {count} codes of {bits} bits need {expected} items")
+    lead = packed.shape[:-1]
+    if not packed.numel():
+        return torch.empty((*lead, count), dtype=torch.uint8, device=packed.device)
+    per_block, block_bytes, word = _block(bits)
+    count_blocks = -(-count // per_block)
     octets = packed.contiguous().view(torch.uint8)
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((octets.unsqueeze(-1) >> shifts) & 1).reshape(*packed.shape[:-1], -1)[..., : count * bits]
-    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream.reshape(*packed.shape[:-1], count, bits) * weights).sum(dim=-1, dtype=torch.uint8)
+    # The padding is negative where the last item has more bytes than the last block of codes.
+    octets = torch.nn.functional.pad(octets, (0, count_blocks * block_bytes - octets.shape[-1]))
+    octets = octets.reshape(*lead, count_blocks, block_bytes)
+    words = torch.nn.functional.pad(octets, (0, word.itemsize - block_bytes)).contiguous().view(word).squeeze(-1)
+    codes = torch.empty((*lead, count_blocks, per_block), dtype=torch.uint8, device=packed.device)
+    for j in range(per_block):
+        codes[..., j] = (words >> (bits * j)) & ((1 << bits) - 1)
+    return codes.reshape(*lead, count_blocks * per_block)[..., :count].contiguous()
+
+
+def _block(bits: int) -> tuple[int, int, torch.dtype]:
+    """Return the fewest codes that fill whole bytes, how many bytes, and an integer dtype that holds them."""
+    if 8 % bits == 0:
+        return 8 // bits, 1, torch.uint8
+    return 8, bits, torch.int64
 
 
 def _check(bits: int, dtype: torch.dtype) -> None:
     if not 1 <= bits <= 8:
         raise SpecError(f"bits={bits}: expected 1 to 8")
     if dtype not in _ITEM_BYTES:
-        raise DTypeError(f"packed dtype {dtype}: expected torch.uint8 or torch.int32")
+        raise DTypeError(f"packed dtype {dtype}: expected torch.uint8, torch.int16 or torch.int32")

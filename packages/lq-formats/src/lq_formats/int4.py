@@ -16,7 +16,7 @@ from torch import Tensor
 from lq_formats.affine import choose_qparams, dequantize_affine, quantize_affine
 from lq_formats.errors import DTypeError, ShapeError
 from lq_formats.spec import QuantSpec
-from lq_formats.validation import check_matrix
+from lq_formats.validation import check_codes, check_matrix
 
 CODES_PER_WORD = 8
 _CODES_PER_ITEM = {torch.int32: 8, torch.int8: 2}
@@ -33,17 +33,16 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     Raises:
         ShapeError, DTypeError: If ``codes`` is not a uint8 matrix.
+        SpecError: If a code is above 15.
     """
     rows, columns = check_matrix(codes, "codes")
-    if codes.dtype != torch.uint8:
-        raise DTypeError(f"codes have dtype {codes.dtype}: expected uint8 codes in [0, 15]")
+    check_codes(codes, 4)
     padded = -columns % CODES_PER_WORD
     if padded:
         codes = torch.nn.functional.pad(codes, (0, padded))
-    pairs = codes.reshape(rows, -1, 2)
-    octets = torch.bitwise_or(pairs[..., 0], pairs[..., 1] << 4)
     # Bytes are laid out from the least significant up, which is what a little-endian int32 view reads.
-    return octets.reshape(rows, -1, 4).contiguous().view(torch.int32).squeeze(-1)
+    octets = (codes[:, ::2] | codes[:, 1::2] << 4).contiguous()
+    return octets.view(rows, (columns + padded) // CODES_PER_WORD, 4).view(torch.int32).squeeze(-1)
 
 
 def unpack_int4(qweight: Tensor, in_features: int) -> Tensor:
@@ -59,15 +58,13 @@ def unpack_int4(qweight: Tensor, in_features: int) -> Tensor:
     Raises:
         ShapeError, DTypeError: If ``qweight`` is not int32 or has the wrong number of words.
     """
-    rows, words = check_matrix(qweight, "qweight")
+    _, words = check_matrix(qweight, "qweight")
     if qweight.dtype != torch.int32:
         raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
     expected = -(-in_features // CODES_PER_WORD)
     if words != expected:
         raise ShapeError(f"qweight has {words} words a row: in_features={in_features} needs {expected}")
-    octets = qweight.contiguous().view(torch.uint8).view(rows, -1, 1)
-    codes = torch.cat((octets & 0x0F, octets >> 4), dim=-1).view(rows, -1)
-    return codes[:, :in_features].contiguous()
+    return _split_bytes(qweight.contiguous().view(torch.uint8))[:, :in_features].contiguous()
 
 
 def quantize_i4_pack8(
@@ -125,15 +122,15 @@ def dequantize_i4_pack8(
     Raises:
         ShapeError, GroupSizeError, DTypeError: If the tensors do not fit each other.
     """
-    rows, items = check_matrix(packed, "packed")
+    check_matrix(packed, "packed")
     _check_pack_dtype(packed.dtype)
-    columns = items * _CODES_PER_ITEM[packed.dtype]
-    if packed.dtype == torch.int32:
-        codes = unpack_int4(packed, columns)
-    else:
-        octets = packed.contiguous().view(torch.uint8).view(rows, -1, 1)
-        codes = torch.cat((octets & 0x0F, octets >> 4), dim=-1).view(rows, columns)
+    codes = _split_bytes(packed.contiguous().view(torch.uint8))
     return dequantize_affine(codes, scales, None, _symmetric(group_size, torch.float32), dtype)
+
+
+def _split_bytes(octets: Tensor) -> Tensor:
+    """``(N, B) uint8`` of two codes a byte to ``(N, 2 B)`` codes, low nibble first."""
+    return torch.stack((octets & 0x0F, octets >> 4), dim=-1).flatten(1)
 
 
 def _check_pack_dtype(pack_dtype: torch.dtype) -> None:

@@ -7,7 +7,8 @@ zeros gets scale 1 and stays exactly zero.
 import torch
 from torch import Tensor
 
-from lq_formats.errors import DTypeError, ShapeError
+from lq_formats.affine import smallest_scale
+from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
 from lq_formats.validation import check_finite, check_float, check_matrix
 
 _MAX = 127
@@ -24,7 +25,7 @@ def quantize_weight_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ShapeError, DTypeError: If ``w`` is not a floating point matrix.
-        NonFiniteError: If ``w`` holds NaN or infinity.
+        NonFiniteError: If ``w`` holds NaN or infinity, or (float64 only) a scale is too large for float32.
     """
     values = _checked(w)
     return _quantize(values, values.abs().amax(dim=1))
@@ -41,7 +42,7 @@ def quantize_weight_per_tensor(w: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ShapeError, DTypeError: If ``w`` is not a floating point matrix.
-        NonFiniteError: If ``w`` holds NaN or infinity.
+        NonFiniteError: If ``w`` holds NaN or infinity, or (float64 only) a scale is too large for float32.
     """
     values = _checked(w)
     return _quantize(values, values.abs().amax() if values.numel() else values.new_zeros(()))
@@ -77,7 +78,9 @@ def _checked(w: Tensor) -> Tensor:
 
 def _quantize(values: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     scale = (amax / _MAX).to(torch.float32)
-    tiny = torch.finfo(torch.float32).smallest_normal
+    if bool(torch.isinf(scale).any()):  # only float64 weights get here
+        raise NonFiniteError(f"a scale of {float(amax.max()) / _MAX:.4g} is beyond float32; rescale this weight")
+    tiny = smallest_scale(torch.float32)
     scale = torch.where(amax > 0, scale.clamp(min=tiny), torch.ones_like(scale))
     codes = torch.round(values / scale.to(values.dtype).reshape(-1, 1)).clamp_(-_MAX, _MAX)
     return codes.to(torch.int8), scale

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lq_formats.errors import DTypeError, NonFiniteError, ShapeError, SizeOverflowError
+from lq_formats.errors import DTypeError, NonFiniteError, ShapeError, SizeOverflowError, SpecError
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_ELEMENTS = 2**63 - 1
@@ -42,6 +42,23 @@ def check_finite(tensor: Tensor, name: str = "weight") -> None:
         f"{name} holds {int(bad.sum())} non-finite values, the first ({value}) at index {index}: no quantized format "
         "can represent them; repair or exclude this weight"
     )
+
+
+def check_scale(scale: Tensor, name: str = "scale") -> None:
+    """Raise NonFiniteError if a scale is NaN, infinite or zero: nothing can be divided by it."""
+    check_finite(scale, name)
+    if scale.numel() and bool((scale == 0).any()):
+        raise NonFiniteError(f"{name} holds zeros: a group of zero weights takes any positive scale, for example 1")
+
+
+def check_codes(codes: Tensor, bits: int, name: str = "codes") -> None:
+    """Raise DTypeError or SpecError unless ``codes`` are uint8 numbers of ``bits`` bits."""
+    if codes.dtype != torch.uint8:
+        raise DTypeError(f"{name} have dtype {codes.dtype}: expected unsigned codes in uint8")
+    if bits < 8 and codes.numel():
+        largest = int(codes.max())
+        if largest >> bits:
+            raise SpecError(f"{name} hold {largest}, which does not fit {bits} bits: expected 0 to {(1 << bits) - 1}")
 
 
 def check_elements(*sizes: int, name: str = "weight") -> int:
