@@ -1,1 +1,36 @@
-"""Placeholder."""
+"""lq-kernels: matrix products with low-bit weights.
+
+Every function takes canonical bits (see :mod:`lq_formats`), chooses a kernel for the sizes and the processor at hand
+(:func:`explain` says which and why) and runs on a CPU as well. Importing this package compiles and initialises nothing.
+"""
+
+from lq_kernels.linear import (
+    gemm_q4_0_q8_1,
+    int4_dequantize,
+    int4_linear,
+    int8_gemm,
+    matmul_bf16_i4,
+    q4_0_linear,
+    quantize_activation_q8_1,
+)
+from lq_kernels.problem import Arch, Problem
+from lq_kernels.reference import int8_gemm_torch
+from lq_kernels.registry import Explanation, Kernel, explain, kernel_names, select
+
+__all__ = [
+    "Arch",
+    "Explanation",
+    "Kernel",
+    "Problem",
+    "explain",
+    "gemm_q4_0_q8_1",
+    "int4_dequantize",
+    "int4_linear",
+    "int8_gemm",
+    "int8_gemm_torch",
+    "kernel_names",
+    "matmul_bf16_i4",
+    "q4_0_linear",
+    "quantize_activation_q8_1",
+    "select",
+]

@@ -1,0 +1,84 @@
+"""aten-cpu: the packed matrix products that ATen has for CPUs.
+
+They beat a dense product for a few tokens where the machine has bf16 vector instructions (4096x4096 bf16 on two cores:
+0.22 ms against 0.8 ms dense for one token, and slower than dense from about 12 tokens on), and are slow in float32,
+where the cost model avoids them.
+
+int4 is repacked once a weight (:mod:`lq_kernels.derived`); ATen computes ``(u - 8) * scale + offset``, so an integer zero
+becomes ``offset = (8 - zero) * scale``, rounded to x's dtype. That rounding would add an error of up to ``2**-9 * 8``
+scales to every weight in bf16: asymmetric weights are left to other kernels unless x is float32.
+"""
+
+import torch
+from lq_formats import unpack_int4
+from torch import Tensor
+
+from lq_kernels import cost
+from lq_kernels.derived import derived
+from lq_kernels.problem import Problem
+
+_GROUPS = (32, 64, 128, 256)
+
+
+def why_not_int4(problem: Problem) -> str | None:
+    """Return why ATen cannot run this int4 problem, or None."""
+    if problem.arch.kind != "cpu":
+        return "runs on CPUs only"
+    if problem.group_size not in _GROUPS:
+        return f"takes groups of {', '.join(map(str, _GROUPS))}, not {problem.group_size}"
+    if problem.n % 16:
+        return f"needs out features divisible by 16, got {problem.n}"
+    if problem.k % 8:
+        return f"needs in features divisible by 8, got {problem.k}"
+    if problem.dtype != torch.float32:
+        if problem.spec.scale_dtype != problem.dtype:
+            return f"scales of {problem.spec.scale_dtype} would be rounded to {problem.dtype}"
+        if not problem.spec.symmetric:
+            return f"zeros would be rounded to {problem.dtype}"
+    return None
+
+
+def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """Return ``x (M, K) @ w.T`` in x's dtype."""
+    in_features = x.shape[1]
+    packed = derived(
+        qweight,
+        "aten-cpu",
+        lambda: torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            unpack_int4(qweight, in_features).to(torch.int32), 1
+        ),
+    )
+    scales = scale.to(x.dtype)
+    offset = torch.zeros_like(scales) if zero is None else (8 - zero.to(torch.float32)).to(x.dtype) * scales
+    scales_and_offsets = torch.stack((scales.t(), offset.t()), dim=-1).contiguous()
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, scales_and_offsets)
+    return y
+
+
+def why_not_int8(problem: Problem) -> str | None:
+    """Return why ATen cannot run this int8 problem, or None."""
+    if problem.arch.kind != "cpu":
+        return "runs on CPUs only"
+    if problem.spec.granularity != "row":
+        return f"needs one scale a row, not one a {problem.spec.granularity}"
+    if problem.k % 32:
+        # bf16, one token, K = 100: ATen (2.11 and 2.15) reads past the row and returns garbage.
+        return f"is wrong for in features not divisible by 32, got {problem.k}"
+    return None
+
+
+def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x (M, K) @ (q * scale).T`` in x's dtype.
+
+    ATen takes scales in x's dtype. It is given the power of two in each scale, which every dtype holds exactly, and the
+    rest (in [1, 2)) multiplies the result in float32: no scale is rounded, and nothing overflows float16 on the way.
+    """
+    wide = scale.to(torch.float32)
+    power = torch.exp2(torch.log2(wide).floor().clamp(-14, 15))
+    y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), qweight, power.to(x.dtype))
+    return (y.to(torch.float32) * (wide / power)).to(x.dtype)
+
+
+def predict_us(problem: Problem) -> float:
+    """Predict microseconds; linear in the number of tokens (ATen unpacks again for each few of them)."""
+    return cost.aten_cpu_us(problem)

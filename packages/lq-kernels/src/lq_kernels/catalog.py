@@ -1,0 +1,63 @@
+"""The catalog: every kernel of this package, in the order that breaks ties.
+
+Launchers import Triton or the CUDA runtime compiler when they first run, so reading the catalog needs neither.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from lq_kernels import aten_cpu, cost, dequant_blas, reference
+from lq_kernels.cuda import constraints as cuda_constraints
+from lq_kernels.problem import Problem
+from lq_kernels.registry import Kernel
+from lq_kernels.triton import constraints as triton_constraints
+
+
+def _anything(problem: Problem) -> str | None:
+    return None
+
+
+def _triton_int4(name: str) -> Any:
+    def run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+        from lq_kernels.triton import int4
+
+        result: Tensor = getattr(int4, name)(x, qweight, scale, zero, group_size)
+        return result
+
+    return run
+
+
+def _triton_int8(name: str) -> Any:
+    def run(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+        from lq_kernels.triton import int8
+
+        result: Tensor = getattr(int8, name)(x, qweight, scale)
+        return result
+
+    return run
+
+
+def _cuda_q4_0(weight_q: Tensor, activation_q: Tensor) -> Tensor:
+    from lq_kernels.cuda.gemm_q4_0_q8_1 import gemm_q4_0_q8_1
+
+    result: Tensor = gemm_q4_0_q8_1(weight_q, activation_q)
+    return result
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("triton-gemv", "int4", triton_constraints.why_not_int4, cost.gemv_us, _triton_int4("gemv")),
+    Kernel("triton-splitk", "int4", triton_constraints.why_not_int4, cost.splitk_us, _triton_int4("splitk")),
+    Kernel("triton-gemm", "int4", triton_constraints.why_not_int4, cost.gemm_us, _triton_int4("gemm")),
+    Kernel("aten-cpu", "int4", aten_cpu.why_not_int4, aten_cpu.predict_us, aten_cpu.int4_linear),
+    Kernel("dequant-blas", "int4", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.int4_linear),
+    Kernel("reference", "int4", _anything, cost.reference_us, reference.int4_linear_reference),
+    Kernel("triton-gemv", "int8", triton_constraints.why_not_int8, cost.gemv_us, _triton_int8("gemv")),
+    Kernel("triton-splitk", "int8", triton_constraints.why_not_int8, cost.splitk_us, _triton_int8("splitk")),
+    Kernel("triton-gemm", "int8", triton_constraints.why_not_int8, cost.gemm_us, _triton_int8("gemm")),
+    Kernel("aten-cpu", "int8", aten_cpu.why_not_int8, aten_cpu.predict_us, aten_cpu.int8_linear),
+    Kernel("dequant-blas", "int8", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.int8_linear),
+    Kernel("reference", "int8", _anything, cost.reference_us, reference.int8_linear_reference),
+    Kernel("cuda-mma", "q4_0_q8_1", cuda_constraints.why_not_q4_0, cost.q4_0_us, _cuda_q4_0),
+    Kernel("reference", "q4_0_q8_1", _anything, cost.reference_us, reference.gemm_q4_0_q8_1_reference),
+)

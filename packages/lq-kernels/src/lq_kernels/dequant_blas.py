@@ -1,0 +1,58 @@
+"""dequant-blas: unpack the weight into a temporary, then call the vendor's dense matrix product.
+
+Costs one write and one read of the dense weight, whatever the number of tokens: the fastest way where arithmetic decides
+(large M), and what bounds a packed layer's cost from above on any device. Deterministic as far as the vendor's product is.
+
+Error: the weight is rounded once to x's dtype (relative 2**-9 for bf16, 2**-12 for fp16), sums are the vendor's.
+"""
+
+import torch
+from torch import Tensor
+
+from lq_kernels import cost
+from lq_kernels.problem import Problem
+from lq_kernels.reference import int4_dequantize_reference
+from lq_kernels.triton.constraints import why_not_dequantize
+
+
+def int4_dequantize(
+    qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the ``(N, K)`` weight of canonical int4 bits, by the fastest kernel of the device."""
+    if why_not_dequantize(qweight.device, dtype) is None:
+        from lq_kernels.triton.int4 import dequantize_int4
+
+        w: Tensor = dequantize_int4(qweight, scale, zero, group_size, in_features, dtype)
+        return w
+    return int4_dequantize_reference(qweight, scale, zero, group_size, in_features, dtype)
+
+
+def int8_dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the ``(N, K)`` weight ``q * scale``, by the fastest kernel of the device."""
+    if why_not_dequantize(qweight.device, dtype) is None:
+        from lq_kernels.triton.int8 import dequantize_int8
+
+        w: Tensor = dequantize_int8(qweight, scale, dtype)
+        return w
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return (qweight.to(compute) * scale.to(compute).reshape(-1, 1)).to(dtype)
+
+
+def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """Return ``x (M, K) @ w.T`` in x's dtype."""
+    return x @ int4_dequantize(qweight, scale, zero, group_size, x.shape[1], x.dtype).t()
+
+
+def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x (M, K) @ (q * scale).T`` in x's dtype."""
+    return x @ int8_dequantize(qweight, scale, x.dtype).t()
+
+
+def why_not(problem: Problem) -> str | None:
+    """Return None: this always works."""
+    return None
+
+
+def predict_us(problem: Problem) -> float:
+    """Predict microseconds: unpack, then the dense product."""
+    return cost.dequantize_us(problem) + cost.dense_us(problem)

@@ -1,0 +1,295 @@
+"""The public matrix products: each validates its arguments, then calls one operator of :mod:`lq_kernels.ops`.
+
+Validation costs a few comparisons; messages are built only on failure. Every function takes activations with any
+leading dimensions, returns an empty result for no tokens, is differentiable in the activations and can be compiled.
+"""
+
+import torch
+from lq_formats import DeviceError, DTypeError, GroupSizeError, ShapeError, dequantize_q4_0
+from torch import Tensor
+
+from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+
+_ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+_MIN_GROUP_SIZE = 8
+
+
+def int4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    group_size: int,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Multiply activations with a canonical int4 weight: ``y = x @ ((u - zero) * scale).T + bias``.
+
+    Args:
+        x: ``(..., K)`` fp16, bf16 or fp32.
+        qweight: ``(N, ceil(K / 8)) int32``, the packing of :func:`lq_formats.pack_int4`.
+        scale: ``(N, K // group_size)`` fp16, bf16 or fp32.
+        zero: ``(N, K // group_size)``, uint8 or of scale's dtype; None for symmetric weights (zero 8).
+        group_size: In features per scale, at least 8; K for one scale a row.
+        bias: ``(N,)`` in x's dtype.
+        kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names`.
+
+    Returns:
+        ``(..., N)`` in x's dtype.
+
+    Raises:
+        ShapeError, GroupSizeError, DTypeError, DeviceError: If the arguments do not fit each other.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    k = _check_activations(x)
+    _check_int4(qweight, scale, zero, group_size, k)
+    _check_devices(x, qweight=qweight, scale=scale, zero=zero, bias=bias)
+    y = torch.ops.lq.int4_linear(x.reshape(-1, k), qweight, scale, zero, group_size, kernel or "")
+    return _finish(y, x, bias)
+
+
+def matmul_bf16_i4(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    group_size: int = 256,
+    *,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Multiply activations with a weight of :func:`lq_formats.quantize_i4_pack8`.
+
+    Args:
+        x: ``(..., K)`` bf16 (fp16 and fp32 work as well).
+        packed: ``(N, K // 8) int32`` or ``(N, K // 2) int8``.
+        scales: ``(N, K // group_size)`` fp16, bf16 or fp32.
+        group_size: In features per scale; -1 for one scale a row.
+        zeros: As ``zero`` of :func:`int4_linear`.
+        bias: ``(N,)`` in x's dtype.
+        kernel: Force a kernel by name.
+
+    Returns:
+        ``(..., N)`` in x's dtype.
+
+    Raises:
+        ShapeError, GroupSizeError, DTypeError, DeviceError: If the arguments do not fit each other.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    if packed.dtype == torch.int8:
+        if packed.dim() != 2 or packed.shape[1] % 4:
+            raise ShapeError(
+                f"packed has shape {tuple(packed.shape)} int8: expected (N, K // 2) with K divisible by 8; pack with "
+                "pack_dtype=torch.int32 otherwise"
+            )
+        packed = packed.contiguous().view(torch.int32)
+    group_size = x.shape[-1] if group_size == -1 and x.dim() else group_size
+    return int4_linear(x, packed, scales, zeros, group_size=group_size, bias=bias, kernel=kernel)
+
+
+def int8_gemm(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, kernel: str | None = None
+) -> Tensor:
+    """Multiply activations with an int8 weight (W8A16): ``y = x @ (weight * scale).T + bias``.
+
+    Args:
+        x: ``(..., K)`` fp16, bf16 or fp32.
+        weight: ``(N, K) int8``.
+        scale: ``(N,)`` per row or ``()`` per tensor; fp16, bf16 or fp32.
+        bias: ``(N,)`` in x's dtype.
+        kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names`.
+
+    Returns:
+        ``(..., N)`` in x's dtype.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    k = _check_activations(x)
+    if weight.dtype != torch.int8:
+        raise DTypeError(f"weight has dtype {weight.dtype}: expected int8")
+    if weight.dim() != 2 or weight.shape[1] != k:
+        raise ShapeError(f"weight has shape {tuple(weight.shape)}: x with {k} in features needs (N, {k})")
+    if scale.dtype not in _ACTIVATIONS:
+        raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != weight.shape[0]):
+        raise ShapeError(
+            f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
+        )
+    _check_devices(x, weight=weight, scale=scale, bias=bias)
+    return _finish(torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, kernel or ""), x, bias)
+
+
+def int4_dequantize(
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the ``(N, in_features)`` weight of canonical int4 bits in ``dtype``, on its device.
+
+    Arguments and errors are those of :func:`int4_linear`.
+    """
+    _check_int4(qweight, scale, zero, group_size, in_features)
+    w: Tensor = torch.ops.lq.int4_dequantize(qweight, scale, zero, group_size, in_features, dtype)
+    return w
+
+
+def gemm_q4_0_q8_1(
+    weight_q: Tensor, activation_q: Tensor, M: int, N: int, K: int, *, kernel: str | None = None
+) -> Tensor:
+    """Multiply Q4_0 weights with Q8_1 activations, as llama.cpp does, from raw blocks.
+
+    Args:
+        weight_q: ``(M, K // 32, 18) uint8`` Q4_0 blocks, or the same bytes in any shape.
+        activation_q: ``(N, K // 32, 36) uint8`` Q8_1 blocks, or the same bytes in any shape.
+        M: Weight rows (out features).
+        N: Tokens.
+        K: In features, a multiple of 32.
+        kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names`.
+
+    Returns:
+        ``(M, N) float32``: ``sum over blocks of d4 * (d8 * sum(q4 * q8) - 8 * s8)``.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If bytes and sizes do not agree.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    if M < 0 or N < 0 or K <= 0 or K % 32:
+        raise ShapeError(f"M={M}, N={N}, K={K}: expected M, N >= 0 and K a positive multiple of 32")
+    for name, tensor, rows, size in (("weight_q", weight_q, M, 18), ("activation_q", activation_q, N, 36)):
+        if tensor.dtype != torch.uint8:
+            raise DTypeError(f"{name} has dtype {tensor.dtype}: expected uint8 blocks")
+        if tensor.numel() != rows * (K // 32) * size:
+            raise ShapeError(
+                f"{name} has {tensor.numel()} bytes: {rows} rows of K={K} need {rows * (K // 32) * size} "
+                f"({size} bytes for 32 elements)"
+            )
+    _check_devices(weight_q, activation_q=activation_q)
+    y: Tensor = torch.ops.lq.gemm_q4_0_q8_1(
+        weight_q.reshape(M, K // 32, 18).contiguous(), activation_q.reshape(N, K // 32, 36).contiguous(), kernel or ""
+    )
+    return y
+
+
+def quantize_activation_q8_1(x: Tensor) -> Tensor:
+    """Quantize activations to Q8_1 blocks, in one fused kernel on an NVIDIA GPU.
+
+    NaN and infinity are not looked for (that would synchronize): a block that holds one gives a product that is not
+    finite.
+
+    Args:
+        x: ``(..., K)`` fp16, bf16 or fp32, K a multiple of 32.
+
+    Returns:
+        ``(..., K // 32, 36) uint8``, the bytes of :func:`lq_formats.quantize_q8_1`.
+
+    Raises:
+        ShapeError, DTypeError: If ``x`` is not floats with K a multiple of 32.
+    """
+    k = _check_activations(x)
+    if k % 32:
+        raise ShapeError(f"x has {k} in features: Q8_1 needs a multiple of 32")
+    blocks: Tensor = torch.ops.lq.quantize_q8_1(x)
+    return blocks
+
+
+def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
+    """Multiply activations with Q4_0 weights: quantize x to Q8_1, multiply blocks, round to x's dtype.
+
+    Differentiable in ``x`` with the straight-through gradient of the dequantized weight (the rounding of x to 8 bits is
+    passed through).
+
+    Args:
+        x: ``(..., K)`` fp16, bf16 or fp32.
+        weight_q: ``(M, K // 32, 18) uint8`` Q4_0 blocks.
+        bias: ``(M,)`` in x's dtype.
+        kernel: Force a kernel by name.
+
+    Returns:
+        ``(..., M)`` in x's dtype.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
+    """
+    k = _check_activations(x)
+    if weight_q.dtype != torch.uint8:
+        raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
+    if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:
+        raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: x with {k} in features needs (M, {k} / 32, 18)")
+    _check_devices(x, weight_q=weight_q, bias=bias)
+    y = _Q4_0Linear.apply(x.reshape(-1, k), weight_q, kernel or "")
+    return _finish(y, x, bias)
+
+
+class _Q4_0Linear(torch.autograd.Function):  # noqa: N801
+    """The composition of two operators, with the gradient of the dequantized weight."""
+
+    @staticmethod
+    def forward(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
+        blocks = torch.ops.lq.quantize_q8_1(x)
+        product: Tensor = torch.ops.lq.gemm_q4_0_q8_1(weight_q, blocks, kernel)
+        return product.t().to(x.dtype).contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x, weight_q, _ = inputs
+        ctx.save_for_backward(weight_q)
+        ctx.dtype = x.dtype
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (weight_q,) = ctx.saved_tensors
+        return grad @ dequantize_q4_0(weight_q, ctx.dtype), None, None
+
+
+def _check_activations(x: Tensor) -> int:
+    if x.dtype not in _ACTIVATIONS:
+        raise DTypeError(f"x has dtype {x.dtype}: expected float16, bfloat16 or float32")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ShapeError(f"x has shape {tuple(x.shape)}: expected (..., in_features)")
+    return x.shape[-1]
+
+
+def _check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, k: int) -> None:
+    if qweight.dtype != torch.int32:
+        raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
+    words = -(-k // 8)
+    if qweight.dim() != 2 or qweight.shape[1] != words:
+        raise ShapeError(f"qweight has shape {tuple(qweight.shape)}: {k} in features need (N, {words})")
+    if group_size < 1 or k % group_size:
+        raise GroupSizeError(f"group_size={group_size} does not divide the {k} in features")
+    if group_size < _MIN_GROUP_SIZE and group_size != k:
+        raise GroupSizeError(f"group_size={group_size}: expected at least {_MIN_GROUP_SIZE}")
+    expected = (qweight.shape[0], k // group_size)
+    if tuple(scale.shape) != expected:
+        raise ShapeError(f"scale has shape {tuple(scale.shape)}: expected {expected} for group_size={group_size}")
+    if scale.dtype not in _ACTIVATIONS:
+        raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
+    if zero is not None:
+        if tuple(zero.shape) != expected:
+            raise ShapeError(f"zero has shape {tuple(zero.shape)}: expected {expected} for group_size={group_size}")
+        if zero.dtype not in (torch.uint8, scale.dtype):
+            raise DTypeError(f"zero has dtype {zero.dtype}: expected uint8 or the scales' {scale.dtype}")
+
+
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise DeviceError(f"{name} is on {tensor.device} and the activations on {x.device}; move one of them")
+
+
+def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    if bias is None:
+        return y
+    if tuple(bias.shape) != (y.shape[-1],):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({y.shape[-1]},)")
+    if bias.dtype != x.dtype:
+        raise DTypeError(f"bias has dtype {bias.dtype} and x {x.dtype}: convert one of them")
+    return y + bias

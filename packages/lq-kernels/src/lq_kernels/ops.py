@@ -1,0 +1,156 @@
+"""Every torch operator of lq, and the only file that touches ``torch.library``.
+
+Operators take canonical packings, choose a kernel by the sizes they see at run time, and are registered with a fake
+implementation (so ``torch.compile(fullgraph=True)`` and export trace them with dynamic sizes) and a gradient for the
+activations. Arguments are validated by the callers in :mod:`lq_kernels.linear`.
+"""
+
+import functools
+
+import torch
+from lq_formats import QuantSpec, quantize_q8_1
+from torch import Tensor
+
+from lq_kernels import dequant_blas
+from lq_kernels.cuda import constraints as cuda_constraints
+from lq_kernels.problem import Arch, Problem
+from lq_kernels.reference import int4_spec
+from lq_kernels.registry import select
+
+_LIBRARY = torch.library.Library("lq", "DEF")
+_LIBRARY.define(
+    "int4_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, int group_size, str kernel) -> Tensor"
+)
+_LIBRARY.define("int8_linear(Tensor x, Tensor qweight, Tensor scale, str kernel) -> Tensor")
+_LIBRARY.define(
+    "int4_dequantize(Tensor qweight, Tensor scale, Tensor? zero, int group_size, SymInt in_features, ScalarType dtype)"
+    " -> Tensor"
+)
+_LIBRARY.define("int8_dequantize(Tensor qweight, Tensor scale, ScalarType dtype) -> Tensor")
+_LIBRARY.define("gemm_q4_0_q8_1(Tensor weight_q, Tensor activation_q, str kernel) -> Tensor")
+_LIBRARY.define("quantize_q8_1(Tensor x) -> Tensor")
+
+_Q4_0 = QuantSpec(4, "group", 32, True, torch.float16)
+
+
+@functools.lru_cache(maxsize=1024)
+def _int4_spec(group_size: int, in_features: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:
+    return int4_spec(group_size, in_features, symmetric, scale_dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _int8_spec(per_row: bool, scale_dtype: torch.dtype) -> QuantSpec:
+    return QuantSpec(8, "row" if per_row else "tensor", None, True, scale_dtype)
+
+
+def _int4_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, kernel: str
+) -> Tensor:
+    m, k = x.shape
+    n = qweight.shape[0]
+    if m == 0 or n == 0:
+        return x.new_empty((m, n))
+    spec = _int4_spec(group_size, k, zero is None, scale.dtype)
+    problem = Problem("int4", m, n, k, spec, x.dtype, Arch.of(x.device))
+    return select(problem, kernel).run(x, qweight, scale, zero, group_size)
+
+
+def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tensor:
+    m, k = x.shape
+    n = qweight.shape[0]
+    if m == 0 or n == 0:
+        return x.new_empty((m, n))
+    spec = _int8_spec(scale.dim() == 1, scale.dtype)
+    problem = Problem("int8", m, n, k, spec, x.dtype, Arch.of(x.device))
+    return select(problem, kernel).run(x, qweight, scale)
+
+
+def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
+    n, blocks, _ = weight_q.shape
+    m = activation_q.shape[0]
+    if m == 0 or n == 0:
+        return torch.empty((n, m), dtype=torch.float32, device=weight_q.device)
+    problem = Problem("q4_0_q8_1", m, n, blocks * 32, _Q4_0, torch.float32, Arch.of(weight_q.device))
+    return select(problem, kernel).run(weight_q, activation_q)
+
+
+def _quantize_q8_1(x: Tensor) -> Tensor:
+    arch = Arch.of(x.device)
+    capable = arch.kind == "cuda" and arch.capability >= cuda_constraints.MIN_CAPABILITY
+    if capable and x.numel() and cuda_constraints.why_not_compile() is None and x.dtype != torch.float64:
+        from lq_kernels.cuda.quantize_q8_1 import quantize_q8_1 as fused
+
+        blocks: Tensor = fused(x)
+        return blocks
+    return quantize_q8_1(x, check=False)
+
+
+for _name, _implementation in (
+    ("int4_linear", _int4_linear),
+    ("int8_linear", _int8_linear),
+    ("int4_dequantize", dequant_blas.int4_dequantize),
+    ("int8_dequantize", dequant_blas.int8_dequantize),
+    ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
+    ("quantize_q8_1", _quantize_q8_1),
+):
+    _LIBRARY.impl(_name, _implementation, "CPU")
+    _LIBRARY.impl(_name, _implementation, "CUDA")
+
+
+@torch.library.register_fake("lq::int4_linear", lib=_LIBRARY)
+def _(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, kernel: str) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+@torch.library.register_fake("lq::int8_linear", lib=_LIBRARY)
+def _(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+@torch.library.register_fake("lq::int4_dequantize", lib=_LIBRARY)
+def _(
+    qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    return qweight.new_empty((qweight.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.register_fake("lq::int8_dequantize", lib=_LIBRARY)
+def _(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(qweight, dtype=dtype)
+
+
+@torch.library.register_fake("lq::gemm_q4_0_q8_1", lib=_LIBRARY)
+def _(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
+    return weight_q.new_empty((weight_q.shape[0], activation_q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("lq::quantize_q8_1", lib=_LIBRARY)
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 32, 36), dtype=torch.uint8)
+
+
+def _int4_setup(ctx, inputs, output) -> None:
+    x, qweight, scale, zero, group_size, _ = inputs
+    ctx.save_for_backward(qweight, scale, zero)
+    ctx.group_size, ctx.in_features, ctx.dtype = group_size, x.shape[1], x.dtype
+
+
+def _int4_backward(ctx, grad):
+    qweight, scale, zero = ctx.saved_tensors
+    w = torch.ops.lq.int4_dequantize(qweight, scale, zero, ctx.group_size, ctx.in_features, ctx.dtype)
+    return grad @ w, None, None, None, None, None
+
+
+def _int8_setup(ctx, inputs, output) -> None:
+    x, qweight, scale, _ = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.dtype = x.dtype
+
+
+def _int8_backward(ctx, grad):
+    qweight, scale = ctx.saved_tensors
+    return grad @ torch.ops.lq.int8_dequantize(qweight, scale, ctx.dtype), None, None, None
+
+
+torch.library.register_autograd("lq::int4_linear", _int4_backward, setup_context=_int4_setup, lib=_LIBRARY)
+torch.library.register_autograd("lq::int8_linear", _int8_backward, setup_context=_int8_setup, lib=_LIBRARY)

@@ -1,0 +1,85 @@
+"""Slow and obvious oracles: what every kernel of this package must agree with, within stated bounds.
+
+They run on any device, allocate freely and read like the definition. Tests compare kernels with them in float64; the
+registry falls back on them where nothing faster can run.
+"""
+
+import torch
+from lq_formats import (
+    QuantSpec,
+    dequantize_affine,
+    dequantize_weight_int8,
+    unpack_int4,
+)
+from torch import Tensor
+
+
+def int4_spec(group_size: int, in_features: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:
+    """Return the spec of a 4-bit weight; a group as long as the row is a row."""
+    if group_size == in_features:
+        return QuantSpec(4, "row", None, symmetric, scale_dtype)
+    return QuantSpec(4, "group", group_size, symmetric, scale_dtype)
+
+
+def int4_dequantize_reference(
+    qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the ``(N, K)`` weight ``(u - zero) * scale`` of canonical int4 bits, rounded once to ``dtype``."""
+    spec = int4_spec(group_size, in_features, zero is None, scale.dtype)
+    return dequantize_affine(unpack_int4(qweight, in_features), scale, zero, spec, dtype)
+
+
+def int4_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """Return ``x (M, K) @ w.T`` in float64, rounded once to x's dtype; ``w`` as :func:`int4_dequantize_reference`."""
+    w = int4_dequantize_reference(qweight, scale, zero, group_size, x.shape[-1], torch.float64)
+    return (x.to(torch.float64) @ w.t()).to(x.dtype)
+
+
+def int8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x (M, K) @ (q * scale).T`` in float64, rounded once to x's dtype."""
+    w = dequantize_weight_int8(qweight, scale, torch.float64)
+    return (x.to(torch.float64) @ w.t()).to(x.dtype)
+
+
+def int8_gemm_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W8A16 product in plain torch: dequantize, multiply in float32 (float64 for float64 x), round once.
+
+    Args:
+        x: ``(..., K)`` activations.
+        weight: ``(N, K) int8``.
+        scale: ``(N,)`` or ``()``.
+        bias: ``(N,)`` or None.
+
+    Returns:
+        ``(..., N)`` in x's dtype.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    w = dequantize_weight_int8(weight, scale, compute)
+    y = torch.nn.functional.linear(x.to(compute), w, None if bias is None else bias.to(compute))
+    return y.to(x.dtype)
+
+
+def gemm_q4_0_q8_1_reference(weight_q: Tensor, activation_q: Tensor) -> Tensor:
+    """Return the Q4_0 x Q8_1 product with the blocks' own arithmetic, summed in float64.
+
+    ``sum over blocks of d4 * (d8 * sum(q4 * q8) - 8 * s8)`` with unsigned q4: the definition that ggml's kernels
+    compute, not the product of dequantized operands (which differs by the rounding of ``s8``).
+
+    Args:
+        weight_q: ``(M, B, 18) uint8`` Q4_0 blocks.
+        activation_q: ``(N, B, 36) uint8`` Q8_1 blocks.
+
+    Returns:
+        ``(M, N) float32``.
+    """
+    out = torch.zeros(weight_q.shape[0], activation_q.shape[0], dtype=torch.float64, device=weight_q.device)
+    d4 = weight_q[..., 0:2].contiguous().view(torch.float16).to(torch.float64)[..., 0]
+    q4 = torch.cat((weight_q[..., 2:] & 0x0F, weight_q[..., 2:] >> 4), dim=-1).to(torch.float64)
+    d8 = activation_q[..., 0:2].contiguous().view(torch.float16).to(torch.float64)[..., 0]
+    s8 = activation_q[..., 2:4].contiguous().view(torch.float16).to(torch.float64)[..., 0]
+    q8 = activation_q[..., 4:].contiguous().view(torch.int8).to(torch.float64)
+    # sum_b d4 d8 (q4 . q8) is one product of scaled codes, exact up to float64 rounding.
+    rows, tokens = weight_q.shape[0], activation_q.shape[0]
+    out += (q4 * d4[..., None]).reshape(rows, -1) @ (q8 * d8[..., None]).reshape(tokens, -1).t()
+    out -= 8 * d4 @ s8.t()
+    return out.to(torch.float32)

@@ -1,0 +1,107 @@
+"""The registry: which kernels there are, which one a problem gets, and why not the others.
+
+Selection is data. A kernel says whether it can run a problem (``why_not``) and how long it would take
+(``predict_us``); the cheapest that can run is taken, the first of equals. Nothing is timed, nothing falls back silently:
+a kernel that is asked for by name runs or raises.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lq_formats import NoKernelError
+from torch import Tensor
+
+from lq_kernels.problem import Op, Problem
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an operation.
+
+    Attributes:
+        name: What users type to force it, unique within ``op``.
+        op: The operation it computes.
+        why_not: Why it cannot run a problem, or None.
+        predict_us: Predicted microseconds.
+        run: The launcher. int4: ``(x, qweight, scale, zero, group_size)``; int8: ``(x, qweight, scale)``;
+            q4_0_q8_1: ``(weight_q, activation_q)``. All tensors valid and not empty.
+    """
+
+    name: str
+    op: Op
+    why_not: Callable[[Problem], str | None]
+    predict_us: Callable[[Problem], float]
+    run: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found.
+
+    Attributes:
+        problem: The problem in question.
+        chosen: The kernel it gets; None if none can run it.
+        predicted_us: Predicted microseconds of the chosen kernel.
+        rejected: ``(name, reason)`` of every other kernel, in the registry's order.
+    """
+
+    problem: Problem
+    chosen: str | None
+    predicted_us: float
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        head = f"{self.problem}\n  -> " + (
+            f"{self.chosen} (predicted {self.predicted_us:.1f} us)" if self.chosen else "no kernel"
+        )
+        return "\n".join([head, *(f"     not {name}: {reason}" for name, reason in self.rejected)])
+
+
+def kernel_names(op: Op) -> tuple[str, ...]:
+    """Return the names that ``kernel=`` takes for an operation, in the registry's order."""
+    return tuple(kernel.name for kernel in _kernels(op))
+
+
+@functools.lru_cache(maxsize=8192)
+def select(problem: Problem, name: str = "") -> Kernel:
+    """Return the kernel that runs ``problem``.
+
+    Args:
+        problem: What to run.
+        name: Force this kernel; empty to choose.
+
+    Raises:
+        NoKernelError: If no kernel (or not the forced one) can run it, with every reason.
+    """
+    kernels = _kernels(problem.op)
+    if name:
+        kernels = tuple(kernel for kernel in kernels if kernel.name == name)
+        if not kernels:
+            known = ", ".join(kernel_names(problem.op))
+            raise NoKernelError(str(problem), [(name, f"there is no such kernel; choose one of {known}")])
+    reasons = [(kernel, kernel.why_not(problem)) for kernel in kernels]
+    able = [kernel for kernel, reason in reasons if reason is None]
+    if not able:
+        raise NoKernelError(str(problem), [(kernel.name, reason or "") for kernel, reason in reasons])
+    return min(able, key=lambda kernel: kernel.predict_us(problem))
+
+
+def explain(problem: Problem) -> Explanation:
+    """Say which kernel a problem gets, and for every other kernel why not; ``str()`` of it is for people."""
+    reasons = [(kernel, kernel.why_not(problem)) for kernel in _kernels(problem.op)]
+    times = {kernel.name: kernel.predict_us(problem) for kernel, reason in reasons if reason is None}
+    chosen = min(times, key=lambda name: times[name]) if times else None
+    rejected = tuple(
+        (kernel.name, reason or f"predicted slower, {times[kernel.name]:.1f} us")
+        for kernel, reason in reasons
+        if kernel.name != chosen
+    )
+    return Explanation(problem, chosen, times[chosen] if chosen else float("nan"), rejected)
+
+
+@functools.cache
+def _kernels(op: Op) -> tuple[Kernel, ...]:
+    from lq_kernels.catalog import KERNELS
+
+    return tuple(kernel for kernel in KERNELS if kernel.op == op)
