@@ -3,6 +3,7 @@
 Floats to codes, scales and zeros; codes to packed bits; one format to another. Plain torch on any device.
 """
 
+from lq_formats import layouts
 from lq_formats.affine import choose_qparams, dequantize_affine, quantize_affine
 from lq_formats.bitpack import pack_bits, packed_items, unpack_bits
 from lq_formats.errors import (
@@ -76,6 +77,7 @@ __all__ = [
     "dequantize_q8_1",
     "dequantize_weight_int8",
     "ggml_format",
+    "layouts",
     "pack_bits",
     "pack_int4",
     "packed_items",

@@ -1,0 +1,32 @@
+"""Layouts: where the bits of quantized weights lie, as objects with ``pack``, ``unpack`` and ``packed_shape``.
+
+Two kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``) turns codes ``(N, K)`` into one
+tensor; scales and zeros are kept beside it. A *checkpoint layout* (``GPTQ``, ``GPTQ_V2``, ``AWQ``,
+``COMPRESSED_TENSORS``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
+linear layer. Both directions are exact: no layout rounds, and what a format cannot hold is an error.
+"""
+
+from lq_formats.layouts.affine_weight import AffineWeight
+from lq_formats.layouts.awq import AWQ, AWQLayout
+from lq_formats.layouts.compressed_tensors import COMPRESSED_TENSORS, CompressedTensorsLayout
+from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
+from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
+from lq_formats.layouts.int4 import INT4, Int4Layout
+from lq_formats.layouts.int8 import INT8, Int8Layout
+
+__all__ = [
+    "AWQ",
+    "COMPRESSED_TENSORS",
+    "GEMLITE",
+    "GPTQ",
+    "GPTQ_V2",
+    "INT4",
+    "INT8",
+    "AWQLayout",
+    "AffineWeight",
+    "CompressedTensorsLayout",
+    "GPTQLayout",
+    "GemliteLayout",
+    "Int4Layout",
+    "Int8Layout",
+]
