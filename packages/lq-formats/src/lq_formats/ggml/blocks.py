@@ -27,7 +27,7 @@ def split_blocks(x: Tensor, name: str, check: bool = True) -> Tensor:
         )
     if check:
         check_finite(x, f"the input of {name}")
-    return x.detach().to(torch.float32).reshape(*x.shape[:-1], -1, BLOCK_SIZE)
+    return x.detach().to(torch.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
 
 
 def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) ->
 
 def merge_blocks(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``(..., blocks, 32)`` values as ``(..., K)`` of ``dtype``."""
-    return values.reshape(*values.shape[:-2], -1).to(dtype)
+    return values.reshape(*values.shape[:-2], values.shape[-2] * BLOCK_SIZE).to(dtype)
 
 
 def half_bytes(value: Tensor) -> Tensor:

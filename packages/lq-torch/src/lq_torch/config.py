@@ -1,0 +1,211 @@
+"""What to quantize weights to: frozen, validated, JSON round-trippable configurations for ``quantize_``."""
+
+import json
+from dataclasses import dataclass, fields
+from enum import Enum, StrEnum
+from typing import Any, ClassVar, Literal
+
+import torch
+from lq_formats import ShapeError, SpecError, UnsupportedError, ggml_format
+from torch import Tensor
+
+from lq_torch.tensors import GGMLTensor, Int4Tensor, Int4TilePackedTensor, Int8Tensor, LowBitTensor
+from lq_torch.tensors.int4 import int4_spec
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Int4PackingFormat(StrEnum):
+    """Where the bits of an int4 weight are.
+
+    - ``plain``: lq's canonical packing; the kernels of lq-kernels on any device.
+    - ``preshuffled``: fragment order for Hopper's tensor cores (not in this release).
+    - ``tile_packed_to_4d``: ATen's tinygemm layout; bf16.
+    - ``gemlite``: gemlite's packing and kernels (extra ``lq-torch[gemlite]``).
+    """
+
+    PLAIN = "plain"
+    PRESHUFFLED = "preshuffled"
+    TILE_PACKED_TO_4D = "tile_packed_to_4d"
+    GEMLITE = "gemlite"
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """Base of all configurations: a name, JSON, and what it does to one weight."""
+
+    name: ClassVar[str] = ""
+    _classes: ClassVar[dict[str, type["WeightConfig"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        WeightConfig._classes[cls.name] = cls
+
+    def quantize(self, w: Tensor) -> LowBitTensor:
+        """Return the quantized weight of a floating point ``w: (N, K)``."""
+        raise NotImplementedError
+
+    def validate(self, w: Tensor) -> None:
+        """Raise a named error if ``w`` cannot be quantized so, without quantizing it (w may be on ``meta``)."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; :meth:`from_dict` reads them back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": self.name} | {
+            key: value.value
+            if isinstance(value, Enum)
+            else str(value).removeprefix("torch.")
+            if isinstance(value, torch.dtype)
+            else value
+            for key, value in values.items()
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "WeightConfig":
+        """Build the configuration that :meth:`to_dict` describes.
+
+        Raises:
+            SpecError: If it is not one.
+        """
+        values = dict(data)
+        cls = WeightConfig._classes.get(values.pop("name", None))
+        if cls is None:
+            raise SpecError(
+                f"unknown configuration {data.get('name')!r}: expected one of {sorted(WeightConfig._classes)}"
+            )
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise SpecError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+        dtype = values.get("scale_dtype")
+        if dtype is not None:
+            if dtype not in _DTYPES:
+                raise SpecError(f"scale_dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
+            values["scale_dtype"] = _DTYPES[dtype]
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return the configuration as a JSON object."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "WeightConfig":
+        """Build the configuration that :meth:`to_json` describes.
+
+        Raises:
+            SpecError: If the text is not JSON or not a configuration.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"not a JSON configuration: {error}") from None
+        if not isinstance(data, dict):
+            raise SpecError(f"a configuration is a JSON object, not {type(data).__name__}")
+        return WeightConfig.from_dict(data)
+
+
+@dataclass(frozen=True)
+class Int4WeightOnlyConfig(WeightConfig):
+    """4-bit weights, activations as they are (W4A16).
+
+    Attributes:
+        group_size: In features per scale; -1 for one scale a row.
+        int4_packing_format: Where the bits are; see :class:`Int4PackingFormat`.
+        symmetric: No zero points. gemlite takes symmetric weights only.
+        scale_dtype: dtype of the scales; None for the weight's.
+    """
+
+    name: ClassVar[str] = "int4_weight_only"
+    group_size: int = 128
+    int4_packing_format: Int4PackingFormat = Int4PackingFormat.PLAIN
+    symmetric: bool = True
+    scale_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            packing = Int4PackingFormat(self.int4_packing_format)
+        except ValueError:
+            known = ", ".join(item.value for item in Int4PackingFormat)
+            raise SpecError(f"int4_packing_format={self.int4_packing_format!r}: expected one of {known}") from None
+        object.__setattr__(self, "int4_packing_format", packing)
+        if packing is Int4PackingFormat.PRESHUFFLED:
+            raise UnsupportedError(
+                "int4_packing_format='preshuffled' comes with the Hopper kernels of a later release; use 'plain'"
+            )
+        if packing is Int4PackingFormat.GEMLITE and not self.symmetric:
+            raise SpecError("int4_packing_format='gemlite' is symmetric; use 'plain' for zero points")
+        if packing is not Int4PackingFormat.PLAIN and self.scale_dtype is not None:
+            raise SpecError(f"scale_dtype goes with int4_packing_format='plain', not {packing.value!r}")
+        int4_spec(self.group_size, self.symmetric, self.scale_dtype or torch.float32)
+
+    def quantize(self, w: Tensor) -> LowBitTensor:
+        """Return ``w: (N, K)`` as the tensor subclass of the packing format."""
+        if self.int4_packing_format is Int4PackingFormat.TILE_PACKED_TO_4D:
+            return Int4TilePackedTensor.from_hp(w, self.group_size, symmetric=self.symmetric)
+        if self.int4_packing_format is Int4PackingFormat.GEMLITE:
+            from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
+
+            packed: LowBitTensor = Int4GemliteTensor.from_hp(w, group_size=self.group_size)
+            return packed
+        return Int4Tensor.from_hp(w, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
+
+    def validate(self, w: Tensor) -> None:
+        """Raise a named error if ``w`` cannot be quantized so."""
+        spec = int4_spec(self.group_size, self.symmetric, torch.float32)
+        spec.resolve_group_size(w.shape[1])
+        if self.int4_packing_format is Int4PackingFormat.TILE_PACKED_TO_4D:
+            Int4TilePackedTensor.check_shape(w, self.group_size)
+        if self.int4_packing_format is Int4PackingFormat.GEMLITE:
+            from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
+
+            Int4GemliteTensor.check_shape(w, self.group_size)
+
+
+@dataclass(frozen=True)
+class Int8WeightOnlyConfig(WeightConfig):
+    """8-bit weights, activations as they are (W8A16).
+
+    Attributes:
+        granularity: ``"row"`` for one scale an out feature, ``"tensor"`` for one in all.
+    """
+
+    name: ClassVar[str] = "int8_weight_only"
+    granularity: Literal["row", "tensor"] = "row"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("row", "tensor"):
+            raise SpecError(f"granularity={self.granularity!r}: expected 'row' or 'tensor'")
+
+    def quantize(self, w: Tensor) -> LowBitTensor:
+        """Return ``w: (N, K)`` as an Int8Tensor."""
+        return Int8Tensor.from_hp(w, self.granularity)
+
+    def validate(self, w: Tensor) -> None:
+        """Accept every matrix."""
+
+
+@dataclass(frozen=True)
+class GGMLWeightOnlyConfig(WeightConfig):
+    """Weights in ggml blocks.
+
+    Attributes:
+        ggml_type: ``"q4_0"``, ``"q4_1"``, ``"q5_0"``, ``"q5_1"`` or ``"q8_0"``.
+    """
+
+    name: ClassVar[str] = "ggml_weight_only"
+    ggml_type: str = "q4_0"
+
+    def __post_init__(self) -> None:
+        form = ggml_format(self.ggml_type)
+        if form.name == "q8_1":
+            raise SpecError("q8_1 is ggml's format for activations; use q8_0 for weights")
+        object.__setattr__(self, "ggml_type", form.name)
+
+    def quantize(self, w: Tensor) -> LowBitTensor:
+        """Return ``w: (N, K)`` as a GGMLTensor."""
+        return GGMLTensor.from_hp(w, self.ggml_type)
+
+    def validate(self, w: Tensor) -> None:
+        """Raise ShapeError unless K is a multiple of the block size."""
+        if w.shape[1] % 32:
+            raise ShapeError(f"in_features={w.shape[1]} is not a multiple of the 32 elements of a ggml block")

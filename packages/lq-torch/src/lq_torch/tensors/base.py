@@ -1,0 +1,230 @@
+"""LowBitTensor: what every quantized weight of lq is as a tensor.
+
+A LowBitTensor has the shape, dtype and device of the weight it stands for, so modules, optimizers and checkpoint code
+see an ordinary parameter, while its storage is a few inner tensors (codes, scales, zeros). ``F.linear`` runs a low-bit
+kernel; ``detach``, ``clone``, ``.to``, ``copy.deepcopy`` act on the inner tensors; ``dequantize`` gives the weight back.
+Any other operator raises :class:`lq_formats.UnsupportedError`: nothing is turned into a dense weight behind the user's
+back.
+
+A subclass lists its inner tensors and attributes, and says how to multiply and to dequantize. Everything else is here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from lq_formats import DTypeError, FormatError, ShapeError, UnsupportedError
+from torch import Tensor
+
+aten = torch.ops.aten
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class LowBitTensor(torch.Tensor):
+    """Base class of quantized weights; see the module docstring.
+
+    Attributes:
+        tensor_names: Names of the inner tensors, in constructor order. One that is None is absent.
+        attribute_names: Names of the plain values (JSON scalars) that complete the inner tensors.
+        kind: Name of this class in checkpoints.
+    """
+
+    tensor_names: ClassVar[tuple[str, ...]] = ()
+    attribute_names: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[str] = ""
+    _kinds: ClassVar[dict[str, type["LowBitTensor"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.kind:
+            LowBitTensor._kinds[cls.kind] = cls
+
+    def __new__(  # noqa: D102
+        cls,
+        tensors: Mapping[str, Tensor | None],
+        attributes: Mapping[str, Any],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Self:
+        device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+        self: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
+        )
+        for name in cls.tensor_names:
+            setattr(self, name, tensors.get(name))
+        for name in cls.attribute_names:
+            setattr(self, name, attributes[name])
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    # What a subclass provides.
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """Return the weight as a dense tensor of ``dtype`` (default: this tensor's dtype)."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x (..., K) @ self.T + bias`` in x's dtype; x has been checked."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise FormatError unless the inner tensors fit the shape and attributes (for tensors read from files)."""
+        raise NotImplementedError
+
+    # Checkpoints: canonical bits and JSON values, no pickle.
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the inner tensors by name."""
+        return {name: getattr(self, name) for name in self.tensor_names if getattr(self, name) is not None}
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the plain values by name (JSON scalars)."""
+        return {name: getattr(self, name) for name in self.attribute_names}
+
+    def spec_json(self) -> dict[str, Any]:
+        """Return a dictionary of JSON values from which, with :meth:`to_tensors`, the tensor can be rebuilt."""
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attributes": self.attributes(),
+            "tensors": sorted(self.to_tensors()),
+        }
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> "LowBitTensor":
+        """Rebuild a tensor from :meth:`to_tensors` and :meth:`spec_json`. Nothing is quantized or copied.
+
+        Raises:
+            FormatError: If the spec is not one, or the tensors do not fit it.
+        """
+        kind = spec.get("kind")
+        cls = LowBitTensor._kinds.get(kind) if isinstance(kind, str) else None
+        if cls is None:
+            raise FormatError(
+                f"unknown kind of weight {kind!r}: expected one of {', '.join(sorted(LowBitTensor._kinds))}"
+            )
+        shape, dtype, attributes = spec.get("shape"), spec.get("dtype"), spec.get("attributes")
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise FormatError(f"shape {shape!r}: expected a list of sizes")
+        if dtype not in ("float16", "bfloat16", "float32"):
+            raise FormatError(f"dtype {dtype!r}: expected float16, bfloat16 or float32")
+        if not isinstance(attributes, dict) or set(attributes) != set(cls.attribute_names):
+            raise FormatError(f"attributes {attributes!r}: {kind} has {', '.join(cls.attribute_names) or 'none'}")
+        unknown = set(tensors) - set(cls.tensor_names)
+        if unknown or cls.tensor_names[0] not in tensors:
+            raise FormatError(f"tensors {sorted(tensors)}: {kind} has {', '.join(cls.tensor_names)}")
+        result = cls(tensors, attributes, shape, getattr(torch, dtype))
+        result.check()
+        return result
+
+    # PyTorch's protocols.
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self.to_tensors()), (tuple(self.attributes().items()), self.dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        inner = [(name, tuple(t.shape), t.dtype) for name, t in self.to_tensors().items()]
+        return repr((type(self).__qualname__, tuple(self.shape), self.dtype, self.attributes(), inner))
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Self:
+        attributes, dtype = context
+        return cls(tensors, dict(attributes), size, dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = _DISPATCH.get(func)
+        if handler is None:
+            raise UnsupportedError(
+                f"{func} is not defined for a quantized weight ({cls.__name__}); use F.linear(x, weight), or "
+                "weight.dequantize() where a dense tensor is really meant"
+            )
+        return handler(*args, **(kwargs or {}))
+
+    def _map(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
+        tensors = {name: function(tensor) for name, tensor in self.to_tensors().items()}
+        return type(self)(tensors, self.attributes(), self.shape, dtype or self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.attributes().items())
+        inner = ", ".join(f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in self.to_tensors().items())
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {values}; {inner})"
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the inner tensors: what this weight really takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
+
+
+def expect_tensor(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise FormatError unless an inner tensor read from a file is there, with this shape and one of these dtypes."""
+    if tensor is None:
+        raise FormatError(f"tensor {name!r} is missing")
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise FormatError(f"tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype}: expected {shape} {wanted}")
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    if isinstance(input, LowBitTensor) or not isinstance(weight, LowBitTensor):
+        raise UnsupportedError("F.linear takes a quantized weight as its second argument only")
+    if weight.dim() != 2:
+        raise ShapeError(f"a quantized weight of shape {tuple(weight.shape)} is not a matrix")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"x has shape {tuple(input.shape)}: a weight of shape {tuple(weight.shape)} needs (..., {weight.shape[1]})"
+        )
+    if input.dtype != weight.dtype:
+        raise DTypeError(
+            f"x has dtype {input.dtype} and the quantized weight {weight.dtype}; convert x, or the model with .to(dtype)"
+        )
+    return weight.linear(input, bias)
+
+
+def _to_copy(
+    tensor: LowBitTensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
+) -> LowBitTensor:
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise DTypeError(f"a quantized weight cannot become {dtype}: expected float16, bfloat16 or float32")
+    non_blocking = bool(kwargs.get("non_blocking", False))
+    # The nominal dtype changes; codes and scales are kept as they are, so that no precision is lost on the way.
+    return tensor._map(lambda t: t.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+
+
+def _clone(tensor: LowBitTensor, *, memory_format: Any = None) -> LowBitTensor:
+    return tensor._map(torch.clone)
+
+
+def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> LowBitTensor:
+    if type(target) is not type(source) or target.shape != source.shape:
+        raise UnsupportedError(
+            f"cannot copy {type(source).__name__} {tuple(source.shape)} into {type(target).__name__} "
+            f"{tuple(target.shape)}: only an equally quantized weight of the same shape"
+        )
+    assert isinstance(source, LowBitTensor)
+    if target.attributes() != source.attributes() or set(target.to_tensors()) != set(source.to_tensors()):
+        raise UnsupportedError(f"cannot copy {source.attributes()} into {target.attributes()}: different quantization")
+    for name, tensor in target.to_tensors().items():
+        tensor.copy_(getattr(source, name), non_blocking)
+    return target
+
+
+_DISPATCH: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda tensor: tensor._map(torch.detach),
+    aten.alias.default: lambda tensor: tensor._map(torch.detach),
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    aten.is_pinned.default: lambda tensor, device=None: False,
+}

@@ -1,0 +1,124 @@
+"""Int4TilePackedTensor: ATen's tinygemm layout, ``int4_packing_format="tile_packed_to_4d"``.
+
+The bits are those of ``torch.ops.aten._convert_weight_to_int4pack`` with ``inner_k_tiles = 8``, made here in plain torch so
+that packing, unpacking and checkpoints need no GPU. The packed tensor is ``(N/8, K/128, 32, 4) int32``; the word of
+8-row tile ``a``, 128-column tile ``b``, lane ``t`` and pair ``p`` holds eight codes of row ``8a + t/4``, columns
+``128b + 32p + 2(t % 4) + ...``::
+
+    bit      31   28 27   24 23   20 19   16 15   12 11    8 7     4 3     0
+    column   | +25   | +17   | +9    | +1    | +24   | +16   | +8    | +0    |
+
+The product is ``(u - 8) * scale + offset`` in bf16; an integer zero becomes ``offset = (8 - zero) * scale``, rounded to bf16.
+"""
+
+from typing import ClassVar, Self
+
+import torch
+from lq_formats import DTypeError, FormatError, GroupSizeError, ShapeError, choose_qparams, quantize_affine
+from torch import Tensor
+
+from lq_torch.tensors.base import LowBitTensor, expect_tensor
+from lq_torch.tensors.int4 import int4_spec
+
+INNER_K_TILES = 8
+_GROUP_SIZES = (32, 64, 128, 256)
+
+
+def pack_tile_4d(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes ``(N, K) uint8`` as ``(N/8, K/128, 32, 4) int32``; N % 8 == 0 and K % 128 == 0."""
+    rows, columns = codes.shape
+    lanes = codes.view(rows // 8, 8, columns // 128, 4, 32)  # row tile, row, column tile, pair, column in pair
+    # Column in pair = nibble's offset + 2 * (lane % 4); offsets cover {0, 8, 16, 24} + {0, 1}.
+    parts = lanes.view(rows // 8, 8, columns // 128, 4, 4, 4, 2)  # ..., offset / 8, lane % 4, odd
+    order = parts.permute(0, 2, 1, 5, 3, 6, 4)  # row tile, column tile, row, lane % 4, pair, odd, offset / 8
+    nibbles = order.reshape(rows // 8, columns // 128, 32, 4, 8)
+    octets = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    return octets.contiguous().view(torch.int32).squeeze(-1)
+
+
+def unpack_tile_4d(packed: Tensor) -> Tensor:
+    """Undo :func:`pack_tile_4d`: ``(N/8, K/128, 32, 4) int32`` to ``(N, K) uint8``."""
+    row_tiles, column_tiles = packed.shape[:2]
+    octets = packed.contiguous().view(torch.uint8).view(row_tiles, column_tiles, 32, 4, 4, 1)
+    nibbles = torch.cat((octets & 0x0F, octets >> 4), dim=-1)
+    order = nibbles.reshape(row_tiles, column_tiles, 8, 4, 4, 2, 4)  # ..., row, lane % 4, pair, odd, offset / 8
+    parts = order.permute(0, 2, 1, 4, 6, 3, 5)
+    return parts.reshape(row_tiles * 8, column_tiles * 128)
+
+
+class Int4TilePackedTensor(LowBitTensor):
+    """A 4-bit weight ``(N, K)`` in ATen's tinygemm layout, bf16 only.
+
+    On CUDA it multiplies with ``aten._weight_int4pack_mm``; elsewhere it is dequantized for each product.
+
+    Attributes:
+        qdata: ``(N/8, K/128, 32, 4) int32``.
+        scale_and_zero: ``(K // group_size, N, 2) bfloat16``: scale and offset.
+        group_size: 32, 64, 128 or 256.
+    """
+
+    tensor_names: ClassVar = ("qdata", "scale_and_zero")
+    attribute_names: ClassVar = ("group_size",)
+    kind: ClassVar = "int4_tile_packed"
+    qdata: Tensor
+    scale_and_zero: Tensor
+    group_size: int
+
+    @classmethod
+    def from_hp(cls, w: Tensor, group_size: int = 128, *, symmetric: bool = True) -> Self:
+        """Quantize a bf16 weight ``(N, K)`` with N % 8 == 0 and K % 128 == 0.
+
+        Raises:
+            DTypeError: If ``w`` is not bf16.
+            ShapeError, GroupSizeError: If the layout does not take these sizes.
+            NonFiniteError: If ``w`` holds NaN or infinity.
+        """
+        cls.check_shape(w, group_size)
+        spec = int4_spec(group_size, symmetric, torch.bfloat16)
+        scale, zero = choose_qparams(w, spec)
+        codes = quantize_affine(w, scale, zero, spec)
+        wide = scale.to(torch.float32)
+        offset = torch.zeros_like(wide) if zero is None else (8 - zero.to(torch.float32)) * wide
+        scale_and_zero = torch.stack((wide.t(), offset.t()), dim=-1).to(torch.bfloat16).contiguous()
+        tensors = {"qdata": pack_tile_4d(codes), "scale_and_zero": scale_and_zero}
+        return cls(tensors, {"group_size": group_size}, w.shape, w.dtype)
+
+    @staticmethod
+    def check_shape(w: Tensor, group_size: int) -> None:
+        """Raise unless ATen's layout takes this weight."""
+        if w.dtype != torch.bfloat16:
+            raise DTypeError(
+                f"tile_packed_to_4d takes bfloat16 weights, not {w.dtype}; use int4_packing_format='plain'"
+            )
+        if group_size not in _GROUP_SIZES:
+            raise GroupSizeError(f"tile_packed_to_4d takes groups of {_GROUP_SIZES}, not {group_size}")
+        if w.dim() != 2 or w.shape[0] % 8 or w.shape[1] % 128 or w.shape[1] == 0:
+            raise ShapeError(
+                f"tile_packed_to_4d needs N % 8 == 0 and K % 128 == 0, got {tuple(w.shape)}; use "
+                "int4_packing_format='plain'"
+            )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the ``(N, K)`` weight ``(u - 8) * scale + offset`` in ``dtype`` (default: bf16)."""
+        rows, columns = self.shape
+        codes = unpack_tile_4d(self.qdata).to(torch.float32).view(rows, columns // self.group_size, self.group_size)
+        scale, offset = self.scale_and_zero.to(torch.float32).permute(2, 1, 0).unsqueeze(-1)
+        w: Tensor = (codes - 8) * scale + offset
+        return w.view(rows, columns).to(dtype or self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x @ self.T + bias``."""
+        if x.device.type != "cuda" or x.numel() == 0 or x.requires_grad:
+            return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = torch.ops.aten._weight_int4pack_mm(flat, self.qdata, self.group_size, self.scale_and_zero)
+        y = y.view(*x.shape[:-1], self.shape[0])
+        return y if bias is None else y + bias
+
+    def check(self) -> None:
+        """Raise FormatError unless the inner tensors fit the shape and the group size."""
+        if len(self.shape) != 2 or self.shape[0] % 8 or self.shape[1] % 128 or self.group_size not in _GROUP_SIZES:
+            raise FormatError(f"shape {tuple(self.shape)} with group_size={self.group_size!r} is not a tinygemm weight")
+        rows, columns = self.shape
+        expect_tensor(self.qdata, "qdata", (rows // 8, columns // 128, 32, 4), (torch.int32,))
+        expect_tensor(self.scale_and_zero, "scale_and_zero", (columns // self.group_size, rows, 2), (torch.bfloat16,))
