@@ -17,7 +17,7 @@ def split_blocks(x: Tensor, name: str, check: bool = True) -> Tensor:
     Raises:
         DTypeError: If ``x`` is not floating point.
         ShapeError: If K is not a positive multiple of 32.
-        NonFiniteError: If ``check`` and ``x`` holds NaN or infinity.
+        NonFiniteError: If ``check`` and ``x`` holds NaN or infinity, or float64 values beyond float32.
     """
     check_float(x, f"the input of {name}")
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
@@ -55,17 +55,27 @@ def read_half(data: Tensor, offset: int) -> Tensor:
     return data[..., offset : offset + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
+def divide(x: Tensor, divisor: int) -> Tensor:
+    """Return ``x / divisor``, correctly rounded on every device.
+
+    Torch on CUDA turns a division by a Python number into a multiplication by its reciprocal, which is off by one unit
+    in the last place for one in several values (for 15, 31 and 127); a division by a tensor stays a division.
+    """
+    return x / torch.full_like(x, divisor)
+
+
 def reciprocal(d: Tensor) -> Tensor:
     """Return ``1 / d`` in float32, and 0 where ``d`` is 0."""
     return torch.where(d == 0, torch.zeros_like(d), 1.0 / d)
 
 
 def truncate_codes(x: Tensor, max_code: int) -> Tensor:
-    """Truncate to codes in [0, max_code], uint8.
+    """Truncate to codes in [0, max_code], uint8; ``x`` is not negative, infinite or NaN.
 
-    Where 1 / d overflowed float32 the stored fp16 scale is 0 and the code does not matter: it is 0, as in gguf-py.
+    Infinity and NaN appear where 1 / d overflowed float32 (d below 2.9e-39). The stored fp16 scale is 0 there and the
+    code does not matter: it is 0, as in gguf-py.
     """
-    return torch.trunc(x).nan_to_num(0.0, 0.0, 0.0).clamp(0, max_code).to(torch.uint8)
+    return torch.trunc(x).nan_to_num_(0.0, 0.0, 0.0).clamp_(0, max_code).to(torch.uint8)
 
 
 def round_half_away(x: Tensor) -> Tensor:
@@ -75,13 +85,14 @@ def round_half_away(x: Tensor) -> Tensor:
     return torch.copysign(floor + (2 * (magnitude - floor)).floor(), x)
 
 
+def round_codes(x: Tensor) -> Tensor:
+    """Return ``x`` rounded half away from zero as int8 codes; infinity and NaN, where 1 / d overflowed, become 0."""
+    return round_half_away(x).nan_to_num_(0.0, 0.0, 0.0).to(torch.int8)
+
+
 def signed_extreme(blocks: Tensor) -> Tensor:
     """Return the element of largest magnitude of each block with its sign, the first of equals: ``(..., 1)``."""
-    magnitude = blocks.abs()
-    is_extreme = magnitude == magnitude.amax(dim=-1, keepdim=True)
-    # The first of equals: torch.argmax promises no order among ties, a descending weight does.
-    order = torch.arange(BLOCK_SIZE, 0, -1, device=blocks.device)
-    first = (is_extreme * order).argmax(dim=-1, keepdim=True)
+    first = blocks.abs().argmax(dim=-1, keepdim=True)  # torch.argmax: the first of equals
     return blocks.gather(-1, first)
 
 

@@ -13,14 +13,18 @@ A block is 32 consecutive elements. Byte layouts (``d`` and ``m`` are little-end
 
 Numerics that the bytes depend on, from ggml's reference quantizers:
 
-- Everything is float32, and multiplication and addition round separately: a fused multiply-add changes bytes.
+- Everything is float32, and division, multiplication and addition round separately: a fused multiply-add changes bytes,
+  and so does a division replaced by a multiplication. Eager torch keeps the steps apart on every device; a compiler
+  that fuses them need not, so quantize outside of ``torch.compile``.
 - Codes are computed with the reciprocal of the *unrounded* scale; the scale is then stored as fp16, nearest even.
 - Q4_0 and Q5_0 take the element of largest magnitude *with its sign* (the first of equals), ``d = extreme / -8`` (-16),
-  so it gets code 0. A block of zeros stores ``d = -0.0``.
+  so it gets code 0. A block of zeros stores ``d = -0.0`` (bytes 00 80) and the middle code (0x88). Only if its first
+  element is -0.0 it stores +0.0, as in gguf-py; ggml in C does not tell the two zeros apart.
 - ``trunc(x / d + 8.5)``: ties go up in code space. Q8_0 rounds half away from zero.
 
-A scale beyond fp16 is stored as infinity, as ggml does; :class:`lq_torch.GGMLTensor` refuses such weights. NaN and
-infinity in the input are refused here, since their bytes are not portable.
+A scale (or ``m``) beyond fp16 is stored as infinity, as ggml does, and such a block dequantizes to infinities and NaN:
+byte equality comes first here, and refusing such a weight is up to the caller. NaN and infinity in the input are
+refused, since their bytes are not portable.
 """
 
 import torch
@@ -28,13 +32,14 @@ from torch import Tensor
 
 from lq_formats.ggml.blocks import (
     check_blocks,
+    divide,
     half_bytes,
     merge_blocks,
     pack_fifth_bits,
     pack_nibbles,
     read_half,
     reciprocal,
-    round_half_away,
+    round_codes,
     signed_extreme,
     split_blocks,
     truncate_codes,
@@ -50,7 +55,7 @@ def quantize_q4_0(x: Tensor) -> Tensor:
         DTypeError, ShapeError, NonFiniteError: If ``x`` is not finite floats with K a multiple of 32.
     """
     blocks = split_blocks(x, "quantize_q4_0")
-    d = signed_extreme(blocks) / -8
+    d = divide(signed_extreme(blocks), -8)
     codes = truncate_codes(blocks * reciprocal(d) + 8.5, 15)
     return torch.cat((half_bytes(d), pack_nibbles(codes)), dim=-1)
 
@@ -83,7 +88,7 @@ def dequantize_q4_1(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def quantize_q5_0(x: Tensor) -> Tensor:
     """Quantize ``(..., K)`` floats to Q5_0 blocks ``(..., K // 32, 22) uint8``; errors as :func:`quantize_q4_0`."""
     blocks = split_blocks(x, "quantize_q5_0")
-    d = signed_extreme(blocks) / -16
+    d = divide(signed_extreme(blocks), -16)
     codes = truncate_codes(blocks * reciprocal(d) + 16.5, 31)
     return torch.cat((half_bytes(d), pack_fifth_bits(codes), pack_nibbles(codes & 0x0F)), dim=-1)
 
@@ -113,8 +118,8 @@ def dequantize_q5_1(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def quantize_q8_0(x: Tensor) -> Tensor:
     """Quantize ``(..., K)`` floats to Q8_0 blocks ``(..., K // 32, 34) uint8``; errors as :func:`quantize_q4_0`."""
     blocks = split_blocks(x, "quantize_q8_0")
-    d = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    codes = round_half_away(blocks * reciprocal(d)).to(torch.int8)
+    d = divide(blocks.abs().amax(dim=-1, keepdim=True), 127)
+    codes = round_codes(blocks * reciprocal(d))
     return torch.cat((half_bytes(d), codes.view(torch.uint8)), dim=-1)
 
 
@@ -128,5 +133,5 @@ def dequantize_q8_0(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def _quantize_range(blocks: Tensor, max_code: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``d``, ``m`` and uint8 codes of the formats that store a minimum (Q4_1, Q5_1)."""
     low, high = blocks.amin(dim=-1, keepdim=True), blocks.amax(dim=-1, keepdim=True)
-    d = (high - low) / max_code
+    d = divide(high - low, max_code)
     return d, low, truncate_codes((blocks - low) * reciprocal(d) + 0.5, max_code)

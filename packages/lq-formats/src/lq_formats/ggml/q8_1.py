@@ -9,6 +9,10 @@
 *unrounded* ``d`` and the integer sum of the codes. Both are then stored as fp16, nearest even. ``s`` lets a product
 with an unsigned 4-bit weight block skip the subtraction of 8: ``d4 * (d8 * sum(q4 q8) - 8 s)``. (Taking ``s`` from the
 sum of the floats instead, as some kernels do, costs accuracy.)
+
+``d`` beyond fp16 (|x| above 8.3e6) is stored as infinity, and so is ``s``, which can happen from |x| = 2048 on if
+nearly all of a block is that large and of one sign. Where 1 / d overflows float32 (|x| below 3.7e-37), d, s and all
+codes are 0.
 """
 
 import torch
@@ -16,11 +20,12 @@ from torch import Tensor
 
 from lq_formats.ggml.blocks import (
     check_blocks,
+    divide,
     half_bytes,
     merge_blocks,
     read_half,
     reciprocal,
-    round_half_away,
+    round_codes,
     split_blocks,
 )
 
@@ -37,11 +42,11 @@ def quantize_q8_1(x: Tensor, *, check: bool = True) -> Tensor:
         DTypeError, ShapeError, NonFiniteError: If ``x`` is not finite floats with K a multiple of 32.
     """
     blocks = split_blocks(x, "quantize_q8_1", check)
-    d = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    rounded = round_half_away(blocks * reciprocal(d))
-    s = rounded.sum(dim=-1, keepdim=True) * d
-    codes = rounded.nan_to_num(0.0, 127.0, -127.0).to(torch.int8)
+    d = divide(blocks.abs().amax(dim=-1, keepdim=True), 127)
+    codes = round_codes(blocks * reciprocal(d))
+    s = codes.sum(dim=-1, keepdim=True, dtype=torch.int32).to(torch.float32) * d
     return torch.cat((half_bytes(d), half_bytes(s), codes.view(torch.uint8)), dim=-1)
+
 
 
 def dequantize_q8_1(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
