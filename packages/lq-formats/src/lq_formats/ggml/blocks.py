@@ -25,9 +25,10 @@ def split_blocks(x: Tensor, name: str, check: bool = True) -> Tensor:
             f"the input of {name} has shape {tuple(x.shape)}: the last dimension must be a positive multiple of "
             f"{BLOCK_SIZE}; pad it or keep this tensor in floating point"
         )
+    values = x.detach().to(torch.float32)
     if check:
-        check_finite(x, f"the input of {name}")
-    return x.detach().to(torch.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
+        check_finite(values, f"the input of {name}, as float32,")
+    return values.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
 
 
 def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) -> None:

@@ -48,7 +48,6 @@ def quantize_q8_1(x: Tensor, *, check: bool = True) -> Tensor:
     return torch.cat((half_bytes(d), half_bytes(s), codes.view(torch.uint8)), dim=-1)
 
 
-
 def dequantize_q8_1(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the ``(..., K)`` values of Q8_1 blocks ``(..., K // 32, 36) uint8``: ``q d``.
 
