@@ -46,8 +46,10 @@ def choose_qparams(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         scale = _store_scale(torch.maximum(-low, high) / (spec.midpoint - 1), spec)
         return scale, None
     low, high = low.clamp(max=0), high.clamp(min=0)
-    # Halves first: high - low of two huge values of opposite sign may overflow although the scale does not.
-    scale = _store_scale((high / 2 - low / 2) / spec.max_code * 2, spec)
+    span = high - low
+    # The span of two huge values of opposite sign overflows although the scale does not; its half does not either.
+    scale = torch.where(torch.isinf(span), (high / 2 - low / 2) / spec.max_code * 2, span / spec.max_code)
+    scale = _store_scale(scale, spec)
     zero = torch.round(-low / scale.to(low.dtype)).clamp_(0, spec.max_code).to(torch.uint8)
     return scale, zero
 

@@ -59,8 +59,9 @@ def pack_bits(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Ten
     for j in range(per_block):
         words |= blocks[..., j].to(word) << (bits * j)
     octets = words.unsqueeze(-1).view(torch.uint8)[..., :block_bytes].reshape(*lead, count_blocks * block_bytes)
-    octets = torch.nn.functional.pad(octets, (0, items * _ITEM_BYTES[dtype] - octets.shape[-1])).contiguous()
-    return octets if dtype == torch.uint8 else octets.view(dtype)
+    octets = torch.nn.functional.pad(octets, (0, items * _ITEM_BYTES[dtype] - octets.shape[-1]))
+    # Flat, because a wider view refuses the odd strides that a dimension of size 1 may have.
+    return octets.reshape(-1).view(dtype).reshape(*lead, items)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:

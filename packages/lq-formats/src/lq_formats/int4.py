@@ -41,8 +41,9 @@ def pack_int4(codes: Tensor) -> Tensor:
     if padded:
         codes = torch.nn.functional.pad(codes, (0, padded))
     # Bytes are laid out from the least significant up, which is what a little-endian int32 view reads.
-    octets = (codes[:, ::2] | codes[:, 1::2] << 4).contiguous()
-    return octets.view(rows, (columns + padded) // CODES_PER_WORD, 4).view(torch.int32).squeeze(-1)
+    # Flat, because a wider view refuses the odd strides that a dimension of size 1 may have.
+    octets = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(-1)
+    return octets.view(torch.int32).reshape(rows, (columns + padded) // CODES_PER_WORD)
 
 
 def unpack_int4(qweight: Tensor, in_features: int) -> Tensor:
