@@ -1,0 +1,129 @@
+"""How far a quantized model is from the float one: KL divergence and top-1 agreement, token by token.
+
+``KL(float || quantized) = sum_v p_float(v) (log p_float(v) - log p_quantized(v))`` in nats, averaged over the same
+positions that the perplexity protocol scores. Unlike perplexity it cannot improve by chance: it is 0 only for equal
+distributions. Top-1 agreement is the share of positions where both models would greedily choose the same token.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lq_eval.perplexity import (
+    PROTOCOLS,
+    Accumulator,
+    Perplexity,
+    Protocol,
+    batches,
+    forward,
+    model_input,
+    negative_log_likelihood,
+)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distance of one model's predictions from the reference model's.
+
+    Attributes:
+        kl: Mean KL(reference || model) in nats.
+        kl_stderr: Its standard error over windows; NaN with a single window.
+        top1: Share of positions with the same most likely token, 0 to 1.
+        positions: Number of positions compared.
+    """
+
+    kl: float
+    kl_stderr: float
+    top1: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`.
+
+    Attributes:
+        reference: Perplexity of the reference model.
+        perplexity: Perplexity of every candidate.
+        divergence: Divergence of every candidate from the reference.
+    """
+
+    reference: Perplexity
+    perplexity: Mapping[str, Perplexity]
+    divergence: Mapping[str, Divergence]
+
+
+def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
+    """Return KL(reference || candidate) of two logit tensors ``(..., vocabulary)`` in float32 nats: ``(...)``."""
+    log_p = torch.log_softmax(reference.float(), dim=-1)
+    log_q = torch.log_softmax(candidate.float(), dim=-1)
+    # The sum is at least 0; rounding may leave it a few 1e-8 below for equal models.
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_(min=0)
+
+
+def compare(
+    reference: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    windows: Tensor,
+    *,
+    batch_size: int = 4,
+    rules: Protocol = PROTOCOLS["windows"],
+    bos: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Measure perplexity and divergence of several models in one pass over the windows.
+
+    The reference runs once a batch, whatever the number of candidates, and no logits are kept between batches.
+
+    Args:
+        reference: The unquantized model.
+        candidates: Models with the same vocabulary, on the same device, by name.
+        windows: ``(windows, seq_len) int64``.
+        batch_size: Windows at a time.
+        rules: The perplexity protocol.
+        bos: The tokenizer's BOS token, for the protocols that use it.
+        progress: Called with the number of windows after each forward pass of any model.
+
+    Raises:
+        SpecError: If ``batch_size`` is not positive, or the protocol lacks its BOS token.
+    """
+    device = next(reference.parameters()).device
+    total = Accumulator()
+    totals = {name: Accumulator() for name in candidates}
+    kl: dict[str, list[float]] = {name: [] for name in candidates}
+    agreed = dict.fromkeys(candidates, 0)
+    positions = 0
+
+    with torch.inference_mode():
+        for batch in batches(windows, batch_size):
+            ids = model_input(batch.to(device), rules, bos)
+            expected, seconds = forward(reference, ids)
+            total.add(negative_log_likelihood(expected, ids), ids.numel(), seconds)
+            expected = expected[:, :-1]
+            best = expected.argmax(dim=-1)
+            positions += best.numel()
+            if progress is not None:
+                progress(batch.shape[0])
+            for name, model in candidates.items():
+                logits, seconds = forward(model, ids)
+                totals[name].add(negative_log_likelihood(logits, ids), ids.numel(), seconds)
+                logits = logits[:, :-1]
+                kl[name] += kl_divergence(expected, logits).double().mean(dim=1).tolist()
+                agreed[name] += int((logits.argmax(dim=-1) == best).sum())
+                if progress is not None:
+                    progress(batch.shape[0])
+
+    return Comparison(
+        total.result(),
+        {name: accumulator.result() for name, accumulator in totals.items()},
+        {name: _divergence(kl[name], agreed[name] / positions, positions) for name in candidates},
+    )
+
+
+def _divergence(means: list[float], top1: float, positions: int) -> Divergence:
+    values = torch.tensor(means, dtype=torch.float64)
+    stderr = float(values.std()) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return Divergence(float(values.mean()), stderr, top1, positions)

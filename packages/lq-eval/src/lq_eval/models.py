@@ -1,0 +1,206 @@
+"""Loading the models that are evaluated, and counting what they take.
+
+A model is a folder in the Hugging Face layout, a folder written by :func:`lq_torch.save_pretrained`, or a name on the
+hub. A folder is never looked up on the network.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lq_formats import DTypeError, LQError, SpecError, UnsupportedError
+from torch import nn
+
+from lq_eval.errors import ModelLoadError
+from lq_eval.schemes import weight_nbytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        name: What the user asked for.
+        model: In evaluation mode, on the device it runs on.
+        tokenizer: Its tokenizer.
+        quantized: Whether it was saved quantized.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes.
+
+    Attributes:
+        linear_bytes: Bytes of the quantized linear weights (codes, scales and zeros).
+        linear_weights: Number of weights in them.
+        total_bytes: Bytes of all parameters and buffers; dense ones counted at ``dense_bytes`` each.
+    """
+
+    linear_bytes: int
+    linear_weights: int
+    total_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits of a quantized weight; NaN if none is quantized."""
+        return self.linear_bytes * 8 / self.linear_weights if self.linear_weights else float("nan")
+
+
+def default_device(device: str | None = None) -> torch.device:
+    """Return the device to run on: the one asked for, else the GPU where there is one, else the CPU.
+
+    Raises:
+        SpecError: If ``device`` is not a device, or is a GPU that this machine lacks.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(f"unknown device {device!r}: expected for example cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise SpecError(f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+    return chosen
+
+
+def default_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations: the one asked for, else bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        DTypeError: If the name is unknown.
+    """
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise DTypeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: A folder, or a name on the Hugging Face hub.
+        device: Where to put it.
+        dtype: dtype of its weights (an lq folder keeps the dtype it was saved in).
+
+    Raises:
+        ModelLoadError: If it cannot be found or read.
+        LQError: If an lq folder is damaged or of an unknown version.
+    """
+    local = Path(source).is_dir()
+    if local and (Path(source) / LQ_MARKER).is_file():
+        return _load_quantized(Path(source), device, dtype)
+    with _quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
+            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, local_files_only=local)
+        except LQError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            where = "the folder" if local else "the hub name (there is no such folder)"
+            raise ModelLoadError(f"cannot load {where} {str(source)!r}: {_first_line(error)}") from error
+    return LoadedModel(str(source), model.to(device).eval(), tokenizer, quantized=False)
+
+
+LQ_MARKER = "lq.json"
+
+
+def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    import lq_torch
+
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelLoadError(
+                f"{str(directory)!r} holds lq weights, but its config.json or tokenizer cannot be read: "
+                f"{_first_line(error)}; save both beside the weights (config.save_pretrained, tokenizer.save_pretrained)"
+            ) from error
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = lq_torch.load(directory, model=skeleton, device=str(device))
+    return LoadedModel(str(directory), model.eval(), tokenizer, quantized=True)
+
+
+def model_size(model: nn.Module, dense_bytes: int = 2) -> ModelSize:
+    """Count a model's bytes as they are saved: quantized weights as they are, other parameters at ``dense_bytes`` each.
+
+    A parameter that several modules share (tied embeddings) counts once; so do buffers that are saved.
+    """
+    linear = weights = total = 0
+    for parameter in model.parameters():
+        if hasattr(parameter, "packed_nbytes"):
+            nbytes = weight_nbytes(parameter)
+            linear, weights, total = linear + nbytes, weights + parameter.numel(), total + nbytes
+        else:
+            total += parameter.numel() * dense_bytes
+    return ModelSize(linear, weights, total)
+
+
+def read_weight(source: str | Path, name: str) -> torch.Tensor:
+    """Read one weight of a model folder without loading the rest.
+
+    Args:
+        source: A folder with ``*.safetensors``.
+        name: The parameter's name, for example ``"model.layers.0.mlp.down_proj.weight"``.
+
+    Raises:
+        ModelLoadError: If there are no such files or no such weight (similar names are listed).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(source)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelLoadError(f"no *.safetensors in {str(folder)!r}; --model takes a model's folder")
+    known: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+                if name in names:
+                    weight: torch.Tensor = tensors.get_tensor(name)
+                    return weight
+        except SafetensorError as error:
+            raise ModelLoadError(f"cannot read {file.name} in {str(folder)!r}: {error}") from error
+        known += names
+    last = name.rpartition(".weight")[0].rpartition(".")[2] or name
+    similar = [other for other in known if last in other][:4] or known[:4]
+    raise ModelLoadError(f"no weight {name!r} in {str(folder)!r}; there are {len(known)}, such as {', '.join(similar)}")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Loading draws its own progress bars and warns that the text is longer than the context; neither helps here."""
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UnsupportedError(f"transformers cannot be imported: {error}") from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,147 @@
+"""Results as tables for people."""
+
+from collections.abc import Iterable, Sequence
+
+from lq_kernels import Explanation
+from rich.table import Table
+from rich.text import Text
+
+from lq_eval.bench.gemm import GemmRow
+from lq_eval.bench.ggml import GGMLRow
+from lq_eval.doctor import Fact
+from lq_eval.evaluate import Evaluation
+from lq_eval.schemes import MatrixError
+
+
+def _table(title: str, columns: Sequence[str], caption: str = "", left: int = 1) -> Table:
+    table = Table(
+        title=Text(title), caption=Text(caption) if caption else None, caption_justify="left", title_justify="left"
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+    return table
+
+
+def evaluation_table(rows: Iterable[Evaluation], title: str, caption: str = "") -> Table:
+    """Return the table of ``lq-eval demo`` and ``lq-eval ppl``."""
+    columns = (
+        "scheme",
+        "bits per\nweight",
+        "linears\nMB",
+        "model\nMB",
+        "perplexity",
+        "change",
+        "KL to\nfloat",
+        "same\ntop-1",
+        "prefill\ntok/s",
+        "decode\ntok/s",
+    )
+    table = _table(title, columns, caption)
+    for row in rows:
+        size, distance, decode = row.size, row.divergence, row.decode_tokens_per_second
+        table.add_row(
+            row.scheme,
+            f"{size.bits_per_weight:.3f}",
+            f"{size.linear_bytes / 1e6:.3f}",
+            f"{size.total_bytes / 1e6:.3f}",
+            f"{row.perplexity.value:.3f}",
+            "" if row.change_percent is None else f"{row.change_percent:+.2f}%",
+            "" if distance is None else f"{distance.kl:.4f}",
+            "" if distance is None else f"{distance.top1:.1%}",
+            f"{row.perplexity.tokens_per_second:,.0f}",
+            "" if decode is None else f"{decode:,.0f}",
+        )
+    return table
+
+
+def matrix_table(rows: Iterable[MatrixError], title: str) -> Table:
+    """Return the table of ``lq-eval schemes``."""
+    columns = ("scheme", "scales", "mean abs. error", "relative error", "bits per weight", "reduction")
+    table = _table(title, columns, "reduction: bytes of the 16-bit matrix / bytes of codes, scales and zeros", left=2)
+    for row in rows:
+        table.add_row(
+            row.scheme,
+            row.scale_dtype,
+            f"{row.mae:.4g}",
+            f"{row.relative_rmse:.4f}",
+            f"{row.bits_per_weight:.4f}",
+            f"{row.reduction:.2f}x",
+        )
+    return table
+
+
+def gemm_table(rows: Iterable[GemmRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench gemm``."""
+    columns = ("op", "shape", "N x K", "dtype", "kernel", "ran", "M", "us", "dense us", "speedup", "GB/s")
+    table = _table(title, columns, "dense: F.linear in x's dtype; speedup = dense us / us; M: tokens", left=6)
+    for row in rows:
+        measured = row.us is not None
+        table.add_row(
+            row.op,
+            row.shape,
+            f"{row.n}x{row.k}",
+            row.dtype,
+            row.kernel,
+            Text(row.ran if measured else row.note),
+            str(row.m),
+            f"{row.us:.1f}" if row.us is not None else "-",
+            f"{row.dense_us:.1f}",
+            f"{row.speedup:.2f}x" if row.speedup is not None else "-",
+            f"{row.gb_per_s:.0f}" if row.gb_per_s is not None else "-",
+        )
+    return table
+
+
+def ggml_table(rows: Iterable[GGMLRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench ggml``."""
+    columns = ("tokens", "quantize us", "product us", "total us", "GFLOPS", "dense us", "speedup")
+    table = _table(title, columns, "total: activations to Q8_1 and product; dense: F.linear", left=0)
+    for row in rows:
+        table.add_row(
+            str(row.m),
+            f"{row.quantize_us:.1f}",
+            f"{row.gemm_us:.1f}",
+            f"{row.total_us:.1f}",
+            f"{row.gflops:,.0f}",
+            f"{row.dense_us:.1f}",
+            f"{row.speedup:.2f}x",
+        )
+    return table
+
+
+def facts_table(facts: Iterable[Fact]) -> Table:
+    """Return the first table of ``lq-eval doctor``."""
+    table = _table("Machine", ("", ""), left=2)
+    table.show_header = False
+    for fact in facts:
+        table.add_row(fact.name, Text(fact.value, style="" if fact.ok else "yellow"))
+    return table
+
+
+def _reasons(found: Explanation) -> str:
+    """Put kernels with the same reason on one line."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in found.rejected:
+        by_reason.setdefault(reason, []).append(name)
+    return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+
+
+def kernel_table(explanations: Iterable[Explanation]) -> Table:
+    """Return the second table of ``lq-eval doctor``."""
+    columns = ("op", "weight", "x", "M", "kernel", "predicted", "why not the others")
+    table = _table("Kernels for a 4096x4096 layer", columns, left=7)
+    for found in explanations:
+        problem = found.problem
+        spec = problem.spec
+        group = "per row" if spec.granularity == "row" else f"g{problem.group_size}"
+        table.add_row(
+            problem.op,
+            f"{group} {'sym' if spec.symmetric else 'asym'}",
+            str(problem.dtype).removeprefix("torch."),
+            str(problem.m),
+            found.chosen or Text("none", style="red"),
+            f"{found.predicted_us:.1f} us",
+            Text(_reasons(found)),
+            end_section=problem.m == 4096,
+        )
+    return table
