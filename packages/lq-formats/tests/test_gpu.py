@@ -45,6 +45,14 @@ def test_affine(dtype, symmetric, bits):
     assert torch.equal(unpack_bits(packed, bits, 256), gpu_codes)
 
 
+def test_scales_are_divided_not_multiplied_by_a_reciprocal():
+    w = torch.rand(4096, 8, generator=torch.Generator().manual_seed(0))
+    for bits, symmetric in ((4, True), (3, True), (4, False)):
+        spec = QuantSpec(bits, "row", None, symmetric)
+        assert torch.equal(choose_qparams(w.cuda(), spec)[0].cpu(), choose_qparams(w, spec)[0])
+    assert torch.equal(quantize_weight_per_channel(w.cuda())[1].cpu(), quantize_weight_per_channel(w)[1])
+
+
 def test_int4_and_int8():
     w = weights(torch.float32)
     for ours, expected in zip(quantize_i4_pack8(w.cuda()), quantize_i4_pack8(w), strict=True):

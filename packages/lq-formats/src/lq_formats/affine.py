@@ -10,6 +10,7 @@ is stored. Error bound: for every weight inside the representable range, ``|w - 
 import torch
 from torch import Tensor
 
+from lq_formats.division import divide
 from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
 from lq_formats.spec import QuantSpec
 from lq_formats.validation import check_finite, check_float, check_matrix, check_scale
@@ -43,12 +44,13 @@ def choose_qparams(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         return scale, None if spec.symmetric else torch.zeros(empty, dtype=torch.uint8, device=w.device)
     low, high = torch.aminmax(groups, dim=-1)
     if spec.symmetric:
-        scale = _store_scale(torch.maximum(-low, high) / (spec.midpoint - 1), spec)
+        scale = _store_scale(divide(torch.maximum(-low, high), spec.midpoint - 1), spec)
         return scale, None
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = high - low
     # The span of two huge values of opposite sign overflows although the scale does not; its half does not either.
-    scale = torch.where(torch.isinf(span), (high / 2 - low / 2) / spec.max_code * 2, span / spec.max_code)
+    half = divide(high / 2 - low / 2, spec.max_code)
+    scale = torch.where(torch.isinf(span), half * 2, divide(span, spec.max_code))
     scale = _store_scale(scale, spec)
     zero = torch.round(-low / scale.to(low.dtype)).clamp_(0, spec.max_code).to(torch.uint8)
     return scale, zero

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.affine import smallest_scale
+from lq_formats.division import divide
 from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
 from lq_formats.validation import check_finite, check_float, check_matrix
 
@@ -77,7 +78,7 @@ def _checked(w: Tensor) -> Tensor:
 
 
 def _quantize(values: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (amax / _MAX).to(torch.float32)
+    scale = divide(amax, _MAX).to(torch.float32)
     if bool(torch.isinf(scale).any()):  # only float64 weights get here
         raise NonFiniteError(f"a scale of {float(amax.max()) / _MAX:.4g} is beyond float32; rescale this weight")
     tiny = smallest_scale(torch.float32)
