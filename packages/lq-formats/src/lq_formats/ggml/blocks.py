@@ -56,15 +56,6 @@ def read_half(data: Tensor, offset: int) -> Tensor:
     return data[..., offset : offset + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
-def divide(x: Tensor, divisor: int) -> Tensor:
-    """Return ``x / divisor``, correctly rounded on every device.
-
-    Torch on CUDA turns a division by a Python number into a multiplication by its reciprocal, which is off by one unit
-    in the last place for one in several values (for 15, 31 and 127); a division by a tensor stays a division.
-    """
-    return x / torch.full_like(x, divisor)
-
-
 def reciprocal(d: Tensor) -> Tensor:
     """Return ``1 / d`` in float32, and 0 where ``d`` is 0."""
     return torch.where(d == 0, torch.zeros_like(d), 1.0 / d)

@@ -30,9 +30,9 @@ refused, since their bytes are not portable.
 import torch
 from torch import Tensor
 
+from lq_formats.division import divide
 from lq_formats.ggml.blocks import (
     check_blocks,
-    divide,
     half_bytes,
     merge_blocks,
     pack_fifth_bits,

@@ -18,9 +18,9 @@ codes are 0.
 import torch
 from torch import Tensor
 
+from lq_formats.division import divide
 from lq_formats.ggml.blocks import (
     check_blocks,
-    divide,
     half_bytes,
     merge_blocks,
     read_half,
