@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lq_formats import (
+    DeviceError,
     DTypeError,
     GroupSizeError,
     NonFiniteError,
@@ -319,3 +320,13 @@ def test_bad_input_is_named():
         dequantize_affine(codes.int(), scale, None, spec)
     with pytest.raises(DTypeError, match="the result has dtype"):
         dequantize_affine(codes, scale, None, spec, torch.int8)
+    with pytest.raises(DeviceError, match="scale is on meta and weight on cpu"):
+        quantize_affine(w, scale.to("meta"), None, spec)
+
+
+def test_dequantize_compiles_into_one_graph():
+    spec = make(4, 16, False)
+    scale, zero = choose_qparams(weights(), spec)
+    codes = quantize_affine(weights(), scale, zero, spec)
+    compiled = torch.compile(dequantize_affine, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(codes, scale, zero, spec), dequantize_affine(codes, scale, zero, spec))

@@ -119,3 +119,11 @@ def test_bad_input_is_named():
     packed, scales = quantize_i4_pack8(torch.randn(2, 64), 32)
     with pytest.raises(ShapeError, match="scale has shape"):
         dequantize_i4_pack8(packed, scales, 16)
+
+
+def test_unpacking_compiles_into_one_graph():
+    packed, scales = quantize_i4_pack8(torch.randn(4, 64), 32)
+    compiled = torch.compile(dequantize_i4_pack8, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(packed, scales, 32), dequantize_i4_pack8(packed, scales, 32))
+    unpack = torch.compile(unpack_int4, fullgraph=True, backend="aot_eager")
+    assert torch.equal(unpack(packed, 64), unpack_int4(packed, 64))

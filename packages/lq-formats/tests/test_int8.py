@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from lq_formats import (
+    DeviceError,
     DTypeError,
     NonFiniteError,
     ShapeError,
@@ -100,3 +101,7 @@ def test_bad_input_is_named():
         dequantize_weight_int8(q, torch.ones(8))
     with pytest.raises(DTypeError, match="expected int8"):
         dequantize_weight_int8(q.float(), torch.ones(4))
+    with pytest.raises(DTypeError, match="the result has dtype"):
+        dequantize_weight_int8(q, torch.ones(4), torch.int32)
+    with pytest.raises(DeviceError, match="scale is on meta and q on cpu"):
+        dequantize_weight_int8(q, torch.ones(4, device="meta"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from lq_formats.division import divide
 from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
 from lq_formats.spec import QuantSpec
-from lq_formats.validation import check_finite, check_float, check_matrix, check_scale
+from lq_formats.validation import check_device, check_finite, check_float, check_matrix, check_scale
 
 
 def choose_qparams(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -69,13 +69,13 @@ def quantize_affine(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSp
         ``(N, K) uint8`` codes in ``[0, 2**bits - 1]``.
 
     Raises:
-        ShapeError, GroupSizeError, DTypeError: If the tensors do not fit each other or ``spec``.
+        ShapeError, GroupSizeError, DTypeError, DeviceError: If the tensors do not fit each other or ``spec``.
         NonFiniteError: If ``w`` holds NaN or infinity, or ``scale`` holds those or zero.
     """
     check_float(w)
     check_matrix(w)
     check_finite(w)
-    _check_params(tuple(w.shape), scale, zero, spec)
+    _check_params(w, "weight", scale, zero, spec)
     check_scale(scale)
     groups = _grouped(_compute(w), spec)
     codes = groups / scale.to(groups.dtype).unsqueeze(-1)
@@ -104,13 +104,13 @@ def dequantize_affine(
         ``(N, K)`` weights.
 
     Raises:
-        ShapeError, GroupSizeError, DTypeError: If the tensors do not fit each other or ``spec``.
+        ShapeError, GroupSizeError, DTypeError, DeviceError: If the tensors do not fit each other or ``spec``.
     """
     check_matrix(codes, "codes")
     if codes.dtype != torch.uint8:
         raise DTypeError(f"codes have dtype {codes.dtype}: expected uint8 codes in [0, {spec.max_code}]")
     check_float(torch.empty(0, dtype=dtype), "the result")
-    _check_params(tuple(codes.shape), scale, zero, spec)
+    _check_params(codes, "codes", scale, zero, spec)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     groups = _grouped(codes, spec).to(compute)
     groups -= spec.midpoint if zero is None else zero.to(compute).unsqueeze(-1)
@@ -154,8 +154,10 @@ def _store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(scale > 0, stored.clamp(min=smallest_scale(spec.scale_dtype)), torch.ones_like(stored))
 
 
-def _check_params(shape: tuple[int, ...], scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> None:
+def _check_params(matrix: Tensor, name: str, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> None:
+    shape = tuple(matrix.shape)
     expected = spec.scale_shape(shape[0], shape[1])
+    check_device(scale, "scale", matrix, name)
     if tuple(scale.shape) != expected:
         raise ShapeError(f"scale has shape {tuple(scale.shape)}: a weight of shape {shape} needs {expected}")
     check_float(scale, "scale")
@@ -167,3 +169,4 @@ def _check_params(shape: tuple[int, ...], scale: Tensor, zero: Tensor | None, sp
             raise ShapeError(f"zero has shape {tuple(zero.shape)}: a weight of shape {shape} needs {expected}")
         if zero.dtype != torch.uint8:
             check_float(zero, "zero")
+        check_device(zero, "zero", matrix, name)

@@ -121,7 +121,7 @@ def dequantize_i4_pack8(
         ``(N, K)`` weights.
 
     Raises:
-        ShapeError, GroupSizeError, DTypeError: If the tensors do not fit each other.
+        ShapeError, GroupSizeError, DTypeError, DeviceError: If the tensors do not fit each other.
     """
     check_matrix(packed, "packed")
     _check_pack_dtype(packed.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lq_formats.affine import smallest_scale
 from lq_formats.division import divide
 from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
-from lq_formats.validation import check_finite, check_float, check_matrix
+from lq_formats.validation import check_device, check_finite, check_float, check_matrix
 
 _MAX = 127
 
@@ -58,12 +58,14 @@ def dequantize_weight_int8(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.
         dtype: dtype of the result.
 
     Raises:
-        ShapeError, DTypeError: If the tensors do not fit each other.
+        ShapeError, DTypeError, DeviceError: If the tensors do not fit each other.
     """
     rows, _ = check_matrix(q, "q")
     if q.dtype != torch.int8:
         raise DTypeError(f"q has dtype {q.dtype}: expected int8")
     check_float(scale, "scale")
+    check_float(torch.empty(0, dtype=dtype), "the result")
+    check_device(scale, "scale", q, "q")
     if scale.dim() > 0 and tuple(scale.shape) != (rows,):
         raise ShapeError(f"scale has shape {tuple(scale.shape)}: expected ({rows},) per row or () per tensor")
     compute = torch.float64 if dtype == torch.float64 else torch.float32

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lq_formats.errors import DTypeError, NonFiniteError, ShapeError, SizeOverflowError, SpecError
+from lq_formats.errors import DeviceError, DTypeError, NonFiniteError, ShapeError, SizeOverflowError, SpecError
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_ELEMENTS = 2**63 - 1
@@ -59,6 +59,14 @@ def check_codes(codes: Tensor, bits: int, name: str = "codes") -> None:
         largest = int(codes.max())
         if largest >> bits:
             raise SpecError(f"{name} hold {largest}, which does not fit {bits} bits: expected 0 to {(1 << bits) - 1}")
+
+
+def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """Raise DeviceError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise DeviceError(
+            f"{name} is on {tensor.device} and {other_name} on {other.device}: move one of them with .to()"
+        )
 
 
 def check_elements(*sizes: int, name: str = "weight") -> int:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lq_formats.affine import dequantize_affine
-from lq_formats.errors import DeviceError, DTypeError, FormatError, GroupSizeError, ShapeError, SpecError
+from lq_formats.errors import DTypeError, FormatError, GroupSizeError, ShapeError, SpecError
 from lq_formats.spec import MIN_GROUP_SIZE, QuantSpec
-from lq_formats.validation import check_float, check_matrix
+from lq_formats.validation import check_device, check_float, check_matrix
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -62,8 +62,8 @@ class AffineWeight:
                 raise ShapeError(f"g_idx has shape {tuple(self.g_idx.shape)}: expected ({columns},)")
         for name in ("scale", "zero", "g_idx"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.device != self.codes.device:
-                raise DeviceError(f"{name} is on {tensor.device} and codes on {self.codes.device}: move one of them")
+            if tensor is not None:
+                check_device(tensor, name, self.codes, "codes")
 
     @property
     def out_features(self) -> int:
