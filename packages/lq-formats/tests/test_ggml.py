@@ -308,6 +308,14 @@ def test_wrong_block_bytes_are_errors(name: str) -> None:
         form.dequantize(torch.zeros(2, 2, form.type_size, dtype=torch.uint8), torch.int32)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_dequantize_compiles_into_one_graph(name: str) -> None:
+    form = GGML_FORMATS[name]
+    data = form.quantize(torch.randn(4, 64))
+    compiled = torch.compile(form.dequantize, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(data), form.dequantize(data))
+
+
 def test_registry_lists_every_format_with_its_size() -> None:
     sizes = {name: form.type_size for name, form in GGML_FORMATS.items()}
     assert sizes == {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "q8_1": 36}
