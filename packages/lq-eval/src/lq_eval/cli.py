@@ -56,25 +56,26 @@ def _options(
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="Tokens of the bundled text to evaluate on.")] = 51200,
+    tokens: Annotated[int, typer.Option(help="Tokens of the bundled text to evaluate on.")] = 25600,
     schemes: Annotated[str | None, typer.Option(help="Comma-separated; default: all that the demo knows.")] = None,
     device: Device = None,
     json: Json = None,
 ) -> None:
     """Quantize the bundled tiny LLaMA by every scheme; print size, perplexity and speed. Needs no network and no GPU."""
+    import torch
+
     from lq_eval.corpus import load_text, make_windows, tokenize
     from lq_eval.data import eval_text_path, tiny_llama_path
     from lq_eval.evaluate import Settings, dtype_name, evaluate_together, window_passes
     from lq_eval.models import default_device, default_dtype, load_model
-    from lq_eval.schemes import DEMO_SCHEMES, SCALE_DTYPES, parse_schemes
+    from lq_eval.schemes import DEMO_SCHEMES, parse_schemes
     from lq_eval.tables import evaluation_table
 
     started = time.perf_counter()
     where = default_device(device)
     dtype = default_dtype(None, where)
-    configs = parse_schemes(
-        schemes or ",".join(DEMO_SCHEMES), SCALE_DTYPES["float16" if where.type == "cpu" else "bfloat16"]
-    )
+    scale_dtype = torch.float16 if where.type == "cpu" else dtype
+    configs = parse_schemes(schemes or ",".join(DEMO_SCHEMES), scale_dtype)
     loaded = load_model(tiny_llama_path(), device=where, dtype=dtype)
     windows = make_windows(tokenize(loaded.tokenizer, load_text(eval_text_path())), 256, tokens)
     settings = Settings(decode_tokens=16)
@@ -82,7 +83,8 @@ def demo(
         task = bar.add_task("evaluating", total=window_passes(windows, len(configs), together=True))
         rows = evaluate_together(loaded.model, configs, windows, settings, lambda n: bar.advance(task, n))
     caption = (
-        f"{windows.numel():,} tokens of the Python reference in windows of 256, {dtype_name(dtype)} on {where.type}; "
+        f"{windows.numel():,} tokens of the Python reference in windows of 256, {dtype_name(dtype)} on {where.type}, "
+        f"int4 scales in {dtype_name(scale_dtype)}; "
         f"{rows[0].perplexity.stderr:.2f} standard error of the float perplexity. Model MB counts what is not quantized "
         "(embeddings, norms) at 16 bits. Prefill: 4 windows at once; decode: one token at a time. "
         f"{time.perf_counter() - started:.0f} s in all."
@@ -252,13 +254,16 @@ def bench_gemm(
         cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3,
     )
     found = []
+    started = time.monotonic()
     with _progress() as bar:
         task = bar.add_task("timing", total=points(options))
         for row in run_gemm(options):
             found.append(row)
             _save(json, "gemm", [row.to_dict()])
             bar.advance(task)
-    done = f"{len(found)} of {points(options)} points"
+    done = f"{len(found)} points in {time.monotonic() - started:.0f} s"
+    if time.monotonic() - started > options.seconds:
+        done += " (the time was up; give --seconds for more)"
     _console().print(gemm_table(found, f"{_device_name(where)}, int4 groups of {group_size}: {done}"))
     if plot is not None:
         from lq_eval.plots import plot_speedup

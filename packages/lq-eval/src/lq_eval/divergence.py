@@ -20,7 +20,6 @@ from lq_eval.perplexity import (
     batches,
     forward,
     model_input,
-    negative_log_likelihood,
 )
 
 
@@ -56,12 +55,10 @@ class Comparison:
     divergence: Mapping[str, Divergence]
 
 
-def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
-    """Return KL(reference || candidate) of two logit tensors ``(..., vocabulary)`` in float32 nats: ``(...)``."""
-    log_p = torch.log_softmax(reference.float(), dim=-1)
-    log_q = torch.log_softmax(candidate.float(), dim=-1)
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats of two tensors of log probabilities ``(..., vocabulary)`` in float32: ``(...)``."""
     # The sum is at least 0; rounding may leave it a few 1e-8 below for equal models.
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_(min=0)
+    return (log_p - log_q).mul_(log_p.exp()).sum(dim=-1).clamp_(min=0)
 
 
 def compare(
@@ -100,19 +97,16 @@ def compare(
     with torch.inference_mode():
         for batch in batches(windows, batch_size):
             ids = model_input(batch.to(device), rules, bos)
-            expected, seconds = forward(reference, ids)
-            total.add(negative_log_likelihood(expected, ids), ids.numel(), seconds)
-            expected = expected[:, :-1]
-            best = expected.argmax(dim=-1)
+            log_p, best, scores, seconds = _predict(reference, ids)
+            total.add(scores, ids.numel(), seconds)
             positions += best.numel()
             if progress is not None:
                 progress(batch.shape[0])
             for name, model in candidates.items():
-                logits, seconds = forward(model, ids)
-                totals[name].add(negative_log_likelihood(logits, ids), ids.numel(), seconds)
-                logits = logits[:, :-1]
-                kl[name] += kl_divergence(expected, logits).double().mean(dim=1).tolist()
-                agreed[name] += int((logits.argmax(dim=-1) == best).sum())
+                log_q, choice, scores, seconds = _predict(model, ids)
+                totals[name].add(scores, ids.numel(), seconds)
+                kl[name] += kl_divergence(log_p, log_q).double().mean(dim=1).tolist()
+                agreed[name] += int((choice == best).sum())
                 if progress is not None:
                     progress(batch.shape[0])
 
@@ -121,6 +115,15 @@ def compare(
         {name: accumulator.result() for name, accumulator in totals.items()},
         {name: _divergence(kl[name], agreed[name] / positions, positions) for name in candidates},
     )
+
+
+def _predict(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return log probabilities ``(B, T - 1, V)``, best tokens and scores ``(B, T - 1)``, and the seconds it took."""
+    logits, seconds = forward(model, ids)
+    logits = logits[:, :-1].float()
+    log_q = torch.log_softmax(logits, dim=-1)
+    scores = -log_q.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return log_q, logits.argmax(dim=-1), scores, seconds
 
 
 def _divergence(means: list[float], top1: float, positions: int) -> Divergence:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Evaluation:
             "scheme": self.scheme,
             **size,
             "perplexity": score.pop("value"),
+            "prefill_tokens_per_second": score.pop("tokens_per_second"),
             **score,
-            "prefill_tokens_per_second": self.perplexity.tokens_per_second,
             "change_percent": self.change_percent,
             **(asdict(self.divergence) if self.divergence else {}),
             "decode_tokens_per_second": self.decode_tokens_per_second,
@@ -113,7 +113,7 @@ def evaluate_together(
                 name, quantized, found.perplexity[name], found.reference, found.divergence[name], windows, settings
             )
         )
-    return rows
+    return _with_float_size(rows, settings)
 
 
 def evaluate_in_turn(
@@ -157,7 +157,7 @@ def evaluate_in_turn(
             score, distance = perplexity(quantized, windows, **options), None
         rows.append(_evaluation(name, quantized, score, reference, distance, windows, settings))
         del quantized
-    return rows
+    return _with_float_size(rows, settings)
 
 
 def evaluate_one(
@@ -188,6 +188,15 @@ def _evaluation(
         speed = decode_tokens_per_second(model, windows[:1, : min(64, windows.shape[1])], settings.decode_tokens)
     change = None if reference is None else (score.value / reference.value - 1) * 100
     return Evaluation(name, model_size(model, settings.dense_bytes), score, change, distance, speed)
+
+
+def _with_float_size(rows: list[Evaluation], settings: Settings) -> list[Evaluation]:
+    """Give the float model's row the size of those linear weights that the schemes quantize."""
+    if len(rows) < 2:
+        return rows
+    weights = rows[1].size.linear_weights
+    size = replace(rows[0].size, linear_bytes=weights * settings.dense_bytes, linear_weights=weights)
+    return [replace(rows[0], size=size), *rows[1:]]
 
 
 def window_passes(windows: Tensor, schemes: int, *, together: bool, divergence: bool = True) -> int:

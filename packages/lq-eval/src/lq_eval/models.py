@@ -5,6 +5,7 @@ hub. A folder is never looked up on the network.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
     local = Path(source).is_dir()
     if local and (Path(source) / LQ_MARKER).is_file():
         return _load_quantized(Path(source), device, dtype)
+    if not local and str(source).startswith(("/", ".", "~")):
+        raise ModelLoadError(f"there is no folder {str(source)!r}; give a model's folder or its name on the hub")
     with _quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +116,7 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
         except (OSError, ValueError, KeyError, ImportError) as error:
             where = "the folder" if local else "the hub name (there is no such folder)"
             raise ModelLoadError(f"cannot load {where} {str(source)!r}: {_first_line(error)}") from error
-    return LoadedModel(str(source), model.to(device).eval(), tokenizer, quantized=False)
+    return LoadedModel(str(source), model.to(device).eval(), _unlimited(tokenizer), quantized=False)
 
 
 LQ_MARKER = "lq.json"
@@ -135,7 +138,7 @@ def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -
             ) from error
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = lq_torch.load(directory, model=skeleton, device=str(device))
-    return LoadedModel(str(directory), model.eval(), tokenizer, quantized=True)
+    return LoadedModel(str(directory), model.eval(), _unlimited(tokenizer), quantized=True)
 
 
 def model_size(model: nn.Module, dense_bytes: int = 2) -> ModelSize:
@@ -185,9 +188,15 @@ def read_weight(source: str | Path, name: str) -> torch.Tensor:
     raise ModelLoadError(f"no weight {name!r} in {str(folder)!r}; there are {len(known)}, such as {', '.join(similar)}")
 
 
+def _unlimited(tokenizer: Any) -> Any:
+    """Texts are tokenized whole and cut into windows afterwards: no reason to warn of the context's length."""
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
+
+
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Loading draws its own progress bars and warns that the text is longer than the context; neither helps here."""
+    """Loading draws its own progress bars and prints advice; neither helps here."""
     try:
         from transformers.utils import logging
     except ImportError as error:

@@ -16,6 +16,7 @@ errors are the same; compare those by :mod:`lq_eval.divergence`.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Perplexity:
         windows: Number of windows.
         tokens: Number of tokens that went through the model.
         seconds: Time spent in the model, without scoring.
+        tokens_per_second: Median over batches of the tokens that went through the model per second (prefill: whole
+            windows at once). The median leaves out the first batch's allocations and what else the machine did.
     """
 
     value: float
@@ -62,11 +65,7 @@ class Perplexity:
     windows: int
     tokens: int
     seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens through the model per second (prefill: whole windows at once)."""
-        return self.tokens / self.seconds if self.seconds > 0 else math.inf
+    tokens_per_second: float
 
 
 def protocol(name: str) -> Protocol:
@@ -137,21 +136,31 @@ class Accumulator:
         self._windows: list[float] = []
         self._scored = 0
         self._tokens = 0
-        self._seconds = 0.0
+        self._seconds: list[float] = []
+        self._rates: list[float] = []
 
     def add(self, scores: Tensor, tokens: int, seconds: float) -> None:
         """Add the scores ``(B, T - 1)`` of one batch."""
         self._windows += scores.double().mean(dim=1).tolist()
         self._scored += scores.numel()
         self._tokens += tokens
-        self._seconds += seconds
+        self._seconds.append(seconds)
+        self._rates.append(tokens / max(seconds, 1e-9))
 
     def result(self) -> Perplexity:
         """Return the perplexity over everything that was added (windows are equally long)."""
         means = torch.tensor(self._windows, dtype=torch.float64)
         value = math.exp(float(means.mean()))
         stderr = value * float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-        return Perplexity(value, stderr, self._scored, len(means), self._tokens, self._seconds)
+        return Perplexity(
+            value,
+            stderr,
+            self._scored,
+            len(means),
+            self._tokens,
+            sum(self._seconds),
+            statistics.median(self._rates),
+        )
 
 
 def perplexity(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lq_formats import LQError, QuantSpec, SpecError
+from lq_formats import LQError, NoKernelError, QuantSpec, SpecError
 from lq_kernels import Arch, Problem, explain, int4_linear, int8_gemm, kernel_names, q4_0_linear, select
 from torch import Tensor
 
@@ -33,7 +33,8 @@ class GemmOptions:
         ms: Numbers of tokens.
         dtypes: dtypes of x.
         ops: ``int4``, ``int8``, ``q4_0``.
-        kernels: Kernel names; ``auto`` is the registry's choice, ``all`` every kernel but the reference.
+        kernels: Kernel names; ``auto`` is the registry's choice, ``all`` every kernel that can
+            run but the reference.
         peers: Other libraries, see :mod:`lq_eval.bench.peers`.
         group_size: Group size of int4; -1 for one scale a row.
         symmetric: Whether int4 is symmetric.
@@ -121,7 +122,7 @@ class _Operand:
 
 
 def points(options: GemmOptions) -> int:
-    """Return how many rows :func:`run_gemm` yields if it is given the time."""
+    """Return how many rows :func:`run_gemm` yields at most."""
     per_op = sum(len(_kernels(op, options)) + (len(options.peers) if op == "int4" else 0) for op in options.ops)
     return len(options.shapes) * len(options.dtypes) * len(options.ms) * per_op
 
@@ -129,7 +130,7 @@ def points(options: GemmOptions) -> int:
 def run_gemm(options: GemmOptions) -> Iterator[GemmRow]:
     """Measure every point, one at a time, until all are done or the time is up.
 
-    A kernel that cannot run a point yields a row that says why.
+    A kernel that was asked for by name and cannot run a point yields a row that says why.
     """
     deadline = time.monotonic() + options.seconds
     arch = Arch.of(options.device)
@@ -142,6 +143,8 @@ def run_gemm(options: GemmOptions) -> Iterator[GemmRow]:
                     x = torch.randn(m, shape.k, device=options.device, dtype=dtype)
                     problem = Problem(OPS[op], m, shape.n, shape.k, _spec(op, dtype, options), _seen(op, dtype), arch)  # type: ignore[arg-type]
                     for kernel in _kernels(op, options):
+                        if kernel not in options.kernels and _cannot(problem, kernel):
+                            continue  # it was not asked for by name, only by "all"
                         if time.monotonic() > deadline:
                             return
                         yield _measure(op, shape, dtype, x, kernel, problem, operand, dense_us, options)
@@ -325,6 +328,16 @@ def _kernels(op: str, options: GemmOptions) -> tuple[str, ...]:
         elif kernel == AUTO or kernel in every:
             chosen.append(kernel)
     return tuple(dict.fromkeys(chosen))
+
+
+def _cannot(problem: Problem, kernel: str) -> bool:
+    if kernel == AUTO:
+        return False
+    try:
+        select(problem, kernel)
+    except NoKernelError:
+        return True
+    return False
 
 
 def _cpu_budget(options: GemmOptions) -> float:

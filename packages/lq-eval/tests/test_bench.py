@@ -1,0 +1,160 @@
+import itertools
+
+import pytest
+import torch
+from lq_eval.bench.gemm import GemmOptions, points, random_q4_0, run_gemm
+from lq_eval.bench.ggml import run_ggml
+from lq_eval.bench.model import decode_tokens_per_second
+from lq_eval.bench.shapes import MODELS, parse_shapes
+from lq_eval.bench.timing import copies, cpu_us, time_us
+from lq_eval.plots import plot_speedup
+from lq_formats import SpecError, dequantize_q4_0
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Every call is made once; nothing is timed."""
+    for module in ("gemm", "ggml"):
+        monkeypatch.setattr(
+            f"lq_eval.bench.{module}.time_us", lambda calls, device, **options: calls[0]() is None or 2.0
+        )
+
+
+def options(**changes):
+    values = {"shapes": parse_shapes("64x128"), "ms": (1, 3), "dtypes": (torch.float32,), "cold_bytes": 1}
+    return GemmOptions(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"), [(192 << 20, 2), (8 << 20, 24), (1, 48), (1 << 40, 2)], ids=["L2", "8MB", "tiny", "huge"]
+)
+def test_copies_make_a_round_cold(nbytes, expected):
+    assert copies(nbytes) == expected
+
+
+def test_cpu_timing_touches_every_copy():
+    seen = []
+    assert cpu_us([lambda i=i: seen.append(i) for i in range(3)], 0.0, min_samples=4) >= 0
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    assert time_us([lambda: None], "cpu", budget_s=0) >= 0
+
+
+def test_layers_of_the_llama_models():
+    shapes = {shape.label: (shape.n, shape.k) for shape in parse_shapes("llama-3-8b")}
+    assert shapes["llama-3-8b.q"] == (4096, 4096)
+    assert shapes["llama-3-8b.k"] == (1024, 4096)
+    assert shapes["llama-3-8b.gate"] == (14336, 4096)
+    assert shapes["llama-3-8b.down"] == (4096, 14336)
+    assert shapes["llama-3-8b.qkv"] == (6144, 4096)
+    assert shapes["llama-3-8b.gate_up"] == (28672, 4096)
+    assert {(s.n, s.k) for s in parse_shapes("llama-3.2-1b.qkv,llama-3-70b.down")} == {(3072, 2048), (8192, 28672)}
+    assert len(parse_shapes("llama-3-70b.merged")) == 4
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-3.2-1b", 0.973), ("llama-3-8b", 6.979), ("llama-3-70b", 68.45)])
+def test_the_layers_add_up_to_the_model(name, billions):
+    """Parameters of all linear layers, from the models' configurations."""
+    for merged in (False, True):
+        block = sum(shape.n * shape.k for shape in MODELS[name].shapes(name, merged=merged))
+        assert block * MODELS[name].layers / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["", "4096", "0x4", "4x", "llama-9", "llama-3-8b.lm"])
+def test_unknown_shapes_are_refused(text):
+    with pytest.raises(SpecError):
+        parse_shapes(text)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", [32, -1], ids=["g32", "row"])
+def test_gemm_measures_every_point(symmetric, group_size):
+    chosen = options(symmetric=symmetric, group_size=group_size)
+    rows = list(run_gemm(chosen))
+    assert len(rows) == points(chosen) == 3 * 2
+    assert {(row.op, row.m) for row in rows} == set(itertools.product(("int4", "int8", "q4_0"), (1, 3)))
+    assert all(row.us == row.dense_us == 2.0 and row.speedup == 1 and row.ran for row in rows)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_kernels_can_be_forced_and_say_why_they_cannot():
+    rows = list(run_gemm(options(ops=("int4",), ms=(1,), kernels=("dequant-blas", "triton-gemv"))))
+    assert [(row.kernel, row.us is None) for row in rows] == [("dequant-blas", False), ("triton-gemv", True)]
+    assert "GPU" in rows[1].note
+    every = [row.kernel for row in run_gemm(options(ops=("int4",), ms=(1,), kernels=("all",), group_size=32))]
+    assert every == ["auto", "aten-cpu", "dequant-blas"]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_peers_without_a_gpu_say_so():
+    rows = list(run_gemm(options(ops=("int4",), ms=(1,), kernels=(), peers=("tinygemm",))))
+    assert len(rows) == 1
+    assert "CUDA GPU" in rows[0].note
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_the_time_limit_ends_a_benchmark():
+    assert list(run_gemm(options(seconds=-1.0))) == []
+    assert list(run_ggml(32, 64, (1, 2), CPU, seconds=-1.0)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ops": ("int2",)}, {"kernels": ("fast",)}, {"peers": ("marlin",)}, {"ms": (0,)}],
+    ids=["op", "kernel", "peer", "M"],
+)
+def test_unknown_options_are_refused(changes):
+    with pytest.raises(SpecError):
+        options(**changes)
+
+
+def test_random_blocks_are_finite():
+    assert torch.isfinite(dequantize_q4_0(random_q4_0(16, 64, CPU))).all()
+    with pytest.raises(SpecError, match="K=48"):
+        random_q4_0(16, 48, CPU)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_ggml_rows_hold_every_step():
+    rows = list(run_ggml(32, 64, (1, 4), CPU, cold_bytes=1))
+    assert [row.m for row in rows] == [1, 4]
+    assert rows[1].gflops == pytest.approx(2 * 32 * 64 * 4 / 2.0 / 1e3)
+    assert rows[0].to_dict()["speedup"] == 1
+
+
+def test_decoding_runs_token_by_token(tiny, windows):
+    assert decode_tokens_per_second(tiny.model, windows[:1, :8], 2) > 0
+    with pytest.raises(SpecError):
+        decode_tokens_per_second(tiny.model, windows[:1, :8], 1)
+
+
+def test_plots_are_written_and_need_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"op": "int4", "shape": s, "n": 8, "k": 8, "m": m, "kernel": "auto", "dtype": "float32", "speedup": m / 2}
+        for s in ("a", "b", "c", "d")
+        for m in (1, 16)
+    ]
+    target = plot_speedup(rows, tmp_path / "figures" / "speedup.svg", "a GPU")
+    assert target.read_text(encoding="utf-8").startswith("<?xml")
+    with pytest.raises(SpecError, match="nothing to plot"):
+        plot_speedup([{"speedup": None}], tmp_path / "empty.png")
+    with pytest.raises(SpecError, match="cannot write"):
+        plot_speedup(rows, tmp_path / "speedup.unknown")
+
+
+@pytest.mark.gpu
+def test_graph_timing_on_a_gpu():
+    x = torch.randn(64, 64, device="cuda")
+    assert time_us([lambda: x @ x], "cuda") > 0
+
+
+@pytest.mark.gpu
+def test_gemm_on_a_gpu():
+    rows = list(
+        run_gemm(options(shapes=parse_shapes("256x256"), dtypes=(torch.bfloat16,), device=torch.device("cuda")))
+    )
+    assert len(rows) == 6
+    assert all(row.us and not row.note for row in rows)

@@ -1,0 +1,161 @@
+import json
+
+import pytest
+from lq_eval.data import eval_text_path, tiny_llama_path
+from lq_eval.results import read_records
+
+
+def test_help_names_every_command(lq_eval):
+    result = lq_eval("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "schemes", "ppl", "bench", "doctor"):
+        assert command in result.output
+
+
+def test_demo_prints_one_row_a_scheme(lq_eval, tmp_path):
+    record = tmp_path / "demo.jsonl"
+    result = lq_eval("demo", "--tokens", 512, "--device", "cpu", "--json", record)
+    assert result.exit_code == 0, result.output
+    (found,) = read_records(record)
+    rows = {row["scheme"]: row for row in found.rows}
+    assert len(rows) == 11
+    for scheme, row in rows.items():
+        assert scheme in result.output
+        assert row["perplexity"] > 15
+        assert row["prefill_tokens_per_second"] > 0
+        assert row["decode_tokens_per_second"] > 0
+    assert rows["float"]["bits_per_weight"] == 16
+    assert rows["int4-g128"]["bits_per_weight"] == 4.125
+    assert rows["int4-g128"]["kl"] > rows["int8"]["kl"] > 0
+    assert rows["int8"]["total_bytes"] < rows["float"]["total_bytes"]
+
+
+def test_schemes_of_a_random_matrix(lq_eval, tmp_path):
+    record = tmp_path / "schemes.jsonl"
+    result = lq_eval("schemes", "--rows", 64, "--columns", 256, "--schemes", "int4-g128,q4_0", "--json", record)
+    assert result.exit_code == 0, result.output
+    (found,) = read_records(record)
+    assert [(row["scheme"], row["scale_dtype"]) for row in found.rows] == [
+        ("int4-g128", "float32"),
+        ("int4-g128", "float16"),
+        ("q4_0", "float16"),
+    ]
+
+
+def test_schemes_of_a_weight(lq_eval):
+    weight = "model.layers.1.mlp.up_proj.weight"
+    result = lq_eval("schemes", "--model", tiny_llama_path(), "--weight", weight, "--schemes", "int4-g128")
+    assert result.exit_code == 0, result.output
+    assert "768x256" in result.output
+
+
+@pytest.mark.parametrize("kl", [True, False], ids=["kl", "no-kl"])
+def test_ppl_of_a_folder(lq_eval, tmp_path, kl):
+    record = tmp_path / "ppl.jsonl"
+    result = lq_eval(
+        "ppl",
+        tiny_llama_path(),
+        *("--scheme", "int8,int4-g32", "--tokens", 512, "--seq-len", 128, "--batch-size", 2, "--device", "cpu"),
+        *("--kl" if kl else "--no-kl", "--decode-tokens", 2, "--json", record),
+    )
+    assert result.exit_code == 0, result.output
+    (found,) = read_records(record)
+    assert [row["scheme"] for row in found.rows] == ["float", "int8", "int4-g32"]
+    assert [row["windows"] for row in found.rows] == [4, 4, 4]
+    assert all(("kl" in row) == kl for row in found.rows[1:])
+    assert found.rows[1]["change_percent"] < found.rows[2]["change_percent"]
+
+
+def test_ppl_on_a_text_file_equals_ppl_on_the_bundled_text(lq_eval, tmp_path):
+    record = tmp_path / "ppl.jsonl"
+    common = (
+        "ppl",
+        tiny_llama_path(),
+        "--scheme",
+        "int8",
+        "--tokens",
+        256,
+        "--no-kl",
+        "--device",
+        "cpu",
+        "--json",
+        record,
+    )
+    assert lq_eval(*common).exit_code == 0
+    assert lq_eval(*common, "--text", eval_text_path()).exit_code == 0
+    bundled, given = read_records(record)
+    assert bundled.rows[0]["perplexity"] == given.rows[0]["perplexity"]
+
+
+def test_ppl_on_a_local_wikitext2(lq_eval, tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(eval_text_path().read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    result = lq_eval(
+        "ppl",
+        tiny_llama_path(),
+        *("--dataset", "wikitext2", "--dataset-dir", tmp_path, "--seq-len", 64, "--device", "cpu", "--scheme", "int8"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "wikitext2 (test)" in result.output
+
+
+def test_doctor_explains_kernels(lq_eval):
+    result = lq_eval("doctor", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    for expected in ("torch", "kernel cache", "lq-torch[gemlite]", "dequant-blas", "triton-gemv", "needs a GPU"):
+        assert expected in result.output
+
+
+def test_bench_gemm_records_every_point(lq_eval, tmp_path):
+    record, plot = tmp_path / "gemm.jsonl", tmp_path / "gemm.png"
+    result = lq_eval(
+        *("bench", "gemm", "--shapes", "64x64", "--ms", "1,2", "--ops", "int8", "--device", "cpu"),
+        *("--seconds", 5, "--json", record, "--plot", plot),
+    )
+    assert result.exit_code == 0, result.output
+    rows = [row for found in read_records(record) for row in found.rows]
+    assert [row["m"] for row in rows] == [1, 2]
+    assert plot.stat().st_size > 0
+    again = lq_eval("bench", "plot", record, tmp_path / "again.png")
+    assert again.exit_code == 0, again.output
+
+
+def test_bench_ggml_records_every_point(lq_eval, tmp_path):
+    record = tmp_path / "ggml.jsonl"
+    result = lq_eval(
+        "bench", "ggml", "--n", 32, "--k", 64, "--ms", 1, "--device", "cpu", "--seconds", 1, "--json", record
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(record.read_text())["rows"][0]["m"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("demo", "--tokens", "99999999"), "TextTooShortError"),
+        (("demo", "--schemes", "int5"), "SpecError"),
+        (("schemes", "--model", "x"), "SpecError"),
+        (("schemes", "--rows", "0"), "SpecError"),
+        (("ppl", "/no/such/folder", "--tokens", "256"), "ModelLoadError"),
+        (("ppl", "x", "--dataset", "c4"), "SpecError"),
+        (("ppl", "x", "--dataset", "wikitext2", "--text", "y"), "SpecError"),
+        (("ppl", "x", "--protocol", "sliding"), "SpecError"),
+        (("ppl", "x", "--scale-dtype", "int4"), "SpecError"),
+        (("ppl", "x", "--device", "cuda:99"), "SpecError"),
+        (("bench", "gemm", "--shapes", "big"), "SpecError"),
+        (("bench", "gemm", "--ms", "one"), "SpecError"),
+        (("bench", "plot", "/no/such/file", "x.png"), "ModelLoadError"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_named_error_is_one_line_and_status_1(lq_eval, arguments, error):
+    result = lq_eval(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"lq-eval: {error}: ")
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_debug_raises(lq_eval):
+    result = lq_eval("--debug", "demo", "--schemes", "int5")
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "SpecError"

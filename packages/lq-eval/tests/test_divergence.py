@@ -1,0 +1,38 @@
+import pytest
+import torch
+from lq_eval.divergence import compare, kl_divergence
+from lq_eval.evaluate import quantized_copy
+from lq_eval.perplexity import perplexity
+from lq_eval.schemes import parse_scheme
+
+
+def test_kl_equals_pytorchs_in_float64():
+    p, q = torch.randn(2, 5, 33, dtype=torch.float64).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+
+
+def test_kl_of_equal_distributions_is_zero_and_never_negative():
+    p = torch.randn(100, 333).log_softmax(-1)
+    assert kl_divergence(p, p).max() == 0
+    assert kl_divergence(p, (p + 1e-7 * torch.randn_like(p)).log_softmax(-1)).min() >= 0
+
+
+def test_a_model_does_not_diverge_from_itself(tiny, windows):
+    found = compare(tiny.model, {"same": tiny.model}, windows)
+    assert found.divergence["same"].kl == 0
+    assert found.divergence["same"].top1 == 1
+    assert found.perplexity["same"].value == found.reference.value
+    assert found.reference.value == pytest.approx(perplexity(tiny.model, windows).value, rel=1e-6)
+
+
+def test_more_bits_diverge_less(tiny, windows):
+    names = ("int8", "int4-g32", "int4-g256")
+    copies = {name: quantized_copy(tiny.model, parse_scheme(name)) for name in names}
+    seen = []
+    found = compare(tiny.model, copies, windows, progress=seen.append)
+    kl = [found.divergence[name].kl for name in names]
+    assert 0 < kl[0] < 0.01 < kl[1] < kl[2]
+    assert found.divergence["int8"].top1 > 0.95 > found.divergence["int4-g256"].top1
+    assert found.divergence["int8"].positions == 4 * 255
+    assert sum(seen) == 4 * 4

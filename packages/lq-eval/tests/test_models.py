@@ -1,0 +1,57 @@
+import pytest
+import torch
+from lq_eval.data import tiny_llama_path
+from lq_eval.errors import ModelLoadError
+from lq_eval.evaluate import quantized_copy
+from lq_eval.models import default_device, default_dtype, load_model, model_size, read_weight
+from lq_eval.schemes import parse_scheme
+from lq_formats import DTypeError, SpecError
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_size_counts_what_is_saved(tiny):
+    dense = model_size(tiny.model)
+    assert dense.total_bytes == 2 * sum(parameter.numel() for parameter in tiny.model.parameters())
+    assert dense.linear_weights == 0
+    packed = model_size(quantized_copy(tiny.model, parse_scheme("int4-g128", torch.float16)))
+    assert packed.bits_per_weight == 4.125
+    assert packed.total_bytes == dense.total_bytes - 2 * packed.linear_weights + packed.linear_bytes
+
+
+def test_quantizing_a_copy_leaves_the_model_alone(tiny):
+    before = tiny.model.model.layers[0].mlp.up_proj.weight
+    quantized_copy(tiny.model, parse_scheme("int8"))
+    assert tiny.model.model.layers[0].mlp.up_proj.weight is before
+
+
+def test_one_weight_is_read_without_the_model():
+    w = read_weight(tiny_llama_path(), NAME)
+    assert tuple(w.shape) == (768, 256)
+    with pytest.raises(ModelLoadError, match=r"up_proj"):
+        read_weight(tiny_llama_path(), "layers.9.up_proj.weight")
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        read_weight(tiny_llama_path().parent, NAME)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./absent"])
+def test_a_missing_folder_is_not_looked_up_on_the_hub(source):
+    with pytest.raises(ModelLoadError, match="there is no folder"):
+        load_model(source, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(ModelLoadError, match="cannot load the folder"):
+        load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_device_and_dtype_defaults():
+    assert default_device("cpu") == torch.device("cpu")
+    assert default_dtype(None, torch.device("cpu")) is torch.float32
+    assert default_dtype(None, torch.device("cuda")) is torch.bfloat16
+    with pytest.raises(SpecError, match="unknown device"):
+        default_device("tpu?")
+    with pytest.raises(SpecError, match="CUDA GPUs"):
+        default_device("cuda:99")
+    with pytest.raises(DTypeError, match="int3"):
+        default_dtype("int3", torch.device("cpu"))

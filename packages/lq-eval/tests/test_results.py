@@ -1,0 +1,44 @@
+import json
+import math
+
+import lq_eval.results as results
+import pytest
+from lq_eval.results import append_record, environment, read_records
+from lq_formats import FormatError
+
+
+def test_records_round_trip(tmp_path):
+    path = tmp_path / "new" / "records.jsonl"
+    append_record(path, "gemm", [{"m": 1, "us": 2.5}])
+    append_record(path, "gemm", [{"m": 2, "us": math.nan, "note": "é"}])
+    first, second = read_records(path)
+    assert first.bench == second.bench == "gemm"
+    assert list(first.rows) == [{"m": 1, "us": 2.5}]
+    assert list(second.rows) == [{"m": 2, "us": None, "note": "é"}]
+    assert first.environment == environment()
+
+
+def test_the_environment_says_where_and_with_what():
+    found = environment()
+    assert {"date", "gpu", "driver", "torch", "triton", "python", "git", "lq-formats", "lq-kernels"} <= set(found)
+    json.dumps(dict(found), allow_nan=False)
+
+
+def test_outside_of_a_checkout_there_is_no_commit(monkeypatch):
+    monkeypatch.setattr(results, "_output", lambda *command: None)
+    assert results.git_commit() is None
+    assert results.driver_version() is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"bench": "gemm", "environment', '{"bench": "gemm"}', '{"bench": "a", "environment": 1, "rows": []}', "[]"],
+    ids=["cut", "keys", "types", "list"],
+)
+def test_a_damaged_line_is_named_by_number(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    append_record(path, "gemm", [])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(FormatError, match="line 2"):
+        list(read_records(path))
