@@ -59,5 +59,6 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("dequant-blas", "int8", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.int8_linear),
     Kernel("reference", "int8", _anything, cost.reference_us, reference.int8_linear_reference),
     Kernel("cuda-mma", "q4_0_q8_1", cuda_constraints.why_not_q4_0, cost.q4_0_us, _cuda_q4_0),
+    Kernel("dequant-blas", "q4_0_q8_1", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.gemm_q4_0_q8_1),
     Kernel("reference", "q4_0_q8_1", _anything, cost.reference_us, reference.gemm_q4_0_q8_1_reference),
 )

@@ -48,6 +48,19 @@ def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     return x @ int8_dequantize(qweight, scale, x.dtype).t()
 
 
+def gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor) -> Tensor:
+    """Return the ``(M, N) float32`` product of Q4_0 and Q8_1 blocks as one dense float32 product of scaled codes."""
+    rows, tokens = weight_q.shape[0], activation_q.shape[0]
+    d4, d8, s8 = (
+        blocks[..., at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+        for blocks, at in ((weight_q, 0), (activation_q, 0), (activation_q, 2))
+    )
+    q4 = torch.cat((weight_q[..., 2:] & 0x0F, weight_q[..., 2:] >> 4), dim=-1).to(torch.float32)
+    q8 = activation_q[..., 4:].contiguous().view(torch.int8).to(torch.float32)
+    out = (q4 * d4).view(rows, -1) @ (q8 * d8).view(tokens, -1).t()
+    return out.addmm_(d4.squeeze(-1), s8.squeeze(-1).t(), alpha=-8)
+
+
 def why_not(problem: Problem) -> str | None:
     """Return None: this always works."""
     return None

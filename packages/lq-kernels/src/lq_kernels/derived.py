@@ -25,7 +25,7 @@ def derived(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
     """
     version = -1 if weight.is_inference() else weight._version
     with _lock:
-        entries = _cache.get(weight)
+        entries = _cache.get(weight)  # type: ignore[no-untyped-call]
         if entries is None:
             entries = _cache[weight] = {}
         found = entries.get(key)

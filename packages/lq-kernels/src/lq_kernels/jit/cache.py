@@ -1,0 +1,83 @@
+"""The disk cache of compiled kernels: atomic, versioned, and able to recover from anything that happens to a file.
+
+An entry is one file named by a SHA-256 over the source, every header, the options, the architecture, the compiler's and
+lq's version. Its first 32 bytes are the SHA-256 of the rest. A file that is truncated, corrupted or foreign fails that
+check, is deleted and compiled again. Writes go to a temporary file that replaces the entry in one step, so readers never
+see half a file and concurrent writers do not harm each other. A folder that cannot be written costs a warning, once.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+from lq_kernels import env
+
+VERSION = 1
+MAX_BYTES = 64 << 20
+_DIGEST = 32
+_warned = False
+
+
+def key(*parts: str) -> str:
+    """Return the name of an entry that depends on ``parts``."""
+    digest = hashlib.sha256()
+    for part in (str(VERSION), *parts):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def load(name: str) -> bytes | None:
+    """Return an entry's bytes, or None if there is none that is whole."""
+    if env.cache_disabled():
+        return None
+    path = _path(name)
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
+    except OSError:
+        return None
+    body = data[_DIGEST:]
+    if body and hashlib.sha256(body).digest() == data[:_DIGEST]:
+        return body
+    discard(name)
+    return None
+
+
+def store(name: str, body: bytes) -> None:
+    """Write an entry in one step; a folder that cannot be written costs a warning, once a process."""
+    global _warned
+    if env.cache_disabled():
+        return
+    path = _path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".lq-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(body).digest() + body)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"compiled kernels cannot be kept in {path.parent} ({error}); every process will compile them again. Set "
+                "LQ_CACHE_DIR to a folder that can be written, or LQ_DISABLE_CACHE=1",
+                stacklevel=2,
+            )
+
+
+def discard(name: str) -> None:
+    """Delete an entry, if it is there and can be."""
+    with contextlib.suppress(OSError):
+        _path(name).unlink()
+
+
+def _path(name: str) -> Path:
+    return env.cache_dir() / "cubin" / f"{name}.bin"

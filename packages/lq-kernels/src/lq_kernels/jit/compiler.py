@@ -1,0 +1,113 @@
+"""Compile CUDA C++ to a cubin with NVRTC: no nvcc, no GPU and no driver needed.
+
+One source file is one compilation unit; headers are found under ``cuda/include`` and nowhere else, so that a result
+depends on nothing but this package, the compiler and the target.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lq_formats import CompileError, MissingPackageError
+
+CUDA_FOLDER = Path(__file__).parent.parent / "cuda"
+INCLUDE_FOLDER = CUDA_FOLDER / "include"
+SOURCE_FOLDER = CUDA_FOLDER / "src"
+STANDARD = "c++17"
+
+_USAGE = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<store>\d+) bytes spill stores, "
+    r"(?P<load>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas reports of one kernel: registers a thread, and bytes of stack and spills."""
+
+    registers: int
+    stack: int
+    spills: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cubin, and the compiler's log."""
+
+    cubin: bytes
+    log: str
+
+    def usage(self) -> dict[str, Usage]:
+        """Return ptxas's report by kernel name."""
+        return {
+            found["name"]: Usage(int(found["registers"]), int(found["stack"]), int(found["store"]) + int(found["load"]))
+            for found in _USAGE.finditer(self.log)
+        }
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Return the compiler's name of a compute capability; Hopper's own instructions need ``sm_90a``."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+@functools.cache
+def source(name: str) -> str:
+    """Return the text of ``cuda/src/NAME.cu``."""
+    return (SOURCE_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+
+
+@functools.cache
+def headers() -> str:
+    """Return the text of every header, in the order of their paths, for cache keys."""
+    paths = sorted(INCLUDE_FOLDER.rglob("*.cuh"))
+    return "\n".join(f"// {path.relative_to(INCLUDE_FOLDER)}\n{path.read_text(encoding='utf-8')}" for path in paths)
+
+
+def compiler_version() -> str:
+    """Return NVRTC's version.
+
+    Raises:
+        MissingPackageError: If cuda-core or NVRTC is not installed.
+    """
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise MissingPackageError(
+            "cuda-bindings", "Compiling CUDA kernels", "pip install cuda-core cuda-bindings"
+        ) from error
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def compile_source(text: str, arch: str, name: str) -> Compiled:
+    """Compile CUDA C++ for one architecture.
+
+    Args:
+        text: The source; it may include ``lq/*.cuh``.
+        arch: For example ``"sm_90a"``.
+        name: Shown in error messages.
+
+    Raises:
+        CompileError: With the compiler's log.
+        MissingPackageError: If cuda-core is not installed.
+    """
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise MissingPackageError(
+            "cuda-core", "Compiling CUDA kernels", "pip install cuda-core cuda-bindings"
+        ) from error
+    import io
+
+    log = io.StringIO()
+    options = ProgramOptions(
+        arch=arch, std=STANDARD, include_path=[str(INCLUDE_FOLDER)], ptxas_options=["-v"], name=f"{name}.cu"
+    )
+    try:
+        code = Program(text, "c++", options).compile("cubin", logs=log)
+    except Exception as error:
+        raise CompileError(f"{name}.cu does not compile for {arch}:\n{error}\n{log.getvalue()}") from error
+    return Compiled(bytes(code.code), log.getvalue())

@@ -1,0 +1,145 @@
+"""Q4_0 x Q8_1: every kernel against the blocks' exact arithmetic, and the fused quantizer byte for byte."""
+
+import pytest
+import torch
+from lq_formats import dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
+from lq_kernels import gemm_q4_0_q8_1, kernel_names, q4_0_linear, quantize_activation_q8_1
+from lq_kernels.reference import gemm_q4_0_q8_1_reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 64, 100, 128, 256, 600]
+ROWS = [1, 15, 16, 17, 100, 1032]
+# K = 256 * odd is copied in 16-byte pieces; the others exercise the unaligned copies and K tails within a chunk.
+DEPTHS = [32, 64, 96, 256, 512, 768, 1056, 4096]
+
+
+def nmse(y: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(((y.cpu().double() - reference) ** 2).sum() / (reference**2).sum())
+
+
+@pytest.mark.parametrize("k", DEPTHS)
+@pytest.mark.parametrize("kernel", kernel_names("q4_0_q8_1"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_kernel_agrees_with_exact_arithmetic(device, kernel, k):
+    if device == "cpu" and kernel == "cuda-mma":
+        pytest.skip("the CUDA kernel needs a GPU")
+    torch.manual_seed(k)
+    rows_to_run = ROWS if device == "cuda" else ROWS[:4]
+    tokens_to_run = TOKENS if device == "cuda" else TOKENS[:6]
+    w = quantize_q4_0(torch.randn(max(rows_to_run), k))
+    a = quantize_q8_1(torch.randn(max(tokens_to_run), k))
+    exact = gemm_q4_0_q8_1_reference(w, a).double()
+    operands = dequantize_q4_0(w, torch.float64) @ dequantize_q8_1(a, torch.float64).t()
+    norm_w, norm_a = dequantize_q4_0(w).double().norm(dim=1), dequantize_q8_1(a).double().norm(dim=1)
+    for m in rows_to_run:
+        for n in tokens_to_run:
+            y = gemm_q4_0_q8_1(w[:m].to(device), a[:n].to(device), m, n, k, kernel=kernel)
+            assert y.dtype == torch.float32
+            assert y.shape == (m, n)
+            # fp32 sums: rounding is relative to the operands, not to a product that may cancel.
+            bound = 1e-5 * norm_w[:m, None] * norm_a[None, :n]
+            assert ((y.cpu().double() - exact[:m, :n]).abs() <= bound).all(), f"M={m} N={n}"
+            if m * n >= 64:
+                assert nmse(y, operands[:m, :n]) < 5e-5, f"M={m} N={n}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_extreme_scales_and_random_bytes(device):
+    torch.manual_seed(0)
+    w = torch.randint(0, 256, (48, 16, 18), dtype=torch.uint8)
+    a = torch.randint(0, 256, (24, 16, 36), dtype=torch.uint8)
+    extremes = torch.tensor([0.0, -0.0, 6e-8, 6e-5, 65504.0, -65504.0, 1.0, -1.5], dtype=torch.float16)
+    w[..., :2] = extremes[torch.randint(0, 8, (48, 16))].unsqueeze(-1).view(torch.uint8)
+    a[..., :2] = extremes[torch.randint(0, 8, (24, 16))].unsqueeze(-1).view(torch.uint8)
+    a[..., 2:4] = torch.randn(24, 16).half().unsqueeze(-1).view(torch.uint8)
+    y = gemm_q4_0_q8_1(w.to(device), a.to(device), 48, 24, 512)
+    assert nmse(y, gemm_q4_0_q8_1_reference(w, a).double()) < 1e-10
+
+
+@pytest.mark.gpu
+def test_llama_shape_reproducible_and_fully_written():
+    m, k = 4096, 14336
+    w = quantize_q4_0(torch.randn(m, k, device="cuda"))
+    for n in (1, 8, 33, 128):
+        a = quantize_activation_q8_1(torch.randn(n, k, device="cuda"))
+        first = gemm_q4_0_q8_1(w, a, m, n, k)
+        assert nmse(first, gemm_q4_0_q8_1_reference(w, a).cpu().double()) < 1e-10
+        for _ in range(20):
+            torch.empty(m * n, device="cuda").fill_(float("nan"))
+            assert torch.equal(gemm_q4_0_q8_1(w, a, m, n, k), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_fused_quantizer_writes_the_same_bytes(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(100, 4096)
+    x[1] = 0
+    x[2] *= 1e-6
+    x[3] *= 1e4 if dtype == torch.float16 else 1e30
+    x[4] = torch.randint(-254, 255, (4096,)) / 2  # ties
+    x[5, ::32] = 127.0
+    x[6] *= 1e-7 if dtype == torch.float16 else 1e-39
+    x = x.to(dtype)
+    assert torch.equal(quantize_activation_q8_1(x.cuda()).cpu(), quantize_q8_1(x))
+    assert torch.equal(
+        quantize_activation_q8_1(x.cuda().view(10, 10, 4096)[:, 3]).cpu(), quantize_q8_1(x.view(10, 10, 4096)[:, 3])
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_activations_do_not_look_finite(device, value):
+    w = quantize_q4_0(torch.randn(32, 256)).to(device)
+    x = torch.randn(3, 256, device=device)
+    x[1, 40] = value
+    y = q4_0_linear(x, w)
+    assert not torch.isfinite(y[1]).any()
+    assert torch.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_linear_is_quantize_multiply_round(device, dtype):
+    w = quantize_q4_0(torch.randn(40, 512)).to(device)
+    x = torch.randn(2, 5, 512, device=device).to(dtype).requires_grad_()
+    bias = torch.randn(40, device=device).to(dtype)
+    y = q4_0_linear(x, w, bias=bias)
+    expected = (
+        gemm_q4_0_q8_1(w, quantize_activation_q8_1(x.detach()).view(10, 16, 36), 40, 10, 512).t().to(dtype) + bias
+    )
+    assert torch.equal(y, expected.view(2, 5, 40))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    dense = dequantize_q4_0(w, torch.float64)
+    error = (x.grad.double() - grad.double() @ dense).norm() / (grad.double() @ dense).norm()
+    assert error < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_flat_opcheck_and_compile(device):
+    w = quantize_q4_0(torch.randn(40, 256)).to(device)
+    a = quantize_q8_1(torch.randn(5, 256)).to(device)
+    assert gemm_q4_0_q8_1(w, a[:0], 40, 0, 256).shape == (40, 0)
+    assert gemm_q4_0_q8_1(w[:0], a, 0, 5, 256).shape == (0, 5)
+    assert q4_0_linear(torch.empty(0, 256, device=device), w).shape == (0, 40)
+    assert torch.equal(gemm_q4_0_q8_1(w.flatten(), a.flatten(), 40, 5, 256), gemm_q4_0_q8_1(w, a, 40, 5, 256))
+    torch.library.opcheck(torch.ops.lq.gemm_q4_0_q8_1.default, (w, a, ""))
+    torch.library.opcheck(torch.ops.lq.quantize_q8_1.default, (torch.randn(3, 64, device=device),))
+    compiled = torch.compile(lambda x: q4_0_linear(x, w), fullgraph=True, backend="aot_eager")
+    for m in (3, 4):
+        x = torch.randn(m, 256, device=device)
+        assert torch.equal(compiled(x), q4_0_linear(x, w))
+
+
+@pytest.mark.gpu
+def test_misaligned_views_are_right():
+    w = quantize_q4_0(torch.randn(33, 512, device="cuda"))
+    a = quantize_activation_q8_1(torch.randn(3, 512, device="cuda"))
+    expected = gemm_q4_0_q8_1(w, a, 33, 3, 512)
+    for shift in (1, 2, 4):
+        buffer = torch.empty(w.numel() + shift, dtype=torch.uint8, device="cuda")
+        buffer[shift:] = w.flatten()
+        other = torch.empty(a.numel() + shift, dtype=torch.uint8, device="cuda")
+        other[shift:] = a.flatten()
+        assert nmse(gemm_q4_0_q8_1(buffer[shift:], other[shift:], 33, 3, 512), expected.cpu().double()) < 1e-12
