@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 import torch
-from lq_eval.bench.gemm import GemmOptions, points, random_q4_0, run_gemm
+from lq_eval.bench.gemm import GemmOptions, points, run_gemm
 from lq_eval.bench.ggml import run_ggml
 from lq_eval.bench.model import decode_tokens_per_second
+from lq_eval.bench.operands import random_q4_0
 from lq_eval.bench.shapes import MODELS, parse_shapes
 from lq_eval.bench.timing import copies, cpu_us, time_us
 from lq_eval.plots import plot_speedup

@@ -78,8 +78,8 @@ def test_wikitext2_from_local_parquet(monkeypatch, tmp_path):
 def test_wikitext2_from_local_text_needs_no_package(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(" \n = Title = \n", encoding="utf-8")
-    assert load_wikitext2("test", tmp_path) == " \n\n\n = Title = \n"
+    (tmp_path / name).write_text(" \n = Title = \n \n Some text , tokenized . \n", encoding="utf-8")
+    assert load_wikitext2("test", tmp_path) == "\n\n".join(ROWS)
 
 
 def test_a_missing_datasets_package_says_what_to_install(monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from lq_eval.divergence import compare, kl_divergence
 from lq_eval.evaluate import quantized_copy
-from lq_eval.perplexity import perplexity
+from lq_eval.perplexity import measure_perplexity
 from lq_eval.schemes import parse_scheme
 
 
@@ -23,7 +23,7 @@ def test_a_model_does_not_diverge_from_itself(tiny, windows):
     assert found.divergence["same"].kl == 0
     assert found.divergence["same"].top1 == 1
     assert found.perplexity["same"].value == found.reference.value
-    assert found.reference.value == pytest.approx(perplexity(tiny.model, windows).value, rel=1e-6)
+    assert found.reference.value == pytest.approx(measure_perplexity(tiny.model, windows).value, rel=1e-6)
 
 
 def test_more_bits_diverge_less(tiny, windows):

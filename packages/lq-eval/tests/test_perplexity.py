@@ -5,7 +5,7 @@ import torch
 from lq_eval.corpus import make_windows
 from lq_eval.divergence import compare
 from lq_eval.evaluate import quantized_copy
-from lq_eval.perplexity import PROTOCOLS, perplexity, protocol
+from lq_eval.perplexity import PROTOCOLS, measure_perplexity, protocol
 from lq_eval.schemes import parse_scheme
 from lq_formats import SpecError
 
@@ -22,7 +22,7 @@ class Fixed(torch.nn.Module):
 
 
 def test_a_uniform_model_is_as_perplexed_as_its_vocabulary_is_large():
-    found = perplexity(Fixed(torch.zeros(7, 7)), torch.randint(0, 7, (6, 5)), batch_size=4)
+    found = measure_perplexity(Fixed(torch.zeros(7, 7)), torch.randint(0, 7, (6, 5)), batch_size=4)
     assert found.value == pytest.approx(7, rel=1e-6)
     assert found.stderr == pytest.approx(0, abs=1e-5)
     assert (found.scored, found.windows, found.tokens) == (6 * 4, 6, 6 * 5)
@@ -33,14 +33,14 @@ def test_value_and_standard_error_by_hand():
     windows = torch.tensor([[0, 1, 1], [0, 0, 1], [1, 0, 0]])
     scores = torch.log(torch.tensor([[2, 4 / 3], [2, 2], [4, 2]])).double()
     means = scores.mean(dim=1)
-    found = perplexity(Fixed(table), windows)
+    found = measure_perplexity(Fixed(table), windows)
     assert found.value == pytest.approx(math.exp(scores.mean()), rel=1e-6)
     assert found.stderr == pytest.approx(found.value * float(means.std()) / math.sqrt(3), rel=1e-5)
 
 
 def test_bos_scores_the_first_token_too():
     table = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
-    found = perplexity(Fixed(table), torch.tensor([[1, 1]]), rules=PROTOCOLS["windows-bos"], bos=0)
+    found = measure_perplexity(Fixed(table), torch.tensor([[1, 1]]), rules=PROTOCOLS["windows-bos"], bos=0)
     assert found.value == pytest.approx(math.sqrt(2 * 4 / 3), rel=1e-6)
     assert (found.scored, found.tokens) == (2, 3)
     assert math.isnan(found.stderr)
@@ -51,14 +51,16 @@ def test_protocols_are_named():
     with pytest.raises(SpecError, match="windows-bos"):
         protocol("sliding")
     with pytest.raises(SpecError, match="BOS"):
-        perplexity(Fixed(torch.zeros(2, 2)), torch.zeros(1, 2, dtype=torch.int64), rules=PROTOCOLS["windows-bos"])
+        measure_perplexity(
+            Fixed(torch.zeros(2, 2)), torch.zeros(1, 2, dtype=torch.int64), rules=PROTOCOLS["windows-bos"]
+        )
     with pytest.raises(SpecError, match="batch_size=0"):
-        perplexity(Fixed(torch.zeros(2, 2)), torch.zeros(1, 2, dtype=torch.int64), batch_size=0)
+        measure_perplexity(Fixed(torch.zeros(2, 2)), torch.zeros(1, 2, dtype=torch.int64), batch_size=0)
 
 
 def test_the_batch_size_does_not_change_the_figure(tiny, windows):
-    one = perplexity(tiny.model, windows, batch_size=1)
-    four = perplexity(tiny.model, windows, batch_size=4)
+    one = measure_perplexity(tiny.model, windows, batch_size=1)
+    four = measure_perplexity(tiny.model, windows, batch_size=4)
     assert one.value == pytest.approx(four.value, rel=1e-5)
 
 

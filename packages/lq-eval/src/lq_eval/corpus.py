@@ -1,5 +1,6 @@
 """Texts to evaluate on: a file, the bundled text, or WikiText-2; and their division into windows of tokens."""
 
+import io
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,14 +62,19 @@ def _local_rows(directory: Path, split: str) -> list[str]:
     for folder in (directory, directory / WIKITEXT2_HUB[1], directory / "wikitext-2-raw"):
         for name in (f"wiki.{split}.raw", f"wiki.{'valid' if split == 'validation' else split}.raw", f"{split}.txt"):
             if (folder / name).is_file():
-                # A row of the hub's table keeps its line end, so keep it here too: both give the same text.
-                return load_text(folder / name).splitlines(keepends=True)
+                return _raw_rows(load_text(folder / name))
         shards = sorted(folder.glob(f"{split}-*.parquet"))
         if shards:
             return _rows(_datasets().load_dataset("parquet", data_files=[str(s) for s in shards], split="train"))
     raise ModelLoadError(
         f"no WikiText-2 split {split!r} in {str(directory)!r}: expected {split}-*.parquet, wiki.{split}.raw or {split}.txt"
     )
+
+
+def _raw_rows(text: str) -> list[str]:
+    """Cut the original archive's text into the rows of the hub's table: a line with its end, blank ones empty."""
+    # Not splitlines: it would also cut at the form feeds and Unicode separators that are part of the text.
+    return [line if line.strip() else "" for line in io.StringIO(text, newline="\n")]
 
 
 def _hub_rows(split: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lq_eval.bench.model import decode_tokens_per_second
 from lq_eval.divergence import Divergence, compare
 from lq_eval.models import ModelSize, model_size
-from lq_eval.perplexity import PROTOCOLS, Perplexity, Protocol, perplexity
+from lq_eval.perplexity import PROTOCOLS, Perplexity, Protocol, measure_perplexity
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def evaluate_in_turn(
         "bos": settings.bos,
         "progress": progress,
     }
-    reference = perplexity(model, windows, **options)
+    reference = measure_perplexity(model, windows, **options)
     rows = [_evaluation("float", model, reference, None, None, windows, settings)]
     last = list(configs)[-1] if configs else None
     for name, config in configs.items():
@@ -154,7 +154,7 @@ def evaluate_in_turn(
             found = compare(model, {name: quantized}, windows, **options)
             score, distance = found.perplexity[name], found.divergence[name]
         else:
-            score, distance = perplexity(quantized, windows, **options), None
+            score, distance = measure_perplexity(quantized, windows, **options), None
         rows.append(_evaluation(name, quantized, score, reference, distance, windows, settings))
         del quantized
     return _with_float_size(rows, settings)
@@ -168,7 +168,7 @@ def evaluate_one(
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluate one model as it is (one that was saved quantized, for example)."""
-    score = perplexity(
+    score = measure_perplexity(
         model, windows, batch_size=settings.batch_size, rules=settings.rules, bos=settings.bos, progress=progress
     )
     return _evaluation(name, model, score, None, None, windows, settings)

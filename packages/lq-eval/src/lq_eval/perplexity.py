@@ -163,7 +163,7 @@ class Accumulator:
         )
 
 
-def perplexity(
+def measure_perplexity(
     model: nn.Module,
     windows: Tensor,
     *,

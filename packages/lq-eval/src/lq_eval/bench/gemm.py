@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from lq_formats import LQError, NoKernelError, QuantSpec, SpecError
-from lq_kernels import Arch, Problem, explain, int4_linear, int8_gemm, kernel_names, q4_0_linear, select
+from lq_kernels import Arch, Problem, explain, kernel_names, select
 from torch import Tensor
 
+from lq_eval.bench.operands import Operand, int4_operand, int8_operand, q4_0_operand
 from lq_eval.bench.peers import PEERS, peer_calls
 from lq_eval.bench.shapes import Shape
 from lq_eval.bench.timing import COLD_BYTES, Call, copies, time_us
@@ -113,14 +114,6 @@ class GemmRow:
         return {**asdict(self), "speedup": self.speedup}
 
 
-@dataclass(frozen=True)
-class _Operand:
-    """Copies of one low-bit weight and how to multiply with them."""
-
-    nbytes: int
-    calls: Callable[[Tensor, str], list[Call]]
-
-
 def points(options: GemmOptions) -> int:
     """Return how many rows :func:`run_gemm` yields at most."""
     per_op = sum(len(_kernels(op, options)) + (len(options.peers) if op == "int4" else 0) for op in options.ops)
@@ -161,7 +154,7 @@ def _measure(
     x: Tensor,
     kernel: str,
     problem: Problem,
-    operand: _Operand,
+    operand: Operand,
     dense_us: float,
     options: GemmOptions,
 ) -> GemmRow:
@@ -237,62 +230,12 @@ def _peer_rows(
             )
 
 
-def _operand(op: str, shape: Shape, dtype: torch.dtype, options: GemmOptions) -> _Operand:
-    n, k, device = shape.n, shape.k, options.device
+def _operand(op: str, shape: Shape, dtype: torch.dtype, options: GemmOptions) -> Operand:
+    n, k, device, cold = shape.n, shape.k, options.device, options.cold_bytes
     if op == "int4":
         group = _group(op, shape, options)
-        nbytes = n * k // 2
-        items = [_random_int4(n, k, group, dtype, options) for _ in range(copies(nbytes, options.cold_bytes))]
-        nbytes = sum(t.numel() * t.element_size() for t in items[0] if t is not None)
-
-        def int4_calls(x: Tensor, kernel: str) -> list[Call]:
-            return [
-                lambda q=q, s=s, z=z: int4_linear(x, q, s, z, group_size=group, kernel=kernel)  # type: ignore[misc]
-                for q, s, z in items
-            ]
-
-        return _Operand(nbytes, int4_calls)
-    if op == "int8":
-        nbytes = n * k
-        codes = [
-            torch.randint(-127, 128, (n, k), device=device, dtype=torch.int8)
-            for _ in range(copies(nbytes, options.cold_bytes))
-        ]
-        scale = torch.rand(n, device=device) * 0.01
-
-        def int8_calls(x: Tensor, kernel: str) -> list[Call]:
-            return [lambda q=q: int8_gemm(x, q, scale, kernel=kernel) for q in codes]  # type: ignore[misc]
-
-        return _Operand(nbytes + 4 * n, int8_calls)
-    nbytes = n * k // 32 * 18
-    blocks = [random_q4_0(n, k, device) for _ in range(copies(nbytes, options.cold_bytes))]
-
-    def q4_0_calls(x: Tensor, kernel: str) -> list[Call]:
-        return [lambda b=b: q4_0_linear(x, b, kernel=kernel) for b in blocks]  # type: ignore[misc]
-
-    return _Operand(nbytes, q4_0_calls)
-
-
-def _random_int4(
-    n: int, k: int, group: int, dtype: torch.dtype, options: GemmOptions
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = options.device
-    qweight = torch.randint(-(2**31), 2**31 - 1, (n, -(-k // 8)), device=device, dtype=torch.int32)
-    scale = (torch.rand(n, k // group, device=device) * 0.01).to(dtype)
-    zero = None
-    if not options.symmetric:
-        zero = torch.randint(0, 16, (n, k // group), device=device, dtype=torch.uint8)
-    return qweight, scale, zero
-
-
-def random_q4_0(n: int, k: int, device: torch.device) -> Tensor:
-    """Return random Q4_0 blocks ``(n, k // 32, 18) uint8`` with finite scales."""
-    if k % 32:
-        raise SpecError(f"K={k}: Q4_0 needs a multiple of 32")
-    blocks = torch.randint(0, 256, (n, k // 32, 18), device=device, dtype=torch.uint8)
-    scale = (torch.rand(n, k // 32, 1, device=device) * 0.01).to(torch.float16)
-    blocks[..., :2] = scale.view(torch.uint8)
-    return blocks
+        return int4_operand(n, k, group, dtype, device, symmetric=options.symmetric, cold_bytes=cold)
+    return int8_operand(n, k, device, cold) if op == "int8" else q4_0_operand(n, k, device, cold)
 
 
 def _spec(op: str, dtype: torch.dtype, options: GemmOptions) -> QuantSpec:

@@ -14,7 +14,7 @@ import torch
 from lq_kernels import gemm_q4_0_q8_1, quantize_activation_q8_1
 from torch import Tensor
 
-from lq_eval.bench.gemm import random_q4_0
+from lq_eval.bench.operands import random_q4_0
 from lq_eval.bench.timing import COLD_BYTES, Call, copies, time_us
 
 

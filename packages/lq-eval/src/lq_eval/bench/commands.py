@@ -1,0 +1,120 @@
+"""The commands ``lq-eval bench gemm``, ``ggml`` and ``plot``."""
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lq_eval.terminal import Device, Json, Seconds, console, device_name, integers, progress_bar, save, split
+
+bench_app = typer.Typer(help="Time kernels; results go to a table, a JSONL file and a plot.", no_args_is_help=True)
+
+
+@bench_app.command("gemm")
+def bench_gemm(
+    shapes: Annotated[
+        str | None, typer.Option(help="NxK, llama-3.2-1b, llama-3-8b, llama-3-70b[.layer|.merged].")
+    ] = None,
+    ms: Annotated[str | None, typer.Option(help="Numbers of tokens.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="dtypes of x.")] = None,
+    ops: Annotated[str, typer.Option(help="int4, int8, q4_0.")] = "int4,int8,q4_0",
+    kernels: Annotated[str, typer.Option(help="auto, all, or names of kernels to force.")] = "auto",
+    peers: Annotated[str, typer.Option(help="gemlite, tinygemm (GPU only).")] = "",
+    group_size: Annotated[int, typer.Option(help="Group size of int4; -1: per row.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="Symmetric int4.")] = True,
+    device: Device = None,
+    seconds: Seconds = None,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the speedup to this file (png, svg, pdf).")] = None,
+) -> None:
+    """Lq's kernels against the vendor's dense product (cuBLAS), over M and the layers of LLaMA models."""
+    from lq_eval.bench.gemm import GemmOptions, points, run_gemm
+    from lq_eval.bench.shapes import parse_shapes
+    from lq_eval.bench.timing import COLD_BYTES
+    from lq_eval.models import default_device, default_dtype
+    from lq_eval.tables import gemm_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    options = GemmOptions(
+        shapes=parse_shapes(shapes or ("llama-3.2-1b,llama-3-8b,llama-3-70b" if gpu else "2048x2048,8192x2048")),
+        ms=integers(ms or ("1,4,16,64,256,1024,4096" if gpu else "1,16,64")),
+        dtypes=tuple(default_dtype(name, where) for name in split(dtypes or ("bfloat16" if gpu else "float32"))),
+        ops=split(ops),
+        kernels=split(kernels),
+        peers=split(peers),
+        group_size=group_size,
+        symmetric=symmetric,
+        device=where,
+        seconds=seconds if seconds is not None else (500.0 if gpu else 60.0),
+        cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3,
+    )
+    found = []
+    started = time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task("timing", total=points(options))
+        for row in run_gemm(options):
+            found.append(row)
+            save(json, "gemm", [row.to_dict()])
+            bar.advance(task)
+    done = f"{len(found)} points in {time.monotonic() - started:.0f} s"
+    if time.monotonic() - started > options.seconds:
+        done += " (the time was up; give --seconds for more)"
+    console().print(gemm_table(found, f"{device_name(where)}, int4 groups of {group_size}: {done}"))
+    if plot is not None:
+        from lq_eval.plots import plot_speedup
+
+        plot_speedup([row.to_dict() for row in found], plot, device_name(where))
+
+
+@bench_app.command("ggml")
+def bench_ggml(
+    n: Annotated[int, typer.Option("--n", help="Out features.")] = 4096,
+    k: Annotated[int, typer.Option("--k", help="In features.")] = 14336,
+    ms: Annotated[str | None, typer.Option(help="Numbers of tokens.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="Force a kernel: cuda-mma, reference.")] = None,
+    device: Device = None,
+    seconds: Seconds = None,
+    json: Json = None,
+) -> None:
+    """Q4_0 weights times Q8_1 activations, with the time of quantizing the activations."""
+    from lq_eval.bench.ggml import run_ggml
+    from lq_eval.bench.timing import COLD_BYTES
+    from lq_eval.models import default_device
+    from lq_eval.tables import ggml_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    tokens = integers(ms or ("1,2,4,8,16,32,64,128,256,512" if gpu else "1,8"))
+    found = []
+    with progress_bar() as bar:
+        task = bar.add_task("timing", total=len(tokens))
+        limit = seconds if seconds is not None else (math.inf if gpu else 60.0)
+        for row in run_ggml(
+            n, k, tokens, where, kernel=kernel, seconds=limit, cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3
+        ):
+            found.append(row)
+            save(json, "ggml", [row.to_dict()])
+            bar.advance(task)
+    console().print(ggml_table(found, f"Q4_0 {n}x{k} x Q8_1 on {device_name(where)}"))
+
+
+@bench_app.command("plot")
+def bench_plot(
+    records: Annotated[Path, typer.Argument(help="A JSONL file that a benchmark wrote.")],
+    output: Annotated[Path, typer.Argument(help="The figure to write (png, svg, pdf).")],
+) -> None:
+    """Draw the speedups of recorded gemm or ggml benchmarks."""
+    from lq_eval.errors import ModelLoadError
+    from lq_eval.plots import plot_speedup
+    from lq_eval.results import read_records
+
+    try:
+        found = list(read_records(records))
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {str(records)!r}: {error}") from error
+    gpus = dict.fromkeys(str(record.environment.get("gpu") or "CPU") for record in found)
+    target = plot_speedup([row for record in found for row in record.rows], output, ", ".join(gpus))
+    console().print(f"wrote {target}")

@@ -1,0 +1,59 @@
+"""The terminal's side of every command: tables to standard output, progress to standard error, records to a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from lq_formats import SpecError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lq_eval.results import append_record
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU where there is one.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Append a record of the result to this JSONL file.")]
+Seconds = Annotated[float | None, typer.Option(help="Stop starting new points after this time.")]
+
+
+def console() -> Console:
+    """Return the console for tables."""
+    terminal = Console()
+    # A pipe or a CI log has no width; 80 columns would fold every table.
+    return terminal if terminal.is_terminal else Console(width=160)
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar that vanishes when it is done, and does not appear in a log."""
+    terminal = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
+
+
+def save(path: Path | None, bench: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Append a record to ``path``, if there is one."""
+    if path is not None:
+        append_record(path, bench, rows)
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Read a comma-separated list of integers.
+
+    Raises:
+        SpecError: If an item is no integer.
+    """
+    try:
+        return tuple(int(part) for part in split(text))
+    except ValueError:
+        raise SpecError(f"{text!r}: expected integers separated by commas") from None
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
