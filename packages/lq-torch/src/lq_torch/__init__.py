@@ -1,5 +1,6 @@
 """lq-torch: low-bit Linear layers for PyTorch."""
 
+from lq_torch.checkpoint import load, save_pretrained
 from lq_torch.config import (
     GGMLWeightOnlyConfig,
     Int4PackingFormat,
@@ -7,20 +8,30 @@ from lq_torch.config import (
     Int8WeightOnlyConfig,
     WeightConfig,
 )
+from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from lq_torch.quantize import dequantize_, quantize_
+from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors
 from lq_torch.tensors import GGMLTensor, Int4Tensor, Int4TilePackedTensor, Int8Tensor, LowBitTensor
 
 __all__ = [
     "GGMLTensor",
     "GGMLWeightOnlyConfig",
+    "Int4PackedLinear",
     "Int4PackingFormat",
     "Int4Tensor",
     "Int4TilePackedTensor",
     "Int4WeightOnlyConfig",
+    "Int8Linear",
     "Int8Tensor",
     "Int8WeightOnlyConfig",
     "LowBitTensor",
+    "QuantizedLinear",
+    "SafetensorsHeader",
     "WeightConfig",
+    "check_safetensors",
     "dequantize_",
+    "load",
     "quantize_",
+    "replace_linear_with_int4",
+    "save_pretrained",
 ]

@@ -47,7 +47,7 @@ def quantize_(
     """
     if not isinstance(config, WeightConfig):
         raise SpecError(f"config is a {type(config).__name__}: expected a configuration such as Int4WeightOnlyConfig()")
-    targets = _targets(model, filter_fn)
+    targets = select_linears(model, filter_fn)
     if not targets:
         warnings.warn("quantize_ found no Linear layer to quantize; check the model and filter_fn", stacklevel=2)
         return
@@ -74,7 +74,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             module.weight = nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
 
 
-def _targets(model: nn.Module, filter_fn: FilterFn | None) -> list[tuple[str, nn.Linear]]:
+def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[tuple[str, nn.Linear]]:
+    """Return the ``(path, layer)`` pairs that :func:`quantize_` would change, in the model's order.
+
+    Raises:
+        UnsupportedError: If ``filter_fn`` picks a layer whose weight is tied to another module.
+    """
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     found = []
     for path, module in model.named_modules():

@@ -143,7 +143,9 @@ class LowBitTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         handler = _DISPATCH.get(func)
         if handler is None:
             raise UnsupportedError(
@@ -156,7 +158,7 @@ class LowBitTensor(torch.Tensor):
         tensors = {name: function(tensor) for name, tensor in self.to_tensors().items()}
         return type(self)(tensors, self.attributes(), self.shape, dtype or self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = ", ".join(f"{name}={value}" for name, value in self.attributes().items())
         inner = ", ".join(f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in self.to_tensors().items())
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {values}; {inner})"

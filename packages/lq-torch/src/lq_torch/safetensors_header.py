@@ -1,0 +1,104 @@
+"""Check a safetensors file before anything of its size is allocated or mapped.
+
+The file is ``u64 header length | JSON header | tensor bytes``. A file from anywhere may lie about every number in it, so each
+is checked against the size of the file: the header's length, every tensor's dtype, shape and byte range, that ranges
+neither overlap nor leave gaps, and that the file ends where the last one does.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lq_formats import FormatError
+
+MAX_HEADER_BYTES = 100 << 20
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: safetensors dtype name, shape and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a checked file says of itself: its metadata and tensors."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorEntry]
+
+
+def check_safetensors(path: str | os.PathLike[str]) -> SafetensorsHeader:
+    """Read and check the header of a safetensors file; no tensor is read.
+
+    Raises:
+        FormatError: If the file is truncated, oversized, inconsistent or not safetensors.
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise FormatError(f"{path} has {size} bytes: too short for a safetensors file")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER_BYTES or length > size - 8:
+            raise FormatError(f"{path} claims a header of {length} bytes in a file of {size}: not a safetensors file")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path} has no readable safetensors header: {error}") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path} has a {type(header).__name__} for a header: not a safetensors file")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path} has metadata that is not a map of strings")
+    tensors = {}
+    ranges = []
+    for name, entry in header.items():
+        tensors[name], begin, end = _entry(path, name, entry)
+        ranges.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            raise FormatError(f"{path}: the bytes of {name!r} start at {begin}, expected {position} (overlap or gap)")
+        position = end
+    if position != size - 8 - length:
+        raise FormatError(
+            f"{path} holds {size - 8 - length} bytes of tensors and declares {position}: truncated or oversized"
+        )
+    return SafetensorsHeader(metadata, tensors)
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorEntry, int, int]:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise FormatError(f"{where} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(item) is int and 0 <= item < 2**48 for item in shape):
+        raise FormatError(f"{where} has the shape {shape!r}")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(item) is int and item >= 0 for item in offsets)
+    ):
+        raise FormatError(f"{where} has the byte range {offsets!r}")
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    begin, end = offsets
+    if end - begin != nbytes:
+        raise FormatError(f"{where} of shape {shape} and dtype {dtype} has {nbytes} bytes, its range {end - begin}")
+    return TensorEntry(dtype, tuple(shape), nbytes), begin, end
