@@ -158,6 +158,10 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[
             tensors.update({path + _SEPARATOR + name: tensor for name, tensor in value.to_tensors().items()})
         else:
             tensors[path] = value
+    for path, buffer in model.named_buffers():
+        # Not in the state dict, yet part of the function: a model converted to bf16 has bf16 rotary frequencies.
+        if path not in tensors and path not in aliases and buffer.is_floating_point():
+            tensors[path] = buffer
     return tensors, weights, aliases
 
 
@@ -204,7 +208,7 @@ def _check_names(model: nn.Module, index: dict[str, Any]) -> None:
     came = {name.partition(_SEPARATOR)[0] for name in index["files"]} | set(index["aliases"])
     if missing := sorted(expected - came):
         raise FormatError(f"the checkpoint lacks {len(missing)} tensors of the model, among them {missing[:3]}")
-    if unexpected := sorted(came - expected):
+    if unexpected := sorted(came - expected - {path for path, _ in model.named_buffers()}):
         raise FormatError(
             f"the checkpoint has {len(unexpected)} tensors that the model lacks, among them {unexpected[:3]}"
         )

@@ -47,7 +47,7 @@ class LowBitTensor(torch.Tensor):
         dtype: torch.dtype,
     ) -> Self:
         device = next(tensor.device for tensor in tensors.values() if tensor is not None)
-        self: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Self = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
         )
         for name in cls.tensor_names:
@@ -61,7 +61,7 @@ class LowBitTensor(torch.Tensor):
 
     # What a subclass provides.
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight as a dense tensor of ``dtype`` (default: this tensor's dtype)."""
         raise NotImplementedError
 
