@@ -2,7 +2,10 @@ import json
 
 import pytest
 from lq_eval.data import eval_text_path, tiny_llama_path
+from lq_eval.evaluate import quantized_copy
 from lq_eval.results import read_records
+from lq_eval.schemes import parse_scheme
+from lq_torch import save_pretrained
 
 
 def test_help_names_every_command(lq_eval):
@@ -64,6 +67,23 @@ def test_ppl_of_a_folder(lq_eval, tmp_path, kl):
     assert [row["windows"] for row in found.rows] == [4, 4, 4]
     assert all(("kl" in row) == kl for row in found.rows[1:])
     assert found.rows[1]["change_percent"] < found.rows[2]["change_percent"]
+
+
+def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
+    folder, record = tmp_path / "quantized", tmp_path / "ppl.jsonl"
+    save_pretrained(quantized_copy(tiny.model, parse_scheme("int4-g64")), folder)
+    common = ("--scheme", "int4-g64", "--tokens", 512, "--device", "cpu", "--json", record)
+    missing = lq_eval("ppl", folder, *common)
+    assert missing.exit_code == 1
+    assert "tokenizer" in missing.stderr
+    tiny.tokenizer.save_pretrained(folder)
+    for source in (folder, tiny_llama_path()):
+        result = lq_eval("ppl", source, *common)
+        assert result.exit_code == 0, result.output
+    saved, quantized = read_records(record)
+    assert [row["scheme"] for row in saved.rows] == ["as saved"]
+    assert saved.rows[0]["perplexity"] == pytest.approx(quantized.rows[1]["perplexity"], rel=1e-5)
+    assert saved.rows[0]["linear_bytes"] == quantized.rows[1]["linear_bytes"]
 
 
 def test_ppl_on_a_text_file_equals_ppl_on_the_bundled_text(lq_eval, tmp_path):

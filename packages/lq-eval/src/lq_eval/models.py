@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from lq_formats import DTypeError, LQError, SpecError, UnsupportedError
+from lq_torch import load
 from torch import nn
 
 from lq_eval.errors import ModelLoadError
 from lq_eval.schemes import weight_nbytes
 
+_LQ_INDEX = "lq.json"  # what lq_torch.save_pretrained writes beside the weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,8 +103,8 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
         LQError: If an lq folder is damaged or of an unknown version.
     """
     local = Path(source).is_dir()
-    if local and (Path(source) / LQ_MARKER).is_file():
-        return _load_quantized(Path(source), device, dtype)
+    if local and (Path(source) / _LQ_INDEX).is_file():
+        return _load_quantized(Path(source), device)
     if not local and str(source).startswith(("/", ".", "~")):
         raise ModelLoadError(f"there is no folder {str(source)!r}; give a model's folder or its name on the hub")
     with _quiet_transformers():
@@ -119,25 +121,18 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
     return LoadedModel(str(source), model.to(device).eval(), _unlimited(tokenizer), quantized=False)
 
 
-LQ_MARKER = "lq.json"
-
-
-def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    import lq_torch
-
+def _load_quantized(directory: Path, device: torch.device) -> LoadedModel:
     with _quiet_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-            config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ModelLoadError(
-                f"{str(directory)!r} holds lq weights, but its config.json or tokenizer cannot be read: "
-                f"{_first_line(error)}; save both beside the weights (config.save_pretrained, tokenizer.save_pretrained)"
+                f"{str(directory)!r} holds lq weights, but no tokenizer that can be read ({_first_line(error)}); save it "
+                "beside them with tokenizer.save_pretrained"
             ) from error
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = lq_torch.load(directory, model=skeleton, device=str(device))
+        model = load(directory, device=str(device))
     return LoadedModel(str(directory), model.eval(), _unlimited(tokenizer), quantized=True)
 
 

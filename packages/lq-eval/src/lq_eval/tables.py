@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from lq_kernels import Explanation
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -12,13 +13,21 @@ from lq_eval.doctor import Fact
 from lq_eval.evaluate import Evaluation
 from lq_eval.schemes import MatrixError
 
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
 
 def _table(title: str, columns: Sequence[str], caption: str = "", left: int = 1) -> Table:
+    """Return an empty table whose first ``left`` columns are text and the others numbers; it fits 80 columns if it can."""
     table = Table(
-        title=Text(title), caption=Text(caption) if caption else None, caption_justify="left", title_justify="left"
+        title=Text(title, style="bold"),
+        caption=Text(caption) if caption else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index == 0, overflow="fold")
     return table
 
 
@@ -26,10 +35,10 @@ def evaluation_table(rows: Iterable[Evaluation], title: str, caption: str = "") 
     """Return the table of ``lq-eval demo`` and ``lq-eval ppl``."""
     columns = (
         "scheme",
-        "bits per\nweight",
-        "linears\nMB",
+        "bits/\nweight",
+        "layers\nMB",
         "model\nMB",
-        "perplexity",
+        "perpl-\nexity",
         "change",
         "KL to\nfloat",
         "same\ntop-1",
@@ -42,8 +51,8 @@ def evaluation_table(rows: Iterable[Evaluation], title: str, caption: str = "") 
         table.add_row(
             row.scheme,
             f"{size.bits_per_weight:.3f}",
-            f"{size.linear_bytes / 1e6:.3f}",
-            f"{size.total_bytes / 1e6:.3f}",
+            f"{size.linear_bytes / 1e6:,.2f}",
+            f"{size.total_bytes / 1e6:,.2f}",
             f"{row.perplexity.value:.3f}",
             "" if row.change_percent is None else f"{row.change_percent:+.2f}%",
             "" if distance is None else f"{distance.kl:.4f}",
@@ -72,17 +81,15 @@ def matrix_table(rows: Iterable[MatrixError], title: str) -> Table:
 
 def gemm_table(rows: Iterable[GemmRow], title: str) -> Table:
     """Return the table of ``lq-eval bench gemm``."""
-    columns = ("op", "shape", "N x K", "dtype", "kernel", "ran", "M", "us", "dense us", "speedup", "GB/s")
-    table = _table(title, columns, "dense: F.linear in x's dtype; speedup = dense us / us; M: tokens", left=6)
+    columns = ("op", "weight", "kernel", "M", "us", "dense us", "speedup", "GB/s")
+    table = _table(title, columns, "dense: F.linear in x's dtype; speedup = dense us / us; M: tokens", left=3)
     for row in rows:
-        measured = row.us is not None
+        size = f"{row.n}x{row.k}"
+        kernel = row.kernel if row.kernel == row.ran else f"{row.kernel}: {row.ran}"
         table.add_row(
-            row.op,
-            row.shape,
-            f"{row.n}x{row.k}",
-            row.dtype,
-            row.kernel,
-            Text(row.ran if measured else row.note),
+            f"{row.op} {_SHORT.get(row.dtype, row.dtype)}",
+            size if row.shape == size else f"{row.shape} {size}",
+            Text(f"{row.kernel}: {row.note}" if row.us is None else kernel),
             str(row.m),
             f"{row.us:.1f}" if row.us is not None else "-",
             f"{row.dense_us:.1f}",
@@ -118,6 +125,10 @@ def facts_table(facts: Iterable[Fact]) -> Table:
     return table
 
 
+def _duration(us: float) -> str:
+    return f"{us:.1f} us" if us < 1000 else f"{us / 1000:.1f} ms"
+
+
 def _reasons(found: Explanation) -> str:
     """Put kernels with the same reason on one line."""
     by_reason: dict[str, list[str]] = {}
@@ -128,19 +139,18 @@ def _reasons(found: Explanation) -> str:
 
 def kernel_table(explanations: Iterable[Explanation]) -> Table:
     """Return the second table of ``lq-eval doctor``."""
-    columns = ("op", "weight", "x", "M", "kernel", "predicted", "why not the others")
-    table = _table("Kernels for a 4096x4096 layer", columns, left=7)
+    columns = ("product", "M", "kernel", "predicted", "why not the others")
+    table = _table("Kernels for a 4096x4096 layer, M tokens at a time", columns, left=5)
     for found in explanations:
         problem = found.problem
         spec = problem.spec
-        group = "per row" if spec.granularity == "row" else f"g{problem.group_size}"
+        group = "row" if spec.granularity == "row" else f"g{problem.group_size}"
+        dtype = str(problem.dtype).removeprefix("torch.")
         table.add_row(
-            problem.op,
-            f"{group} {'sym' if spec.symmetric else 'asym'}",
-            str(problem.dtype).removeprefix("torch."),
+            f"{problem.op} {group} {'sym' if spec.symmetric else 'asym'} {_SHORT.get(dtype, dtype)}",
             str(problem.m),
             found.chosen or Text("none", style="red"),
-            f"{found.predicted_us:.1f} us",
+            _duration(found.predicted_us) if found.chosen else "",
             Text(_reasons(found)),
             end_section=problem.m == 4096,
         )
