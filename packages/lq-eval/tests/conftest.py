@@ -1,6 +1,6 @@
 """Fixtures of lq-eval's tests: the bundled model, loaded once, and the command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,6 +8,15 @@ import torch
 from lq_eval.corpus import load_text, make_windows, tokenize
 from lq_eval.data import eval_text_path, tiny_llama_path
 from lq_eval.models import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Test workers that share two cores lose an order of magnitude when each spins with two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

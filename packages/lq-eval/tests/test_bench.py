@@ -103,8 +103,15 @@ def test_the_time_limit_ends_a_benchmark():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"ops": ("int2",)}, {"kernels": ("fast",)}, {"peers": ("marlin",)}, {"ms": (0,)}],
-    ids=["op", "kernel", "peer", "M"],
+    [
+        {"ops": ("int2",)},
+        {"kernels": ("fast",)},
+        {"peers": ("marlin",)},
+        {"ms": (0,)},
+        {"group_size": 100},
+        {"shapes": parse_shapes("8x40"), "ops": ("q4_0",)},
+    ],
+    ids=["op", "kernel", "peer", "M", "group", "blocks"],
 )
 def test_unknown_options_are_refused(changes):
     with pytest.raises(SpecError):

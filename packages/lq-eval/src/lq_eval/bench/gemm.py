@@ -68,6 +68,13 @@ class GemmOptions:
         for m in self.ms:
             if m < 1:
                 raise SpecError(f"M={m}: expected at least one token")
+        for shape in self.shapes:
+            if "q4_0" in self.ops and shape.k % 32:
+                raise SpecError(
+                    f"{shape.label}: K={shape.k} is no multiple of 32, which q4_0 needs; leave it out of --ops"
+                )
+            if "int4" in self.ops and self.group_size != -1 and (self.group_size < 8 or shape.k % self.group_size):
+                raise SpecError(f"{shape.label}: K={shape.k} is not divisible by the group size {self.group_size}")
 
 
 @dataclass(frozen=True)
