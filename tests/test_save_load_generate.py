@@ -134,7 +134,7 @@ def test_tied_embeddings_stay_tied_and_dense(tiny_llama: Callable[..., Any], pro
     model = tiny_llama(tied=True)
     quantize_(model, CONFIGS["int8-row"])
     save_pretrained(model, tmp_path)
-    loaded = load(tmp_path)
+    loaded: Any = load(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(_logits(loaded, prompt), _logits(model, prompt))
 

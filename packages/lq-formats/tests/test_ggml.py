@@ -152,6 +152,15 @@ def test_equal_magnitudes_take_the_sign_of_the_first() -> None:
     assert d.flatten().tolist() == [-0.5, 0.5]
 
 
+@pytest.mark.parametrize("name", ["q4_1", "q5_1"])
+def test_equal_minima_take_the_sign_of_the_first(name: str) -> None:
+    x = torch.ones(2, 32)
+    x[0, 3], x[0, 20] = 0.0, -0.0
+    x[1, 3], x[1, 20] = -0.0, 0.0
+    minimum = GGML_FORMATS[name].quantize(x)[:, 0, 2:4]
+    assert minimum.tolist() == [[0x00, 0x00], [0x00, 0x80]]
+
+
 def test_q8_rounds_half_away_from_zero() -> None:
     x = torch.zeros(32)
     x[:7] = torch.tensor([127.0, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5])
