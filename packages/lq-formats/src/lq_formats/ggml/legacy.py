@@ -20,6 +20,8 @@ Numerics that the bytes depend on, from ggml's reference quantizers:
 - Q4_0 and Q5_0 take the element of largest magnitude *with its sign* (the first of equals), ``d = extreme / -8`` (-16),
   so it gets code 0. A block of zeros stores ``d = -0.0`` (bytes 00 80) and the middle code (0x88). Only if its first
   element is -0.0 it stores +0.0, as in gguf-py; ggml in C does not tell the two zeros apart.
+- Q4_1 and Q5_1 store the first of equal minima, as ggml does in C. That shows only where a minimum of zero occurs with
+  both signs: numpy, and so gguf-py, then stores either zero. The values are the same.
 - ``trunc(x / d + 8.5)``: ties go up in code space. Q8_0 rounds half away from zero.
 
 A scale (or ``m``) beyond fp16 is stored as infinity, as ggml does, and such a block dequantizes to infinities and NaN:
