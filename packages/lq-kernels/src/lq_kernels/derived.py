@@ -1,15 +1,23 @@
-"""Tensors derived from a packed weight, kept as long as the weight lives.
+"""Tensors derived from a packed weight, kept as long as the weight's storage lives.
 
 Some kernels read a packing of their own. It is made from the canonical bits on first use, once a weight, and found again
-by the identity of the canonical tensor. An in-place change of the weight (its version counter moves) discards it; the
-weight's end frees it.
+by the identity of the storage and the view of it: a temporary view (the int32 words of an int8 packing, a detached
+alias) finds what an earlier one made, and ``tensor.data = other`` does not. An in-place change (the version counter
+moves) discards it; the storage's end frees it.
+
+Tensors made in inference mode have no version counter: a copy of the weight is kept and compared instead, which costs
+one read of the weight a call. Not noticed are writes that hide from torch: through ``tensor.data`` or NumPy.
 """
 
 import threading
 from collections.abc import Callable
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+_Stamp: TypeAlias = int | Tensor
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _lock = threading.Lock()
@@ -19,20 +27,28 @@ def derived(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
     """Return ``make()`` for this weight and key, computed once.
 
     Args:
-        weight: Canonical packed tensor that the result depends on.
-        key: Which derived form, for example ``"aten-int4-cpu"``.
-        make: Computes it.
+        weight: Canonical packed tensor that the result depends on, and the only one.
+        key: Which derived form, for example ``"aten-cpu"``.
+        make: Computes it; the result must not share memory with the weight.
     """
-    version = -1 if weight.is_inference() else weight._version
+    storage = weight.untyped_storage()
+    where = (key, weight.dtype, weight.storage_offset(), weight.shape, weight.stride())
     with _lock:
-        entries = _cache.get(weight)  # type: ignore[no-untyped-call]
+        entries = _cache.get(storage)  # type: ignore[no-untyped-call]
         if entries is None:
-            entries = _cache[weight] = {}
-        found = entries.get(key)
-    if found is not None and found[0] == version:
+            entries = _cache[storage] = {}
+        found = entries.get(where)
+    if found is not None and _unchanged(weight, found[0]):
         result: Tensor = found[1]
         return result
+    stamp: _Stamp = weight.clone() if weight.is_inference() else weight._version
     result = make()
     with _lock:
-        entries[key] = (version, result)
+        entries[where] = (stamp, result)
     return result
+
+
+def _unchanged(weight: Tensor, stamp: _Stamp) -> bool:
+    if isinstance(stamp, Tensor):
+        return weight.is_inference() and torch.equal(weight, stamp)
+    return not weight.is_inference() and weight._version == stamp

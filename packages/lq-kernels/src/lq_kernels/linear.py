@@ -11,6 +11,7 @@ from torch import Tensor
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 
 _ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+_INTEGERS = (int, torch.SymInt)
 _MIN_GROUP_SIZE = 8
 
 
@@ -160,6 +161,8 @@ def gemm_q4_0_q8_1(
         ShapeError, DTypeError, DeviceError: If bytes and sizes do not agree.
         NoKernelError: If the forced kernel cannot run this problem.
     """
+    if not all(isinstance(size, _INTEGERS) for size in (M, N, K)):
+        raise ShapeError(f"M={M!r}, N={N!r}, K={K!r}: expected integers")
     if M < 0 or N < 0 or K <= 0 or K % 32:
         raise ShapeError(f"M={M}, N={N}, K={K}: expected M, N >= 0 and K a positive multiple of 32")
     for name, tensor, rows, size in (("weight_q", weight_q, M, 18), ("activation_q", activation_q, N, 36)):
@@ -260,8 +263,15 @@ def _check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size:
     if qweight.dtype != torch.int32:
         raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
     words = -(-k // 8)
-    if qweight.dim() != 2 or qweight.shape[1] != words:
+    if qweight.dim() != 2:
         raise ShapeError(f"qweight has shape {tuple(qweight.shape)}: {k} in features need (N, {words})")
+    if qweight.shape[1] != words:
+        raise ShapeError(
+            f"qweight has shape {tuple(qweight.shape)}, at most {8 * qweight.shape[1]} in features, and the activations "
+            f"have {k}: expected (N, {words})"
+        )
+    if not isinstance(group_size, _INTEGERS):
+        raise GroupSizeError(f"group_size={group_size!r}: expected an integer")
     if group_size < 1 or k % group_size:
         raise GroupSizeError(f"group_size={group_size} does not divide the {k} in features")
     if group_size < _MIN_GROUP_SIZE and group_size != k:
