@@ -36,3 +36,9 @@ def test_more_bits_diverge_less(tiny, windows):
     assert found.divergence["int8"].top1 > 0.95 > found.divergence["int4-g256"].top1
     assert found.divergence["int8"].positions == 4 * 255
     assert sum(seen) == 4 * 4
+
+
+def test_out_of_time_every_model_has_seen_the_same_windows(tiny, windows):
+    found = compare(tiny.model, {"same": tiny.model}, windows, batch_size=1, seconds=-1.0)
+    assert found.reference.windows == found.perplexity["same"].windows == 1
+    assert found.divergence["same"].kl == 0

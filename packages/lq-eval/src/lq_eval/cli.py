@@ -53,6 +53,9 @@ def _options(
 def demo(
     tokens: Annotated[int, typer.Option(help="Tokens of the bundled text to evaluate on.")] = 25600,
     schemes: Annotated[str | None, typer.Option(help="Comma-separated; default: all that the demo knows.")] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Evaluate no longer than this; fewer tokens on a slow machine.")
+    ] = 60.0,
     device: Device = None,
     json: Json = None,
 ) -> None:
@@ -73,12 +76,14 @@ def demo(
     configs = parse_schemes(schemes or ",".join(DEMO_SCHEMES), scale_dtype)
     loaded = load_model(tiny_llama_path(), device=where, dtype=dtype)
     windows = make_windows(tokenize(loaded.tokenizer, load_text(eval_text_path())), 256, tokens)
-    settings = Settings(decode_tokens=16)
+    settings = Settings(decode_tokens=16, seconds=seconds)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=window_passes(windows, len(configs), together=True))
         rows = evaluate_together(loaded.model, configs, windows, settings, lambda n: bar.advance(task, n))
+    done = rows[0].perplexity.tokens
+    cut = "" if done == windows.numel() else f" ({windows.numel():,} were asked for, --seconds {seconds:g} was up)"
     caption = (
-        f"{windows.numel():,} tokens of the Python reference in windows of 256, {dtype_name(dtype)} on {where.type}, "
+        f"{done:,} tokens{cut} of the Python reference in windows of 256, {dtype_name(dtype)} on {where.type}, "
         f"int4 scales in {dtype_name(scale_dtype)}; "
         f"{rows[0].perplexity.stderr:.2f} standard error of the float perplexity. Model MB counts what is not quantized "
         "(embeddings, norms) at 16 bits. Prefill: 4 windows at once; decode: one token at a time. "

@@ -6,6 +6,7 @@ distributions. Top-1 agreement is the share of positions where both models would
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ def compare(
     rules: Protocol = PROTOCOLS["windows"],
     bos: int | None = None,
     progress: Callable[[int], None] | None = None,
+    seconds: float = math.inf,
 ) -> Comparison:
     """Measure perplexity and divergence of several models in one pass over the windows.
 
@@ -83,6 +85,7 @@ def compare(
         rules: The perplexity protocol.
         bos: The tokenizer's BOS token, for the protocols that use it.
         progress: Called with the number of windows after each forward pass of any model.
+        seconds: Start no further batch after this time: every model has then seen the same first windows.
 
     Raises:
         SpecError: If ``batch_size`` is not positive, or the protocol lacks its BOS token.
@@ -95,7 +98,10 @@ def compare(
     positions = 0
 
     with torch.inference_mode():
+        deadline = time.monotonic() + seconds
         for batch in batches(windows, batch_size):
+            if positions and time.monotonic() > deadline:
+                break
             ids = model_input(batch.to(device), rules, bos)
             log_p, best, scores, seconds = _predict(reference, ids)
             total.add(scores, ids.numel(), seconds)

@@ -1,6 +1,7 @@
 """Evaluating one model under several schemes: the work behind ``lq-eval demo`` and ``lq-eval ppl``."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -61,6 +62,7 @@ class Settings:
         bos: The tokenizer's BOS token.
         decode_tokens: Tokens to decode for the decoding speed; 0 not to measure it.
         dense_bytes: Bytes at which unquantized parameters are counted.
+        seconds: Stop :func:`evaluate_together` after this time, with the windows done so far.
     """
 
     batch_size: int = 4
@@ -68,6 +70,7 @@ class Settings:
     bos: int | None = None
     decode_tokens: int = 0
     dense_bytes: int = 2
+    seconds: float = math.inf
 
 
 def quantized_copy(model: nn.Module, config: WeightConfig) -> nn.Module:
@@ -105,6 +108,7 @@ def evaluate_together(
         rules=settings.rules,
         bos=settings.bos,
         progress=progress,
+        seconds=settings.seconds,
     )
     rows = [_evaluation("float", model, found.reference, None, None, windows, settings)]
     for name, quantized in copies.items():
