@@ -74,8 +74,8 @@ def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     rest (in [1, 2)) multiplies the result in float32: no scale is rounded, and nothing overflows float16 on the way.
     """
     wide = scale.to(torch.float32)
-    power = torch.exp2(torch.log2(wide).floor().clamp(-14, 15))
-    y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), qweight, power.to(x.dtype))
+    power = torch.exp2(torch.log2(wide.abs()).floor().clamp(-14, 15))
+    y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), qweight.contiguous(), power.to(x.dtype))
     return (y.to(torch.float32) * (wide / power)).to(x.dtype)
 
 
