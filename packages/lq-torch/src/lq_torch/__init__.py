@@ -11,11 +11,22 @@ from lq_torch.config import (
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from lq_torch.quantize import dequantize_, quantize_
 from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors
-from lq_torch.tensors import GGMLTensor, Int4Tensor, Int4TilePackedTensor, Int8Tensor, LowBitTensor
+from lq_torch.tensors import (
+    GemliteTensor,
+    GGMLTensor,
+    Int4GemliteTensor,
+    Int4Tensor,
+    Int4TilePackedTensor,
+    Int8Tensor,
+    LowBitTensor,
+    forced_kernel,
+)
 
 __all__ = [
     "GGMLTensor",
     "GGMLWeightOnlyConfig",
+    "GemliteTensor",
+    "Int4GemliteTensor",
     "Int4PackedLinear",
     "Int4PackingFormat",
     "Int4Tensor",
@@ -30,6 +41,7 @@ __all__ = [
     "WeightConfig",
     "check_safetensors",
     "dequantize_",
+    "forced_kernel",
     "load",
     "quantize_",
     "replace_linear_with_int4",

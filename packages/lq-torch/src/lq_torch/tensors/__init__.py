@@ -1,9 +1,20 @@
 """Quantized weights as tensor subclasses, one a file."""
 
 from lq_torch.tensors.base import LowBitTensor
+from lq_torch.tensors.gemlite import GemliteTensor, forced_kernel
 from lq_torch.tensors.ggml import GGMLTensor
 from lq_torch.tensors.int4 import Int4Tensor
+from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
 from lq_torch.tensors.int4_tile_packed import Int4TilePackedTensor
 from lq_torch.tensors.int8 import Int8Tensor
 
-__all__ = ["GGMLTensor", "Int4Tensor", "Int4TilePackedTensor", "Int8Tensor", "LowBitTensor"]
+__all__ = [
+    "GGMLTensor",
+    "GemliteTensor",
+    "Int4GemliteTensor",
+    "Int4Tensor",
+    "Int4TilePackedTensor",
+    "Int8Tensor",
+    "LowBitTensor",
+    "forced_kernel",
+]

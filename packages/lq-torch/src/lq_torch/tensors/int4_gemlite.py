@@ -1,0 +1,163 @@
+"""Int4GemliteTensor: 1, 2, 4 or 8-bit weights in gemlite's packing, ``int4_packing_format="gemlite"``."""
+
+from typing import ClassVar, Self
+
+import torch
+from lq_formats import (
+    DTypeError,
+    FormatError,
+    GroupSizeError,
+    QuantSpec,
+    ShapeError,
+    SpecError,
+    check_finite,
+    choose_qparams,
+    quantize_affine,
+)
+from lq_formats.layouts import GEMLITE
+from torch import Tensor
+
+from lq_torch.integrations.gemlite import check_kernel, gemlite_linear
+from lq_torch.tensors import gemlite_meta as meta
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
+
+_BITS = (1, 2, 4, 8)
+
+
+class Int4GemliteTensor(LowBitTensor):
+    """A weight ``(N, K)`` of unsigned codes, symmetric with a shift: ``(u - 2**(bits - 1)) * scale``.
+
+    One bit has no integer midpoint: its codes stand for ``-scale / 2`` and ``scale / 2``.
+
+    On a GPU ``F.linear`` runs gemlite, whose kernel depends on the number of tokens (:attr:`kernel` and
+    :func:`lq_torch.force_kernel` fix it). On the CPU, and where x requires a gradient, the weight is dequantized for
+    each product and multiplied in floating point. float32 products on a GPU are TF32, as gemlite computes them.
+
+    Attributes:
+        qdata: ``(K * bits / 32, N) int32`` (:data:`lq_formats.layouts.GEMLITE`).
+        scale: ``(K // group_size, N)``.
+        zero: The midpoint, a scalar int32; for one bit ``(K // group_size, N)`` as gemlite's fused multiply-add takes
+            it, ``-scale / 2`` (in code units, 0.5, where there is one scale a row).
+        bits: 1, 2, 4 or 8.
+        group_size: In features per scale (K: one scale a row).
+        kernel: One of gemlite's kernels, or None.
+    """
+
+    tensor_names: ClassVar = ("qdata", "scale", "zero")
+    attribute_names: ClassVar = ("bits", "group_size", "kernel")
+    kind: ClassVar = "int4_gemlite"
+    qdata: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group_size: int
+    kernel: str | None
+
+    @classmethod
+    def from_hp(cls, w: Tensor, group_size: int = 128, bits: int = 4) -> Self:
+        """Quantize a floating point weight to the nearest codes; needs neither gemlite nor a GPU.
+
+        Args:
+            w: ``(N, K)`` fp16, bf16 or fp32, K a multiple of 32.
+            group_size: A divisor of K from 16 up; -1 for one scale a row.
+            bits: 1, 2, 4 or 8.
+
+        Raises:
+            ShapeError, GroupSizeError, DTypeError, SpecError, NonFiniteError: If ``w`` cannot be quantized so.
+        """
+        cls.check_shape(w, group_size, bits)
+        check_finite(w, "w")
+        rows, columns = w.shape
+        size = columns if group_size == -1 else group_size
+        if bits == 1:
+            groups = w.float().reshape(rows, -1, size)
+            # Twice the mean magnitude minimises the squared error of -scale / 2 and scale / 2.
+            scale = (groups.abs().mean(-1) * 2).to(w.dtype)
+            codes = (groups >= 0).to(torch.uint8).reshape(rows, columns)
+            half = torch.full_like(scale, 0.5)
+            zero = (half if size == columns else -half * scale).t().contiguous()
+        else:
+            spec = QuantSpec(bits, "group", size, True, w.dtype)
+            scale, _ = choose_qparams(w, spec)
+            codes = quantize_affine(w, scale, None, spec)
+            zero = torch.tensor(2 ** (bits - 1), dtype=torch.int32, device=w.device)
+        tensors = {"qdata": GEMLITE.pack(codes, bits, 32), "scale": scale.t().contiguous(), "zero": zero}
+        return cls(tensors, {"bits": bits, "group_size": size, "kernel": None}, w.shape, w.dtype)
+
+    @staticmethod
+    def check_shape(w: Tensor, group_size: int, bits: int = 4) -> None:
+        """Raise the named error of the first reason why gemlite cannot take ``w``; its values are not read.
+
+        Raises:
+            SpecError: If ``bits`` is not 1, 2, 4 or 8.
+            DTypeError: If ``w`` is not fp16, bf16 or fp32.
+            ShapeError: If ``w`` is not a matrix with K a multiple of 32.
+            GroupSizeError: If the group size is below 16 or does not divide K.
+        """
+        if bits not in _BITS:
+            raise SpecError(f"bits={bits!r}: gemlite takes 1, 2, 4 or 8")
+        if w.dtype not in SCALE_DTYPES:
+            raise DTypeError(f"w has dtype {w.dtype}: expected float16, bfloat16 or float32")
+        if w.dim() != 2 or 0 in w.shape:
+            raise ShapeError(f"w has shape {tuple(w.shape)}: expected a non-empty matrix (out_features, in_features)")
+        columns = w.shape[1]
+        if columns % 32:
+            raise ShapeError(f"in_features={columns} is not a multiple of 32, which gemlite needs; use 'plain'")
+        if group_size != -1 and (type(group_size) is not int or group_size < 16 or columns % group_size):
+            raise GroupSizeError(
+                f"group_size={group_size!r}: gemlite needs a divisor of in_features={columns} from 16 up, or -1"
+            )
+
+    def meta_args(self) -> list[int]:
+        """Return gemlite's twelve integers for this weight."""
+        row = self.group_size == self.shape[1]
+        grouped = meta.CODE_FMA if self.bits == 1 else meta.CODE_SHIFT_SCALE
+        return meta.meta_args(
+            bits=self.bits,
+            group_size=self.group_size,
+            per_item=32 // self.bits,
+            input_dtype=meta.FLOATS[self.dtype],
+            output_dtype=meta.FLOATS[self.dtype],
+            meta_dtype=meta.FLOATS[self.scale.dtype],
+            channel_scale_mode=meta.SCALE_WEIGHT if row else meta.SCALE_NONE,
+            code_mode=meta.CODE_SHIFT if row else grouped,
+            contiguous=True,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
+        codes = GEMLITE.unpack(self.qdata, self.bits).float()
+        midpoint = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+        groups = (codes - midpoint).reshape(self.shape[0], -1, self.group_size)
+        w = groups * self.scale.t().float().unsqueeze(-1)
+        return w.reshape(self.shape).to(dtype or self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x @ self.T + bias``; see the class for which way."""
+        check_kernel(self.kernel)
+        if not x.is_cuda or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
+            return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+        return gemlite_linear(x, bias, (self.qdata, self.scale, self.zero), self.meta_args(), self.kernel)
+
+    def check(self) -> None:
+        """Raise FormatError unless the inner tensors fit the shape and the attributes."""
+        rows, columns = self.shape if len(self.shape) == 2 else (0, 0)
+        if rows == 0 or columns == 0 or columns % 32:
+            raise FormatError(f"a gemlite weight has the shape (N, K) with K % 32 == 0, not {tuple(self.shape)}")
+        if type(self.bits) is not int or self.bits not in _BITS:
+            raise FormatError(f"bits={self.bits!r}: gemlite takes 1, 2, 4 or 8")
+        size = self.group_size
+        if type(size) is not int or size < 16 or columns % size:
+            raise FormatError(f"group_size={size!r}: expected a divisor of the {columns} in features from 16 up")
+        try:
+            check_kernel(self.kernel)
+        except SpecError as error:
+            raise FormatError(str(error)) from None
+        expect_tensor(self.qdata, "qdata", (columns * self.bits // 32, rows), (torch.int32,))
+        expect_tensor(self.scale, "scale", (columns // size, rows), SCALE_DTYPES)
+        if self.bits == 1:
+            expect_tensor(self.zero, "zero", (columns // size, rows), (self.scale.dtype,))
+        else:
+            expect_tensor(self.zero, "zero", (), (torch.int32,))
+            if self.zero.device.type != "meta" and int(self.zero) != 2 ** (self.bits - 1):
+                raise FormatError(f"tensor 'zero' is {int(self.zero)}: expected the midpoint {2 ** (self.bits - 1)}")
