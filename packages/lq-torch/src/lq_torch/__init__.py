@@ -8,6 +8,8 @@ from lq_torch.config import (
     Int8WeightOnlyConfig,
     WeightConfig,
 )
+from lq_torch.gemlite_config import GemliteConfig
+from lq_torch.integrations.gemlite import force_kernel, load_kernel_cache, save_kernel_cache
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from lq_torch.quantize import dequantize_, quantize_
 from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors
@@ -19,12 +21,13 @@ from lq_torch.tensors import (
     Int4TilePackedTensor,
     Int8Tensor,
     LowBitTensor,
-    forced_kernel,
 )
+from lq_torch.warmup import warmup
 
 __all__ = [
     "GGMLTensor",
     "GGMLWeightOnlyConfig",
+    "GemliteConfig",
     "GemliteTensor",
     "Int4GemliteTensor",
     "Int4PackedLinear",
@@ -41,9 +44,12 @@ __all__ = [
     "WeightConfig",
     "check_safetensors",
     "dequantize_",
-    "forced_kernel",
+    "force_kernel",
     "load",
+    "load_kernel_cache",
     "quantize_",
     "replace_linear_with_int4",
+    "save_kernel_cache",
     "save_pretrained",
+    "warmup",
 ]

@@ -93,7 +93,7 @@ def gemlite_linear(
         y: Tensor = core.forward_functional(
             x, None if outside else bias, [*tensors, meta_scale], [int(value) for value in meta], matmul_type
         )
-    return y + bias if outside else y
+    return y if bias is None or not outside else y + bias
 
 
 def save_kernel_cache(path: str | Path) -> None:

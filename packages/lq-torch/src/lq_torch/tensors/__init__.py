@@ -1,7 +1,7 @@
 """Quantized weights as tensor subclasses, one a file."""
 
 from lq_torch.tensors.base import LowBitTensor
-from lq_torch.tensors.gemlite import GemliteTensor, forced_kernel
+from lq_torch.tensors.gemlite_dynamic import GemliteTensor
 from lq_torch.tensors.ggml import GGMLTensor
 from lq_torch.tensors.int4 import Int4Tensor
 from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
@@ -16,5 +16,4 @@ __all__ = [
     "Int4TilePackedTensor",
     "Int8Tensor",
     "LowBitTensor",
-    "forced_kernel",
 ]
