@@ -157,7 +157,7 @@ class GemliteTensor(LowBitTensor):
         """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
         scale = self.scale.t()
         if self.weight.startswith("mx"):
-            scale = torch.ldexp(torch.ones((), device=self.device), scale.to(torch.int32) - 127)
+            scale = torch.exp2(scale.float() - 127)
         if self.weight == "int4":
             values = GEMLITE.unpack(self.qdata, 4).float() - 8
         elif self.weight == "mxfp4":
