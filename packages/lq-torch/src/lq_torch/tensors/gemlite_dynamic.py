@@ -114,8 +114,8 @@ class GemliteTensor(LowBitTensor):
             raise GroupSizeError(
                 f"group_size={group_size!r}: gemlite's {weight} x {activation} has {natural}; pass None"
             )
-        if group_size < 16 or w.shape[1] % group_size:
-            raise GroupSizeError(f"group_size={group_size}: expected a divisor of in_features={w.shape[1]} from 16 up")
+        if reason := meta.why_not_group(w.shape[1], group_size):
+            raise GroupSizeError(f"group_size={group_size}: {reason}")
         return group_size
 
     def meta_args(self) -> list[int]:

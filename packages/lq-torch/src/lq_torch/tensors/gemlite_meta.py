@@ -44,3 +44,16 @@ def meta_args(
         code_mode,
         int(contiguous),
     ]
+
+
+def why_not_group(columns: int, size: object) -> str | None:
+    """Return why gemlite's integer kernels do not take groups of ``size`` of ``columns`` in features, or None.
+
+    Their tiles along the in features are powers of two cut to the group, with one scale each, so other groups would
+    straddle tiles and be computed wrongly. One scale a row is applied after the sum; only the cut to K matters there.
+    """
+    if type(size) is not int or size < 16 or columns % size:
+        return f"expected a divisor of in_features={columns} from 16 up"
+    if size & (size - 1) == 0 or (size == columns and size >= 512):
+        return None
+    return "gemlite needs a power of two, or one scale a row of at least 512"

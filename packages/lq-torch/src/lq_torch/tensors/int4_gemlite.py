@@ -103,10 +103,8 @@ class Int4GemliteTensor(LowBitTensor):
         columns = w.shape[1]
         if columns % 32:
             raise ShapeError(f"in_features={columns} is not a multiple of 32, which gemlite needs; use 'plain'")
-        if group_size != -1 and (type(group_size) is not int or group_size < 16 or columns % group_size):
-            raise GroupSizeError(
-                f"group_size={group_size!r}: gemlite needs a divisor of in_features={columns} from 16 up, or -1"
-            )
+        if reason := meta.why_not_group(columns, columns if group_size == -1 else group_size):
+            raise GroupSizeError(f"group_size={group_size!r}: {reason}; use int4_packing_format='plain'")
 
     def meta_args(self) -> list[int]:
         """Return gemlite's twelve integers for this weight."""
@@ -147,8 +145,8 @@ class Int4GemliteTensor(LowBitTensor):
         if type(self.bits) is not int or self.bits not in _BITS:
             raise FormatError(f"bits={self.bits!r}: gemlite takes 1, 2, 4 or 8")
         size = self.group_size
-        if type(size) is not int or size < 16 or columns % size:
-            raise FormatError(f"group_size={size!r}: expected a divisor of the {columns} in features from 16 up")
+        if reason := meta.why_not_group(columns, size):
+            raise FormatError(f"group_size={size!r}: {reason}")
         try:
             check_kernel(self.kernel)
         except SpecError as error:

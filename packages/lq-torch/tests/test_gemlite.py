@@ -1,0 +1,243 @@
+"""Weights in gemlite's packing: bits, gemlite's integers, files, errors, and the call; on a GPU, gemlite itself."""
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from lq_formats import (
+    DeviceError,
+    FormatError,
+    GroupSizeError,
+    MissingPackageError,
+    ShapeError,
+    SpecError,
+    UnknownVersionError,
+    UnsupportedError,
+)
+from lq_torch import (
+    GemliteConfig,
+    GemliteTensor,
+    Int4GemliteTensor,
+    Int4Tensor,
+    LowBitTensor,
+    force_kernel,
+    load_kernel_cache,
+    quantize_,
+    save_kernel_cache,
+    warmup,
+)
+from lq_torch.integrations import gemlite as integration
+from torch import nn
+
+NAMES = ("GEMV", "GEMV_REVSPLITK", "GEMV_SPLITK", "GEMM_SPLITK", "GEMM")
+
+
+class FakeLinear:
+    saved: ClassVar = {"GEMM": {"(1, 2)": {"BLOCK_SIZE_M": 16}}}
+    loaded: ClassVar = []
+
+    @classmethod
+    def cache_config(cls, filename):
+        with open(filename, "w") as file:
+            json.dump(cls.saved, file)
+
+    @classmethod
+    def load_config(cls, filename, print_error=True, overwrite=False):
+        with open(filename) as file:
+            cls.loaded.append(json.load(file))
+        return True
+
+
+@pytest.fixture
+def gemlite(monkeypatch):
+    calls = []
+
+    def forward_functional(x, bias, tensor_args, meta_args, matmul_type=-1):
+        calls.append((bias, tensor_args, meta_args, matmul_type))
+        return x.new_zeros(*x.shape[:-1], tensor_args[0].shape[1])
+
+    core = SimpleNamespace(
+        forward_functional=forward_functional,
+        GEMLITE_MATMUL_TYPES_MAPPING={name: i for i, name in enumerate(NAMES)},
+        GemLiteLinearTriton=FakeLinear,
+        calls=calls,
+    )
+    monkeypatch.setitem(sys.modules, "gemlite.core", core)
+    monkeypatch.setattr(integration, "_stamp", lambda: {"gpu": "G", "gemlite": "0.6.0", "triton": "3.6.0"})
+    FakeLinear.loaded = []
+    return core
+
+
+def test_packs_low_codes_first():
+    w = torch.zeros(1, 32)
+    w[0, 0], w[0, 1] = 7.0, -7.0
+    t = Int4GemliteTensor.from_hp(w, 32)
+    # Codes 15, 1, then the midpoint 8 six times; the other words hold the midpoint only.
+    assert [word & 0xFFFFFFFF for word in t.qdata.flatten().tolist()] == [0x8888881F, *[0x88888888] * 3]
+    assert t.scale.tolist() == [[1.0]]
+    assert t.zero.item() == 8
+    torch.testing.assert_close(t.dequantize(), w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype", "expected"),
+    [
+        (4, 128, torch.bfloat16, [0, 4, 128, 15, 8, 2, 2, 0, 2, 0, 3, 1]),
+        (4, -1, torch.float16, [0, 4, 256, 15, 8, 1, 1, 0, 1, 1, 1, 1]),
+        (8, 64, torch.float32, [0, 8, 64, 255, 4, 0, 0, 0, 0, 0, 3, 1]),
+        (1, 64, torch.float16, [0, 1, 64, 1, 32, 1, 1, 0, 1, 0, 4, 1]),
+    ],
+    ids=["int4-g128", "int4-row", "int8-g64", "int1-g64"],
+)
+def test_integers_are_those_of_gemlites_pack(bits, group, dtype, expected):
+    assert Int4GemliteTensor.from_hp(torch.randn(8, 256).to(dtype), group, bits).meta_args() == expected
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [16, 128, -1])
+def test_round_trips_through_tensors_and_json(bits, group):
+    t = Int4GemliteTensor.from_hp(torch.randn(8, 256), group, bits)
+    back = LowBitTensor.from_tensors(t.to_tensors(), json.loads(json.dumps(t.spec_json())))
+    assert torch.equal(back.dequantize(), t.dequantize())
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(nn.functional.linear(x, back), x @ t.dequantize().t())
+
+
+def test_equals_the_plain_format():
+    w = torch.randn(8, 256)
+    assert torch.equal(Int4GemliteTensor.from_hp(w, 64).dequantize(), Int4Tensor.from_hp(w, 64).dequantize())
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "bound"),
+    [
+        ("int8", "int8", 0.02),
+        ("fp8", "fp8", 0.04),
+        ("int4", "int8", 0.2),
+        ("int4", "fp8", 0.2),
+        ("mxfp8", "none", 0.04),
+        ("mxfp4", "mxfp8", 0.15),
+    ],
+)
+def test_dynamic_formats_round_trip(weight, activation, bound):
+    w = torch.randn(8, 256, dtype=torch.bfloat16)
+    t = GemliteConfig(weight, activation).quantize(w)
+    back = LowBitTensor.from_tensors(t.to_tensors(), json.loads(json.dumps(t.spec_json())))
+    assert isinstance(back, GemliteTensor)
+    assert torch.equal(back.dequantize(), t.dequantize())
+    assert (t.dequantize(torch.float32) - w).norm() / w.float().norm() < bound
+
+
+def test_mxfp4_keeps_representable_values_and_rounds_ties_to_even():
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    kept = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+    w = torch.tensor([[*values, *(-v for v in values), 0.0, 0.0]], dtype=torch.bfloat16)
+    expected = torch.tensor([[*kept, *(-v for v in kept), 0.0, 0.0]])
+    assert torch.equal(GemliteTensor.from_hp(w, "mxfp4", "none").dequantize(torch.float32), expected)
+
+
+def test_refuses_what_gemlite_cannot_take():
+    with pytest.raises(ShapeError, match="32"):
+        Int4GemliteTensor.from_hp(torch.randn(4, 48), 16)
+    for group in (8, 48, 5):
+        with pytest.raises(GroupSizeError):
+            Int4GemliteTensor.from_hp(torch.randn(4, 96), group)
+    with pytest.raises(SpecError):
+        Int4GemliteTensor.from_hp(torch.randn(4, 64), 32, 3)
+    with pytest.raises(UnsupportedError, match="int8 x int8"):
+        GemliteConfig("fp8", "int8")
+    with pytest.raises(SpecError, match="GEMM_SPLITK"), force_kernel("gemm"):
+        pass
+
+
+def test_check_names_what_does_not_fit():
+    t = Int4GemliteTensor.from_hp(torch.randn(8, 256), 64)
+    with pytest.raises(FormatError, match="zero"):
+        LowBitTensor.from_tensors({**t.to_tensors(), "zero": torch.tensor(7, dtype=torch.int32)}, t.spec_json())
+    with pytest.raises(FormatError, match="qdata"):
+        LowBitTensor.from_tensors({**t.to_tensors(), "qdata": t.qdata[:-1]}, t.spec_json())
+
+
+def test_calls_gemlite_with_four_tensors_and_integers(gemlite):
+    t = Int4GemliteTensor.from_hp(torch.randn(8, 256), 64)
+    args = (t.qdata, t.scale, t.zero), t.meta_args()
+    integration.gemlite_linear(torch.randn(2, 256), None, *args)
+    with force_kernel("GEMM_SPLITK"):
+        integration.gemlite_linear(torch.randn(2, 256), None, *args)
+        integration.gemlite_linear(torch.randn(2, 256), None, *args, kernel="GEMV")
+    assert [call[3] for call in gemlite.calls] == [-1, 3, 0]
+    _, tensors, meta, _ = gemlite.calls[0]
+    assert len(tensors) == 4
+    assert tensors[3].shape == ()
+    assert all(type(value) is int for value in meta)
+
+
+def test_a_trained_bias_keeps_its_gradient(gemlite):
+    t = Int4GemliteTensor.from_hp(torch.randn(8, 256), 64)
+    bias = torch.zeros(8, requires_grad=True)
+    integration.gemlite_linear(torch.randn(2, 256), bias, (t.qdata, t.scale, t.zero), t.meta_args()).sum().backward()
+    assert gemlite.calls[0][0] is None
+    assert bias.grad.tolist() == [2.0] * 8
+
+
+def test_kernel_cache_round_trips_and_refuses_others(gemlite, tmp_path):
+    path = tmp_path / "cache.json"
+    save_kernel_cache(path)
+    load_kernel_cache(path)
+    assert FakeLinear.loaded == [FakeLinear.saved]
+    assert list(tmp_path.iterdir()) == [path]
+    record = json.loads(path.read_text())
+    for change, error in (
+        ({"version": 2}, UnknownVersionError),
+        ({"format": "x"}, FormatError),
+        ({"gpu": "other"}, FormatError),
+        ({"configs": {"GEMM": {"k": [1]}}}, FormatError),
+    ):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(error):
+            load_kernel_cache(path)
+    path.write_text('{"format"')
+    with pytest.raises(FormatError, match="not JSON"):
+        load_kernel_cache(path)
+
+
+def test_names_the_missing_package_or_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises((MissingPackageError, DeviceError)):
+        integration.load_gemlite()
+
+
+def test_warmup_runs_each_distinct_weight_once():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 32))
+    quantize_(model, GemliteConfig(), progress=False)
+    seen = []
+    assert warmup(model, [4, 1, 4], lambda done, total, what: seen.append((done, total, what))) == 4
+    assert [done for done, _, _ in seen] == [0, 1, 2, 3]
+    assert seen[0][1] == 4
+    with pytest.raises(SpecError):
+        warmup(model, [0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("config", "dtype", "m", "bound"),
+    [
+        *((GemliteConfig(), dtype, m, 1e-2) for dtype in (torch.bfloat16, torch.float16) for m in (1, 8, 64)),
+        (GemliteConfig("int8"), torch.float16, 8, 1e-2),
+        (GemliteConfig("int2"), torch.float16, 8, 1e-2),
+        (GemliteConfig("int8", "int8"), torch.bfloat16, 8, 3e-2),
+    ],
+)
+def test_gemlite_matches_float64(config, dtype, m, bound):
+    pytest.importorskip("gemlite")
+    torch.manual_seed(0)
+    t = config.quantize(torch.randn(256, 512, device="cuda", dtype=dtype) / 20)
+    x = torch.randn(m, 512, device="cuda", dtype=dtype)
+    reference = x.double() @ t.dequantize(torch.float32).double().t()
+    with torch.no_grad():
+        y = nn.functional.linear(x, t).double()
+    assert (y - reference).norm() / reference.norm() < bound
