@@ -54,25 +54,26 @@ def weight_bytes(problem: Problem) -> float:
 
 
 def dense_us(problem: Problem) -> float:
-    """Predict the vendor's dense product, weights from memory."""
+    """Predict the vendor's dense product, weights from memory; on a GPU it starts about 3 us late."""
     limits = machine(problem.arch)
     size = problem.dtype.itemsize
     traffic = size * (problem.n * problem.k + problem.m * (problem.n + problem.k)) / limits.bandwidth
     slow = 1.0 if problem.dtype != torch.float32 else (4.0 if problem.arch.kind == "cpu" else 12.0)
-    return limits.launch + max(traffic, 2 * problem.m * problem.n * problem.k / limits.rate * slow)
+    start = limits.launch + (0.0 if problem.arch.kind == "cpu" else 2.5)
+    return start + max(traffic, 2 * problem.m * problem.n * problem.k / limits.rate * slow)
 
 
 def dequantize_us(problem: Problem) -> float:
-    """Predict unpacking the weight into a dense temporary: 0.8 of the bandwidth on a GPU, 0.1 on a CPU."""
+    """Predict unpacking the weight into a dense temporary: 0.9 of the bandwidth on a GPU, 0.17 on a CPU."""
     limits = machine(problem.arch)
-    efficiency = 0.1 if problem.arch.kind == "cpu" else 0.8
+    efficiency = 0.17 if problem.arch.kind == "cpu" else 0.9
     written = problem.n * problem.k * problem.dtype.itemsize
     return limits.launch + (weight_bytes(problem) + written) / (limits.bandwidth * efficiency)
 
 
 def aten_cpu_us(problem: Problem) -> float:
-    """Predict ATen's packed CPU products: 90 us a token for 4096x4096 in 16 bits, 12 ms in float32."""
-    per_token = 12_000.0 if problem.dtype == torch.float32 else 92.0
+    """Predict ATen's packed CPU products: 90 us a token for 4096x4096 in 16 bits, 13 ms in float32."""
+    per_token = 13_000.0 if problem.dtype == torch.float32 else 92.0
     return 130.0 * problem.n * problem.k / 2**24 + per_token * problem.m * problem.n * problem.k / 2**24
 
 
@@ -81,31 +82,48 @@ def reference_us(problem: Problem) -> float:
     return 1e3 + 100 * (dequantize_us(problem) + dense_us(problem))
 
 
+def _slower_than_h200(problem: Problem) -> float:
+    """Return how many times slower than an H200 instructions are issued here, from the ceilings."""
+    return _H200.rate / machine(problem.arch).rate
+
+
+def _float32(problem: Problem, factor: float) -> float:
+    """Return ``factor`` for float32 activations, which multiply without tensor cores, and 1 otherwise."""
+    return factor if problem.dtype == torch.float32 else 1.0
+
+
 def gemv_us(problem: Problem) -> float:
-    """Predict the Triton GEMV: bound by instructions that unpack, about 0.35 of the bandwidth, again for each token."""
-    return machine(problem.arch).launch + problem.m * weight_bytes(problem) / (machine(problem.arch).bandwidth * 0.35)
+    """Predict the Triton GEMV, which issues instructions for every weight and token.
+
+    H200: 0.58 us a million int4 weights and token, 0.28 us int8, and 0.1 us for the weights themselves.
+    """
+    per_token = 0.28 if problem.op == "int8" else 0.58
+    millions = problem.n * problem.k / 1e6 * _slower_than_h200(problem)
+    return machine(problem.arch).launch + millions * (0.1 + per_token * problem.m)
 
 
 def splitk_us(problem: Problem) -> float:
-    """Predict the Triton split-K kernel: 0.3 of the bandwidth for each 16 tokens' tile, and a second small launch."""
-    limits = machine(problem.arch)
-    tiles = -(-problem.m // 64)
-    reduction = 2 * 4 * 4 * problem.m * problem.n / limits.bandwidth
-    stream = weight_bytes(problem) / (limits.bandwidth * 0.3)
-    return 2 * limits.launch + tiles * stream + reduction + 2 * problem.m * problem.n * problem.k / (limits.rate * 0.4)
+    """Predict the Triton split-K kernel: 4.5 us for two launches and 0.575 us a million weights on an H200.
+
+    A tile of up to 64 tokens costs 1 to 1.3 times that, one of 128 twice (int4 unpacks on the critical path).
+    """
+    tiles = 1 + max(problem.m - 16, 0) / 160 if problem.m <= 64 else 2.6 * -(-problem.m // 128)
+    millions = problem.n * problem.k / 1e6 * _slower_than_h200(problem)
+    return machine(problem.arch).launch + 3.0 + 0.575 * millions * tiles * _float32(problem, 8.0)
 
 
 def gemm_us(problem: Problem) -> float:
-    """Predict the Triton GEMM: 0.4 of the dense rate once the grid fills the GPU."""
-    limits = machine(problem.arch)
-    waves = -(-(-(-problem.m // 64) * -(-problem.n // 128)) // max(problem.arch.sm_count, 1))
-    per_wave = 2 * 64 * 128 * problem.k * max(problem.arch.sm_count, 1) / (limits.rate * 0.4)
-    slow = 8.0 if problem.dtype == torch.float32 else 1.0
-    return limits.launch + max(weight_bytes(problem) / (limits.bandwidth * 0.3), waves * per_wave * slow)
+    """Predict the Triton GEMM: a program walks K at 6 to 17 ns an element on an H200, one or two waves at a time."""
+    block_m, block_n = (min(64, max(32, problem.m)), 64) if problem.m <= 64 else (128, 128)
+    step = {True: (8.0, 8.7, 13.7), False: (6.3, 8.0, 17.0)}[problem.op == "int8"]
+    nanoseconds = step[0] if problem.m <= 32 else step[1] if problem.m <= 64 else step[2]
+    programs = -(-problem.m // block_m) * -(-problem.n // block_n)
+    waves = max(1.0, programs / max(problem.arch.sm_count, 1) * (0.9 if block_m <= 64 else 1.0))
+    return machine(problem.arch).launch + nanoseconds * 1e-3 * problem.k * waves * _float32(problem, 8.0)
 
 
 def q4_0_us(problem: Problem) -> float:
-    """Predict the CUDA Q4_0 x Q8_1 kernel: 0.6 of the bandwidth, 0.25 of the dense rate."""
+    """Predict the CUDA Q4_0 x Q8_1 kernel: 0.38 of the bandwidth, 0.15 of the dense rate (H200)."""
     limits = machine(problem.arch)
-    stream = weight_bytes(problem) / (limits.bandwidth * 0.6)
-    return limits.launch + max(stream, 2 * problem.m * problem.n * problem.k / (limits.rate * 0.25))
+    stream = weight_bytes(problem) / (limits.bandwidth * 0.38)
+    return limits.launch + max(stream, 2 * problem.m * problem.n * problem.k / (limits.rate * 0.15))

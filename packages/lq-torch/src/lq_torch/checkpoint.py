@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from lq_formats import FormatError, ShapeError, UnknownVersionError, UnsupportedError
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lq_torch.safetensors_header import check_safetensors
+from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors, read_tensor
 from lq_torch.tensors import LowBitTensor
 
 FORMAT_VERSION = 1
@@ -99,7 +98,7 @@ def load(
 
         model = build_model(folder)
     _check_names(model, index)
-    for path, tensor in _stream(folder, index, str(device)):
+    for path, tensor in _stream(folder, index, headers, torch.device(device)):
         _assign(model, path, tensor)
     for path, target in index["aliases"].items():
         _assign(model, path, _resolve(model, target))
@@ -178,16 +177,18 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _stream(folder: Path, index: dict[str, Any], device: str) -> Iterator[tuple[str, Tensor]]:
+def _stream(
+    folder: Path, index: dict[str, Any], headers: dict[str, SafetensorsHeader], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
     """Yield whole weights by path, holding no more than one file's unfinished weights."""
     waiting: dict[str, dict[str, Tensor]] = {}
     by_file: dict[str, list[str]] = {}
     for name, file in index["files"].items():
         by_file.setdefault(file, []).append(name)
     for file, names in sorted(by_file.items()):
-        with safe_open(folder / file, framework="pt", device=device) as handle:
+        with (folder / file).open("rb") as handle:
             for name in names:
-                tensor = handle.get_tensor(name)
+                tensor = read_tensor(handle, headers[file].tensors[name]).to(device)
                 path, separator, inner = name.partition(_SEPARATOR)
                 if not separator:
                     yield path, tensor

@@ -10,25 +10,43 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import torch
 from lq_formats import FormatError
+from torch import Tensor
 
 MAX_HEADER_BYTES = 100 << 20
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: safetensors dtype name, shape and bytes."""
+    """One tensor of a file: safetensors dtype name, shape, bytes, and where in the file they start."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ def check_safetensors(path: str | os.PathLike[str]) -> SafetensorsHeader:
     tensors = {}
     ranges = []
     for name, entry in header.items():
-        tensors[name], begin, end = _entry(path, name, entry)
+        tensors[name], begin, end = _entry(path, name, entry, 8 + length)
         ranges.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(ranges):
@@ -82,12 +100,12 @@ def check_safetensors(path: str | os.PathLike[str]) -> SafetensorsHeader:
     return SafetensorsHeader(metadata, tensors)
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorEntry, int, int]:
+def _entry(path: Path, name: str, entry: Any, start: int) -> tuple[TensorEntry, int, int]:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"{where} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(type(item) is int and 0 <= item < 2**48 for item in shape):
         raise FormatError(f"{where} has the shape {shape!r}")
@@ -97,8 +115,24 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorEntry, int, int]:
         or not all(type(item) is int and item >= 0 for item in offsets)
     ):
         raise FormatError(f"{where} has the byte range {offsets!r}")
-    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     begin, end = offsets
     if end - begin != nbytes:
         raise FormatError(f"{where} of shape {shape} and dtype {dtype} has {nbytes} bytes, its range {end - begin}")
-    return TensorEntry(dtype, tuple(shape), nbytes), begin, end
+    return TensorEntry(dtype, tuple(shape), nbytes, start + begin), begin, end
+
+
+def read_tensor(file: BufferedReader, entry: TensorEntry) -> Tensor:
+    """Read one tensor of a checked file straight into its own memory.
+
+    A memory map would count every page twice in the peak: once mapped, once in the tensor.
+
+    Raises:
+        FormatError: If the file has become shorter since it was checked.
+    """
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    if entry.nbytes:
+        file.seek(entry.offset)
+        if file.readinto(memoryview(data.numpy())) != entry.nbytes:  # type: ignore[arg-type]
+            raise FormatError(f"{file.name} was truncated while it was read")
+    return data.view(DTYPES[entry.dtype]).view(entry.shape)

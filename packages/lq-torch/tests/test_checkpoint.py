@@ -1,0 +1,214 @@
+"""Checkpoints: what is saved is what is loaded, hostile files are refused, and memory stays near the quantized size."""
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from lq_formats import FormatError, LQError, ShapeError, UnknownVersionError
+from lq_torch import (
+    GGMLWeightOnlyConfig,
+    Int4WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    LowBitTensor,
+    QuantizedLinear,
+    check_safetensors,
+    load,
+    quantize_,
+    save_pretrained,
+)
+from torch import nn
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 64)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64, bias=False)
+        self.int8 = QuantizedLinear.from_linear(nn.Linear(64, 64))
+        self.head = nn.Linear(64, 40, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("table", torch.arange(64.0), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.int8(self.down(self.up(self.embed(tokens))) + self.table))
+
+
+CONFIGS = [Int4WeightOnlyConfig(group_size=32, symmetric=False), Int8WeightOnlyConfig(), GGMLWeightOnlyConfig()]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = Tied()
+    quantize_(model, CONFIGS[0])
+    save_pretrained(model, tmp_path)
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["int4", "int8", "q4_0"])
+@pytest.mark.parametrize("shard", [1 << 30, 2000], ids=["one-file", "many-files"])
+def test_round_trip(config, shard, tmp_path):
+    model = Tied()
+    quantize_(model, config)
+    save_pretrained(model, tmp_path, max_shard_bytes=shard)
+    other = load(tmp_path, Tied())
+    tokens = torch.arange(40)
+    assert torch.equal(other(tokens), model(tokens))
+    assert other.head.weight is other.embed.weight
+    assert isinstance(other.up.weight, LowBitTensor)
+    for name, tensor in model.up.weight.to_tensors().items():
+        assert torch.equal(getattr(other.up.weight, name), tensor)
+
+
+def test_saving_again_leaves_no_stale_files(saved):
+    model, folder = saved
+    save_pretrained(model, folder, max_shard_bytes=2000)
+    save_pretrained(model, folder)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+    assert load(folder, Tied()) is not None
+
+
+def index_of(folder):
+    return json.loads((folder / "lq.json").read_text())
+
+
+def write_index(folder, index):
+    (folder / "lq.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda index: index.update(format_version=2), UnknownVersionError, "upgrade"),
+        (lambda index: index.pop("weights"), FormatError, "weights"),
+        (lambda index: index["files"].update({"up.bias": "../other.safetensors"}), FormatError, "same folder"),
+        (lambda index: index["files"].update({"up.bias": "other.safetensors"}), FormatError, "missing"),
+        (lambda index: index["files"].pop("up.bias"), FormatError, "lacks 1 tensors"),
+        (lambda index: index["files"].update({"more": index["files"]["up.bias"]}), FormatError, "lacks the tensor"),
+        (lambda index: index["weights"]["up.weight"].update(kind="int5"), FormatError, "unknown kind"),
+        (lambda index: index["weights"]["up.weight"].update(shape=[128, 96]), FormatError, "qdata"),
+        (lambda index: index["weights"]["up.weight"].update(shape=[-1, 64]), FormatError, "sizes"),
+        (lambda index: index["weights"]["up.weight"].update(dtype="int8"), FormatError, "float16"),
+        (lambda index: index["weights"]["up.weight"].update(attributes={}), FormatError, "group_size"),
+        (lambda index: index["weights"]["up.weight"].update(attributes={"group_size": 24}), FormatError, "divide"),
+        (lambda index: index["weights"].pop("up.weight"), FormatError, "without a spec"),
+        (lambda index: index["aliases"].update({"head.weight": "nowhere"}), FormatError, "nowhere"),
+    ],
+)
+def test_an_index_that_lies_is_refused(saved, change, error, message):
+    _, folder = saved
+    index = index_of(folder)
+    change(index)
+    write_index(folder, index)
+    with pytest.raises(error, match=message):
+        load(folder, Tied())
+
+
+def test_foreign_folders_and_other_models_are_refused(saved, tmp_path):
+    _, folder = saved
+    with pytest.raises(FileNotFoundError, match=r"lq\.json"):
+        load(folder / "nowhere")
+    (folder / "lq.json").write_text("{")
+    with pytest.raises(FormatError, match="not JSON"):
+        load(folder, Tied())
+    (folder / "lq.json").write_text("[]")
+    with pytest.raises(FormatError, match="not an lq index"):
+        load(folder, Tied())
+
+
+def test_a_model_of_other_sizes_is_refused(saved):
+    _, folder = saved
+    other = Tied()
+    other.up.bias = nn.Parameter(torch.zeros(64))
+    with pytest.raises(ShapeError, match=r"up\.bias"):
+        load(folder, other)
+
+
+def test_headers_are_checked_before_anything_is_read(saved, tmp_path):
+    _, folder = saved
+    path = folder / "model-00001-of-00001.safetensors"
+    data = path.read_bytes()
+    header = check_safetensors(path)
+    assert header.metadata["lq_format_version"] == "1"
+    assert header.tensors["up.weight:qdata"].dtype == "I32"
+    bad = tmp_path / "bad.safetensors"
+    for content in (b"", data[:7], data[:100], data[:-1], data + b"\0", b"\xff" * 8 + data[8:], b"PK\x03\x04" + data):
+        bad.write_bytes(content)
+        with pytest.raises(FormatError):
+            check_safetensors(bad)
+    for entry in (
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        {"dtype": "X", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**63]},
+        {"dtype": "F32", "shape": [1]},
+        [],
+    ):
+        text = json.dumps({"x": entry}).encode()
+        bad.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
+        with pytest.raises(FormatError):
+            check_safetensors(bad)
+
+
+def test_mutated_headers_load_or_are_refused_by_name(saved, tmp_path):
+    _, folder = saved
+    data = bytearray((folder / "model-00001-of-00001.safetensors").read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    generator = random.Random(0)
+    bad = tmp_path / "mutated.safetensors"
+    refused = 0
+    for _ in range(2000):
+        mutated = bytearray(data)
+        for _ in range(generator.randint(1, 3)):
+            mutated[generator.randrange(8 + length)] = generator.randrange(256)
+        bad.write_bytes(mutated)
+        try:
+            check_safetensors(bad)
+        except LQError:
+            refused += 1
+    assert refused > 1000
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+def test_loading_peaks_below_1_15_of_the_quantized_size(tmp_path):
+    script = textwrap.dedent("""
+        import sys, torch
+        from torch import nn
+        from lq_torch import Int8WeightOnlyConfig, load, quantize_, save_pretrained
+        def build():
+            with torch.device("meta"):
+                return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(12)])
+        def peak():
+            return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        if sys.argv[1] == "save":
+            model = nn.Sequential(*[nn.Linear(4096, 4096, bias=False).bfloat16() for _ in range(12)])
+            quantize_(model, Int8WeightOnlyConfig())
+            save_pretrained(model, sys.argv[2])
+        else:
+            import lq_torch.checkpoint, safetensors.torch
+            empty = build()
+            before = peak()
+            model = load(sys.argv[2], empty)
+            after = peak()
+            size = sum(layer.weight.packed_nbytes for layer in model)
+            assert sum(int(t.sum() != 0) for layer in model for t in layer.weight.to_tensors().values()) == 24
+            print((after - before) / size)
+    """)
+    for mode in ("save", "load"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, mode, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.15
