@@ -30,6 +30,7 @@ from lq_torch import (
     warmup,
 )
 from lq_torch.integrations import gemlite as integration
+from lq_torch.tensors import gemlite_meta
 from torch import nn
 
 NAMES = ("GEMV", "GEMV_REVSPLITK", "GEMV_SPLITK", "GEMM_SPLITK", "GEMM")
@@ -86,7 +87,7 @@ def test_packs_low_codes_first():
     ("bits", "group", "dtype", "expected"),
     [
         (4, 128, torch.bfloat16, [0, 4, 128, 15, 8, 2, 2, 0, 2, 0, 3, 1]),
-        (4, -1, torch.float16, [0, 4, 256, 15, 8, 1, 1, 0, 1, 1, 1, 1]),
+        (4, -1, torch.float16, [0, 4, 256, 15, 8, 1, 1, 0, 0, 1, 1, 1]),
         (8, 64, torch.float32, [0, 8, 64, 255, 4, 0, 0, 0, 0, 0, 3, 1]),
         (1, 64, torch.float16, [0, 1, 64, 1, 32, 1, 1, 0, 1, 0, 4, 1]),
     ],
@@ -137,6 +138,51 @@ def test_mxfp4_keeps_representable_values_and_rounds_ties_to_even():
     w = torch.tensor([[*values, *(-v for v in values), 0.0, 0.0]], dtype=torch.bfloat16)
     expected = torch.tensor([[*kept, *(-v for v in kept), 0.0, 0.0]])
     assert torch.equal(GemliteTensor.from_hp(w, "mxfp4", "none").dequantize(torch.float32), expected)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(1, torch.uint8), (2, torch.int16), (4, torch.int32)])
+def test_small_groups_hold_two_items(bits, dtype):
+    # gemlite's pruner drops every GEMV configuration whose tile is smaller than an item.
+    t = Int4GemliteTensor.from_hp(torch.randn(8, 256), 16, bits)
+    assert t.qdata.dtype == dtype
+    assert t.meta_args()[4] == t.qdata.dtype.itemsize * 8 // bits
+    assert 2 * t.meta_args()[4] <= 16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "columns", "size", "kernel"),
+    [
+        (1, 4, 4096, 128, None),
+        (8, 4, 4096, 128, None),
+        (4, 4, 11008, 128, None),
+        (5, 4, 11008, 128, "GEMM"),
+        (8, 4, 11008, 64, None),
+        (3, 8, 11008, 256, "GEMM"),
+        (1, 4, 4096, 16, "GEMV_REVSPLITK"),
+        (64, 4, 4096, 16, "GEMV_REVSPLITK"),
+    ],
+)
+def test_replaces_kernels_that_gemlite_computes_wrongly(tokens, bits, columns, size, kernel):
+    assert gemlite_meta.safe_kernel(None, tokens, bits, columns, size) == kernel
+
+
+@pytest.mark.parametrize(("kernel", "columns", "size"), [("GEMM_SPLITK", 11008, 128), ("GEMM", 4096, 16)])
+def test_refuses_to_force_a_kernel_that_computes_wrongly(kernel, columns, size):
+    with pytest.raises(GroupSizeError, match=kernel):
+        gemlite_meta.safe_kernel(kernel, 8, 4, columns, size)
+
+
+def test_one_scale_a_row_is_float32():
+    # gemlite multiplies the whole sum of codes by it, in its dtype: float16 would overflow.
+    assert Int4GemliteTensor.from_hp(torch.randn(8, 256).half(), -1, 8).scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_int4_groups_for_fp8_are_in_e4m3s_normal_range(size):
+    w = torch.randn(8, 256) * size
+    t = GemliteTensor.from_hp(w, "int4", "fp8", 128)
+    assert 1 <= 8 * float(t.scale.max()) < 2
+    torch.testing.assert_close(t.dequantize(), Int4Tensor.from_hp(w, 128).dequantize(), rtol=1e-6, atol=0)
 
 
 def test_refuses_what_gemlite_cannot_take():

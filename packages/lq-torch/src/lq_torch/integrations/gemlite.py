@@ -52,6 +52,11 @@ def force_kernel(name: str | None) -> Iterator[None]:
         _FORCED.reset(token)
 
 
+def current_kernel(kernel: str | None) -> str | None:
+    """Return ``kernel``, or else the one of :func:`force_kernel`, or else None."""
+    return kernel or _FORCED.get()
+
+
 def load_gemlite() -> Any:
     """Return the module ``gemlite.core``.
 
@@ -83,7 +88,7 @@ def gemlite_linear(
         kernel: One of :data:`KERNELS`; None for the one of :func:`force_kernel`, or else gemlite's own choice.
     """
     core = load_gemlite()
-    name = kernel or _FORCED.get()
+    name = current_kernel(kernel)
     matmul_type = -1 if name is None else int(core.GEMLITE_MATMUL_TYPES_MAPPING[name])
     # Only NVFP4 reads the fourth tensor, but the operator takes four.
     meta_scale = torch.zeros((), dtype=torch.float32, device=x.device)

@@ -1,5 +1,6 @@
 """GemliteTensor: weights whose activations gemlite quantizes on the fly, fp8 weights and MXFP4/MXFP8 weights."""
 
+import math
 from typing import ClassVar, Self
 
 import torch
@@ -20,7 +21,7 @@ from lq_formats import (
 from lq_formats.layouts import GEMLITE
 from torch import Tensor
 
-from lq_torch.integrations.gemlite import gemlite_linear
+from lq_torch.integrations.gemlite import current_kernel, gemlite_linear
 from lq_torch.tensors import gemlite_meta as meta
 from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
 
@@ -49,20 +50,24 @@ class GemliteTensor(LowBitTensor):
     Attributes:
         qdata: int8 and fp8 ``(N, K)``; int4 ``(K / 8, N) int32``; mxfp8 ``(N, K)``; mxfp4 ``(N, K / 2) uint8``, the
             low nibble first.
-        scale: ``(G, N)``: fp32 (x's dtype for int4 with fp8), or the exponent bytes of E8M0 for mxfp.
+        scale: ``(G, N)``: fp32 (the sums are beyond fp16), or the exponent bytes of E8M0 for mxfp.
         weight: ``"int8"``, ``"fp8"``, ``"int4"``, ``"mxfp8"`` or ``"mxfp4"``.
         activation: ``"none"``, ``"int8"``, ``"fp8"``, ``"mxfp8"`` or ``"mxfp4"``.
         group_size: In features per scale.
+        exponent: For int4 groups with fp8, else 0: ``scale`` holds the scales times ``2**exponent``. gemlite rounds the
+            scaled weights to e4m3, whose normal numbers begin at 1/64, above most weights of a language model; this
+            puts the largest between 1 and 2. y is multiplied by ``2**-exponent``.
     """
 
     tensor_names: ClassVar = ("qdata", "scale")
-    attribute_names: ClassVar = ("weight", "activation", "group_size")
+    attribute_names: ClassVar = ("weight", "activation", "group_size", "exponent")
     kind: ClassVar = "gemlite"
     qdata: Tensor
     scale: Tensor
     weight: str
     activation: str
     group_size: int
+    exponent: int
 
     @classmethod
     def from_hp(cls, w: Tensor, weight: str, activation: str, group_size: int | None = None) -> Self:
@@ -83,19 +88,24 @@ class GemliteTensor(LowBitTensor):
         check_finite(w, "w")
         rows, columns = w.shape
         values = w.float()
+        exponent = 0
         if weight in ("int8", "fp8"):
             limit = 127.0 if weight == "int8" else torch.finfo(torch.float8_e4m3fn).max
             scale = (values.abs().amax(1, keepdim=True) / limit).clamp_min(1e-6)
             scaled = (values / scale).clamp(-limit, limit)
             qdata = scaled.round().to(torch.int8) if weight == "int8" else scaled.to(torch.float8_e4m3fn)
         elif weight == "int4":
-            spec = QuantSpec(4, "group", size, True, torch.float32 if activation == "int8" else w.dtype)
+            spec = QuantSpec(4, "group", size, True, torch.float32)
             scale, _ = choose_qparams(w, spec)
             qdata = GEMLITE.pack(quantize_affine(w, scale, None, spec), 4, 32)
+            if size < columns:
+                exponent = 1 - math.frexp(8 * float(scale.max()))[1]
+                scale = scale * 2.0**exponent
         else:
             qdata, scale = _quantize_mx(values, weight)
         tensors = {"qdata": qdata, "scale": scale.t().contiguous()}
-        return cls(tensors, {"weight": weight, "activation": activation, "group_size": size}, (rows, columns), w.dtype)
+        attributes = {"weight": weight, "activation": activation, "group_size": size, "exponent": exponent}
+        return cls(tensors, attributes, (rows, columns), w.dtype)
 
     @staticmethod
     def check_shape(w: Tensor, weight: str, activation: str, group_size: int | None = None) -> int:
@@ -165,7 +175,8 @@ class GemliteTensor(LowBitTensor):
             values = table[unpack_bits(self.qdata, 4, self.shape[1]).long()]
         else:
             values = self.qdata.float()
-        groups = values.reshape(self.shape[0], -1, self.group_size) * scale.float().unsqueeze(-1)
+        scale = scale.float() * 2.0**-self.exponent
+        groups = values.reshape(self.shape[0], -1, self.group_size) * scale.unsqueeze(-1)
         return groups.reshape(self.shape).to(dtype or self.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -173,7 +184,12 @@ class GemliteTensor(LowBitTensor):
         if not x.is_cuda or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
             return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
         check_gpu(self.weight, self.activation, x.device)
-        return gemlite_linear(x, bias, self.gemlite_tensors(), self.meta_args())
+        if self.weight != "int4" or self.group_size == self.shape[1]:
+            return gemlite_linear(x, bias, self.gemlite_tensors(), self.meta_args())
+        columns = self.shape[1]
+        kernel = meta.safe_kernel(current_kernel(None), x.numel() // columns, 4, columns, self.group_size)
+        y = gemlite_linear(x, None, self.gemlite_tensors(), self.meta_args(), kernel) * 2.0**-self.exponent
+        return y if bias is None else y + bias
 
     def check(self) -> None:
         """Raise FormatError unless the inner tensors fit the shape and the attributes."""
@@ -191,7 +207,11 @@ class GemliteTensor(LowBitTensor):
             "mxfp4": ((rows, columns // 2), torch.uint8),
         }.get(self.weight, ((rows, columns), torch.float8_e4m3fn))
         expect_tensor(self.qdata, "qdata", shape, (dtype,))
-        scales = (torch.uint8,) if self.weight.startswith("mx") else SCALE_DTYPES
+        if type(self.exponent) is not int or abs(self.exponent) > (126 if self.weight == "int4" else 0):
+            raise FormatError(
+                f"exponent={self.exponent!r}: expected an integer from -126 to 126, 0 but for int4 groups"
+            )
+        scales = (torch.uint8 if self.weight.startswith("mx") else torch.float32,)
         expect_tensor(self.scale, "scale", (columns // size, rows), scales)
 
 

@@ -4,9 +4,11 @@ Source: ``gemlite.dtypes.DType`` and ``GemLiteLinearTriton.get_meta_args`` (geml
 """
 
 import torch
+from lq_formats import GroupSizeError
 
 FP32, FP16, BF16, FP8, INT8, UINT8, INT32 = 0, 1, 2, 3, 4, 5, 6
 MXFP16, MXBF16, MXFP8, MXFP4 = 14, 15, 16, 17
+ITEM_DTYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 FLOATS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
 # channel_scale_mode: what multiplies the sum once it is complete.
@@ -57,3 +59,46 @@ def why_not_group(columns: int, size: object) -> str | None:
     if size & (size - 1) == 0 or (size == columns and size >= 512):
         return None
     return "gemlite needs a power of two, or one scale a row of at least 512"
+
+
+def why_not_splitk(columns: int, size: int) -> str | None:
+    """Return why gemlite's GEMM_SPLITK computes ``columns`` in features with groups of ``size`` wrongly, or None.
+
+    Its tiles take at least 32 in features, with one scale. Where the tiles of all splits do not divide K, it reads scales
+    behind the last group: any bits, and NaN times the zero of a masked x is NaN. The largest tile times splits among the
+    configurations that gemlite tunes over is 256 for groups up to 64, 512 for 128 and 1024 beyond.
+    """
+    if size < 32:
+        return f"gemlite's tensor core tiles span groups of {size}: it needs 32 and up"
+    stride = max(256, 4 * min(size, 256))
+    if columns % stride:
+        return f"in_features={columns} is not a multiple of the {stride} that its splits take"
+    return None
+
+
+def safe_kernel(kernel: str | None, tokens: int, bits: int, columns: int, size: int) -> str | None:
+    """Return the kernel to run instead of gemlite's own choice where that would be computed wrongly.
+
+    Only for weights whose scales are applied by groups.
+
+    Raises:
+        GroupSizeError: If ``kernel`` is forced and computes this weight wrongly.
+    """
+    reason = why_not_splitk(columns, size)
+    if reason is None:
+        return kernel
+    if kernel == "GEMM_SPLITK" or (kernel == "GEMM" and size < 32):
+        raise GroupSizeError(f"kernel={kernel!r}: {reason}; force another or leave the choice to lq")
+    if kernel is not None:
+        return kernel
+    if size < 32:
+        return "GEMV_REVSPLITK"
+    return "GEMM" if tokens > (4 if bits < 8 else 2) else None
+
+
+def packing_bitwidth(bits: int, size: int) -> int:
+    """Return the bits of a packed item: 32, gemlite's default, or 16 or 8 for 1 and 2 bits in small groups.
+
+    GEMV_REVSPLITK reads two tiles a scale and a tile holds at least one item, so two items must fit a group.
+    """
+    return next((width for width in (32, 16) if 2 * width // bits <= size), 8)

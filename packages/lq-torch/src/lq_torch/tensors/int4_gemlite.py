@@ -17,7 +17,7 @@ from lq_formats import (
 from lq_formats.layouts import GEMLITE
 from torch import Tensor
 
-from lq_torch.integrations.gemlite import check_kernel, gemlite_linear
+from lq_torch.integrations.gemlite import check_kernel, current_kernel, gemlite_linear
 from lq_torch.tensors import gemlite_meta as meta
 from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
 
@@ -33,11 +33,16 @@ class Int4GemliteTensor(LowBitTensor):
     :func:`lq_torch.force_kernel` fix it). On the CPU, and where x requires a gradient, the weight is dequantized for
     each product and multiplied in floating point. float32 products on a GPU are TF32, as gemlite computes them.
 
+    Some of gemlite's kernels compute some weights wrongly (:mod:`lq_torch.tensors.gemlite_meta` says which): those run by
+    another, so groups of 16 always by GEMV_REVSPLITK, and forcing a wrong one raises GroupSizeError.
+
     Attributes:
-        qdata: ``(K * bits / 32, N) int32`` (:data:`lq_formats.layouts.GEMLITE`).
-        scale: ``(K // group_size, N)``.
-        zero: The midpoint, a scalar int32; for one bit ``(K // group_size, N)`` as gemlite's fused multiply-add takes
-            it, ``-scale / 2`` (in code units, 0.5, where there is one scale a row).
+        qdata: ``(K * bits / 32, N) int32`` (:data:`lq_formats.layouts.GEMLITE`); int16 or uint8 items for 1 and 2 bits
+            in groups too small for two int32.
+        scale: ``(K // group_size, N)`` in the weight's dtype; float32 for one scale a row, where gemlite multiplies the
+            sum of the codes by it, which float16 would not hold.
+        zero: The midpoint, a scalar int32; for one bit 0.5, a scalar float32, where there is one scale a row, and
+            ``-scale / 2`` for groups, ``(K // group_size, N)``, as gemlite's fused multiply-add takes it.
         bits: 1, 2, 4 or 8.
         group_size: In features per scale (K: one scale a row).
         kernel: One of gemlite's kernels, or None.
@@ -69,19 +74,21 @@ class Int4GemliteTensor(LowBitTensor):
         check_finite(w, "w")
         rows, columns = w.shape
         size = columns if group_size == -1 else group_size
+        scale_dtype = torch.float32 if size == columns else w.dtype
         if bits == 1:
             groups = w.float().reshape(rows, -1, size)
             # Twice the mean magnitude minimises the squared error of -scale / 2 and scale / 2.
-            scale = (groups.abs().mean(-1) * 2).to(w.dtype)
+            scale = (groups.abs().mean(-1) * 2).to(scale_dtype)
+            check_finite(scale, "the scale in w's dtype")
             codes = (groups >= 0).to(torch.uint8).reshape(rows, columns)
-            half = torch.full_like(scale, 0.5)
-            zero = (half if size == columns else -half * scale).t().contiguous()
+            zero = torch.tensor(0.5, device=w.device) if size == columns else (-scale / 2).t().contiguous()
         else:
-            spec = QuantSpec(bits, "group", size, True, w.dtype)
+            spec = QuantSpec(bits, "group", size, True, scale_dtype)
             scale, _ = choose_qparams(w, spec)
             codes = quantize_affine(w, scale, None, spec)
             zero = torch.tensor(2 ** (bits - 1), dtype=torch.int32, device=w.device)
-        tensors = {"qdata": GEMLITE.pack(codes, bits, 32), "scale": scale.t().contiguous(), "zero": zero}
+        qdata = GEMLITE.pack(codes, bits, meta.packing_bitwidth(bits, size))
+        tensors = {"qdata": qdata, "scale": scale.t().contiguous(), "zero": zero}
         return cls(tensors, {"bits": bits, "group_size": size, "kernel": None}, w.shape, w.dtype)
 
     @staticmethod
@@ -113,7 +120,7 @@ class Int4GemliteTensor(LowBitTensor):
         return meta.meta_args(
             bits=self.bits,
             group_size=self.group_size,
-            per_item=32 // self.bits,
+            per_item=meta.packing_bitwidth(self.bits, self.group_size) // self.bits,
             input_dtype=meta.FLOATS[self.dtype],
             output_dtype=meta.FLOATS[self.dtype],
             meta_dtype=meta.FLOATS[self.scale.dtype],
@@ -135,7 +142,11 @@ class Int4GemliteTensor(LowBitTensor):
         check_kernel(self.kernel)
         if not x.is_cuda or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
             return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
-        return gemlite_linear(x, bias, (self.qdata, self.scale, self.zero), self.meta_args(), self.kernel)
+        kernel = current_kernel(self.kernel)
+        columns = self.shape[1]
+        if self.group_size < columns:
+            kernel = meta.safe_kernel(kernel, x.numel() // columns, self.bits, columns, self.group_size)
+        return gemlite_linear(x, bias, (self.qdata, self.scale, self.zero), self.meta_args(), kernel)
 
     def check(self) -> None:
         """Raise FormatError unless the inner tensors fit the shape and the attributes."""
@@ -151,11 +162,13 @@ class Int4GemliteTensor(LowBitTensor):
             check_kernel(self.kernel)
         except SpecError as error:
             raise FormatError(str(error)) from None
-        expect_tensor(self.qdata, "qdata", (columns * self.bits // 32, rows), (torch.int32,))
+        width = meta.packing_bitwidth(self.bits, size)
+        expect_tensor(self.qdata, "qdata", (columns * self.bits // width, rows), (meta.ITEM_DTYPES[width],))
         expect_tensor(self.scale, "scale", (columns // size, rows), SCALE_DTYPES)
-        if self.bits == 1:
+        if self.bits == 1 and size < columns:
             expect_tensor(self.zero, "zero", (columns // size, rows), (self.scale.dtype,))
         else:
-            expect_tensor(self.zero, "zero", (), (torch.int32,))
-            if self.zero.device.type != "meta" and int(self.zero) != 2 ** (self.bits - 1):
-                raise FormatError(f"tensor 'zero' is {int(self.zero)}: expected the midpoint {2 ** (self.bits - 1)}")
+            midpoint = 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
+            expect_tensor(self.zero, "zero", (), (torch.int32 if self.bits > 1 else torch.float32,))
+            if self.zero.device.type != "meta" and float(self.zero) != midpoint:
+                raise FormatError(f"tensor 'zero' is {float(self.zero)}: expected the midpoint {midpoint}")
