@@ -88,6 +88,16 @@ def signed_extreme(blocks: Tensor) -> Tensor:
     return blocks.gather(-1, first)
 
 
+def first_minimum(blocks: Tensor) -> Tensor:
+    """Return the smallest element of each block, the first of equals as in C: ``(..., 1)``.
+
+    The sign of a zero minimum is stored, and torch's own reductions may return either of 0.0 and -0.0 (on CUDA they do).
+    """
+    order = torch.arange(BLOCK_SIZE, 0, -1, device=blocks.device)
+    first = ((blocks == blocks.amin(dim=-1, keepdim=True)) * order).argmax(dim=-1, keepdim=True)
+    return blocks.gather(-1, first)
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Pack ``(..., 32)`` codes: element j in the low nibble of byte j, element j + 16 in the high nibble."""
     codes = codes.to(torch.uint8)
