@@ -69,7 +69,8 @@ class WeightConfig:
             SpecError: If it is not one.
         """
         values = dict(data)
-        cls = WeightConfig._classes.get(values.pop("name", None))
+        name = values.pop("name", None)
+        cls = WeightConfig._classes.get(name) if isinstance(name, str) else None
         if cls is None:
             raise SpecError(
                 f"unknown configuration {data.get('name')!r}: expected one of {sorted(WeightConfig._classes)}"
@@ -79,7 +80,7 @@ class WeightConfig:
             raise SpecError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
         dtype = values.get("scale_dtype")
         if dtype is not None:
-            if dtype not in _DTYPES:
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
                 raise SpecError(f"scale_dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
             values["scale_dtype"] = _DTYPES[dtype]
         return cls(**values)

@@ -4,6 +4,7 @@ Buffers exist from the start, so ``load_state_dict(strict=True)`` works on a new
 tensors that safetensors can write.
 """
 
+import warnings
 from typing import Any, Self
 
 import torch
@@ -11,7 +12,7 @@ from lq_formats import (
     DTypeError,
     GroupSizeError,
     ShapeError,
-    check_finite,
+    UnsupportedError,
     check_matrix,
     dequantize_weight_int8,
     quantize_i4_pack8,
@@ -20,7 +21,8 @@ from lq_formats import (
 from lq_kernels import int4_dequantize, int8_gemm, matmul_bf16_i4
 from torch import Tensor, nn
 
-from lq_torch.quantize import FilterFn, select_linears
+from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
+from lq_torch.tensors import LowBitTensor
 
 
 class Int8Linear(nn.Module):
@@ -147,13 +149,7 @@ class Int4PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(in_features, out_features)
-        if in_features % 8:
-            raise ShapeError(f"in_features={in_features} is not divisible by the 8 codes of an int32 word")
-        resolved = in_features if group_size == -1 else group_size
-        if resolved < 8 or in_features % resolved:
-            raise GroupSizeError(
-                f"group_size={group_size}: expected a divisor of in_features={in_features} from 8 up, or -1"
-            )
+        resolved = _resolve_group(in_features, group_size)
         self.in_features, self.out_features, self.group_size = in_features, out_features, resolved
         # Eight codes of 8: a new layer's weight is zero.
         zeros = torch.full((out_features, in_features // 8), -0x77777778, dtype=torch.int32, device=device)
@@ -225,17 +221,24 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
         LQError: The named error of the first layer that cannot be quantized, with its path.
     """
     targets = select_linears(model, filter_fn)
+    if not targets:
+        warnings.warn(f"replace_linear_with_int4 found no Linear layer: {why_none(model)}", stacklevel=2)
+        return model
     for path, linear in targets:
-        name = f"{path}.weight" if path else "weight"
-        if linear.in_features % 8 or (group_size != -1 and linear.in_features % group_size):
-            raise GroupSizeError(f"{name} has {linear.in_features} in features: not divisible by 8 and {group_size}")
-        check_finite(linear.weight, name)
-    for path, linear in targets:
+        check_linear(path, linear)
+        with named(f"{path}.weight" if path else "weight"):
+            _resolve_group(linear.in_features, group_size)
+    # A module may be registered at several places: each of them gets the one replacement.
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, name))
+    for _, linear in targets:
         layer = Int4PackedLinear.from_linear(linear, group_size)
-        if not path:
+        if linear is model:
             return layer
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        for parent, name in places[id(linear)]:
+            parent._modules[name] = layer
     return model
 
 
@@ -244,7 +247,21 @@ def _check_sizes(in_features: int, out_features: int) -> None:
         raise ShapeError(f"in_features={in_features}, out_features={out_features}: expected positive sizes")
 
 
+def _resolve_group(in_features: int, group_size: int) -> int:
+    """Return the in features per scale of an Int4PackedLinear, or raise."""
+    if in_features % 8:
+        raise GroupSizeError(f"in_features={in_features} is not divisible by the 8 codes of an int32 word")
+    resolved = in_features if group_size == -1 else group_size
+    if type(resolved) is not int or resolved < 8 or in_features % resolved:
+        raise GroupSizeError(
+            f"group_size={group_size!r}: expected a divisor of in_features={in_features} from 8 up, or -1"
+        )
+    return resolved
+
+
 def _check_weight(w: Tensor, out_features: int, in_features: int) -> None:
+    if isinstance(w, LowBitTensor):
+        raise UnsupportedError(f"weight is a {type(w).__name__}, quantized already; pass weight.dequantize()")
     if not w.dtype.is_floating_point:
         raise DTypeError(f"weight has dtype {w.dtype}: expected floating point")
     if check_matrix(w) != (out_features, in_features):

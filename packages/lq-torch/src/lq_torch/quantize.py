@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lq_formats import DTypeError, LQError, ShapeError, SpecError, UnsupportedError, check_finite
+from lq_formats import DeviceError, DTypeError, LQError, ShapeError, SpecError, UnsupportedError, check_finite
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lq_torch.config import WeightConfig
 from lq_torch.tensors import LowBitTensor
@@ -19,6 +20,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 _HEADS = ("lm_head", "output", "embed_out")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FP16_MAX = torch.finfo(torch.float16).max
 
 
 def quantize_(
@@ -30,7 +32,8 @@ def quantize_(
 ) -> None:
     """Replace the weights of a model's Linear layers by quantized ones, in place, layer by layer.
 
-    Everything is validated first: on any error the model is as it was. Layers that are already quantized are left alone.
+    Everything is validated first: on any error the model is as it was. Layers that are already quantized are left
+    alone. Where there is nothing to quantize, a warning says why.
 
     Args:
         model: Any module. Weights are quantized on the device they are on.
@@ -42,21 +45,27 @@ def quantize_(
     Raises:
         LQError: The named error of the first layer that cannot be quantized, with its path: NonFiniteError for NaN or
             infinity, GroupSizeError where the group size does not divide the in features, DTypeError for weights that
-            are not fp16, bf16 or fp32, UnsupportedError for a tied weight that was asked for explicitly.
+            are not fp16, bf16 or fp32, UnsupportedError for a parametrized weight and for a tied weight that was asked
+            for explicitly.
         SpecError: If ``config`` is not a configuration.
     """
     if not isinstance(config, WeightConfig):
         raise SpecError(f"config is a {type(config).__name__}: expected a configuration such as Int4WeightOnlyConfig()")
     targets = select_linears(model, filter_fn)
     if not targets:
-        warnings.warn("quantize_ found no Linear layer to quantize; check the model and filter_fn", stacklevel=2)
+        warnings.warn(f"quantize_ found no Linear layer to quantize: {why_none(model)}", stacklevel=2)
         return
     for path, layer in targets:
-        _validate(path, layer, config)
+        check_linear(path, layer)
+        with named(path):
+            config.validate(layer.weight)
+            # Scales of larger weights may not fit their dtype. Find out while nothing has been changed.
+            if _largest(layer.weight) > _FP16_MAX:
+                config.quantize(layer.weight.detach())
     with _bar(progress) as bar:
         task = bar.add_task("quantizing", total=len(targets))
         for path, layer in targets:
-            with _named(path):
+            with named(path):
                 quantized = config.quantize(layer.weight.detach())
             layer.weight = nn.Parameter(quantized, requires_grad=False)
             bar.advance(task)
@@ -80,12 +89,12 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[
     Raises:
         UnsupportedError: If ``filter_fn`` picks a layer whose weight is tied to another module.
     """
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    owners = Counter(id(item) for module in model.modules() for item in module._parameters.values() if item is not None)
     found = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module.weight, LowBitTensor):
             continue
-        tied = owners[id(module.weight)] > 1
+        tied = owners[id(module._parameters.get("weight"))] > 1
         if filter_fn is None:
             if tied or path.rpartition(".")[2] in _HEADS:
                 continue
@@ -99,20 +108,56 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[
     return found
 
 
-def _validate(path: str, layer: nn.Linear, config: WeightConfig) -> None:
-    w = layer.weight
+def check_linear(path: str, layer: nn.Linear) -> None:
+    """Raise a named error unless a layer's weight is a plain floating point matrix of finite values, here.
+
+    Raises:
+        UnsupportedError: If the weight is computed (a parametrization or weight norm) or a tensor subclass.
+        ShapeError: If a lazy layer has not been initialised or the weight is not a matrix.
+        DTypeError: If the weight is not fp16, bf16 or fp32.
+        DeviceError: If it is on ``meta``.
+        NonFiniteError: If it holds NaN or infinity.
+    """
     name = f"{path}.weight" if path else "weight"
+    w = layer._parameters.get("weight")
+    if w is None:
+        raise UnsupportedError(
+            f"{name} is computed from other parameters (a parametrization); make it permanent first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if isinstance(w, UninitializedParameter):
+        raise ShapeError(f"{name} has no shape yet; run the model once on an example before it is quantized")
+    if type(w.data) is not Tensor:
+        raise UnsupportedError(f"{name} is a {type(w.data).__name__}: expected an ordinary tensor")
     if w.dtype not in _DTYPES:
         raise DTypeError(f"{name} has dtype {w.dtype}: expected float16, bfloat16 or float32")
+    if w.dim() != 2 or w.shape[1] == 0:
+        raise ShapeError(f"{name} has shape {tuple(w.shape)}: expected (out_features, in_features)")
     if w.device.type == "meta":
-        raise ShapeError(f"{name} is on the meta device and has no values; load the weights first")
-    with _named(path):
-        config.validate(w)
+        raise DeviceError(f"{name} is on the meta device and has no values; load the weights first")
     check_finite(w, name)
 
 
+def why_none(model: nn.Module) -> str:
+    """Say why :func:`select_linears` found nothing."""
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        return f"{type(model).__name__} has no nn.Linear"
+    dense = [path for path, module in linears.items() if not isinstance(module.weight, LowBitTensor)]
+    if not dense:
+        return f"all {len(linears)} are quantized already"
+    return f"filter_fn took none of {len(dense)}, among them {', '.join(repr(path) for path in dense[:3])}"
+
+
+def _largest(w: Tensor) -> float:
+    if w.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(w.detach())
+    return max(-float(low), float(high))
+
+
 @contextmanager
-def _named(path: str) -> Iterator[None]:
+def named(path: str) -> Iterator[None]:
     """Put the layer's path in front of the errors raised inside."""
     try:
         yield

@@ -7,6 +7,7 @@ from lq_torch.tensors.int4 import Int4Tensor
 from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
 from lq_torch.tensors.int4_tile_packed import Int4TilePackedTensor
 from lq_torch.tensors.int8 import Int8Tensor
+from lq_torch.tensors.transposed import TransposedWeight
 
 __all__ = [
     "GGMLTensor",
@@ -16,4 +17,5 @@ __all__ = [
     "Int4TilePackedTensor",
     "Int8Tensor",
     "LowBitTensor",
+    "TransposedWeight",
 ]

@@ -1,10 +1,10 @@
 """LowBitTensor: what every quantized weight of lq is as a tensor.
 
 A LowBitTensor has the shape, dtype and device of the weight it stands for, so modules, optimizers and checkpoint code
-see an ordinary parameter, while its storage is a few inner tensors (codes, scales, zeros). ``F.linear`` runs a low-bit
-kernel; ``detach``, ``clone``, ``.to``, ``copy.deepcopy`` act on the inner tensors; ``dequantize`` gives the weight back.
-Any other operator raises :class:`lq_formats.UnsupportedError`: nothing is turned into a dense weight behind the user's
-back.
+see an ordinary parameter, while its storage is a few inner tensors (codes, scales, zeros). ``F.linear`` (and ``x @ w.t()``,
+see :mod:`lq_torch.tensors.transposed`) runs a low-bit kernel; ``detach``, ``clone``, ``.to``, ``copy.deepcopy`` act on
+the inner tensors; ``dequantize`` gives the weight back. Any other operator raises
+:class:`lq_formats.UnsupportedError`: nothing is turned into a dense weight behind the user's back.
 
 A subclass lists its inner tensors and attributes, and says how to multiply and to dequantize. Everything else is here.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from lq_formats import DTypeError, FormatError, ShapeError, UnsupportedError
+from lq_formats import DeviceError, DTypeError, FormatError, ShapeError, UnsupportedError
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -38,6 +38,8 @@ class LowBitTensor(torch.Tensor):
         super().__init_subclass__(**kwargs)
         if cls.kind:
             LowBitTensor._kinds[cls.kind] = cls
+            # torch.save works as for any state dict; torch.load(weights_only=True) refuses classes it does not know.
+            torch.serialization.add_safe_globals([cls])
 
     def __new__(  # noqa: D102
         cls,
@@ -138,7 +140,7 @@ class LowBitTensor(torch.Tensor):
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            return _linear(*args, **kwargs)
+            return linear(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -146,7 +148,7 @@ class LowBitTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        handler = _DISPATCH.get(func)
+        handler = DISPATCH.get(func)
         if handler is None:
             raise UnsupportedError(
                 f"{func} is not defined for a quantized weight ({cls.__name__}); use F.linear(x, weight), or "
@@ -163,6 +165,16 @@ class LowBitTensor(torch.Tensor):
         inner = ", ".join(f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in self.to_tensors().items())
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {values}; {inner})"
 
+    def share_memory_(self) -> Self:
+        """Move the inner tensors to shared memory (the wrapper itself has no storage to share)."""
+        for tensor in self.to_tensors().values():
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """Return whether every inner tensor is in shared memory."""
+        return all(tensor.is_shared() for tensor in self.to_tensors().values())  # type: ignore[no-untyped-call]
+
     @property
     def packed_nbytes(self) -> int:
         """Bytes of the inner tensors: what this weight really takes."""
@@ -178,7 +190,12 @@ def expect_tensor(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtyp
         raise FormatError(f"tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype}: expected {shape} {wanted}")
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    """Check the operands of ``F.linear(input, weight, bias)`` against a quantized weight, and multiply.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the operands do not fit each other. Under autocast x and bias are cast.
+    """
     if isinstance(input, LowBitTensor) or not isinstance(weight, LowBitTensor):
         raise UnsupportedError("F.linear takes a quantized weight as its second argument only")
     if weight.dim() != 2:
@@ -187,10 +204,23 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise ShapeError(
             f"x has shape {tuple(input.shape)}: a weight of shape {tuple(weight.shape)} needs (..., {weight.shape[1]})"
         )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
+    for name, tensor in (("the quantized weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise DeviceError(f"x is on {input.device} and {name} on {tensor.device}; move one of them with .to()")
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.dtype in SCALE_DTYPES:
+        dtype = torch.get_autocast_dtype(kind)
+        # What autocast does to a dense layer. Inside, a reference in float32 must not be cast again.
+        with torch.autocast(kind, enabled=False):
+            return weight.linear(input.to(dtype), None if bias is None else bias.to(dtype))
     if input.dtype != weight.dtype:
         raise DTypeError(
             f"x has dtype {input.dtype} and the quantized weight {weight.dtype}; convert x, or the model with .to(dtype)"
         )
+    if bias is not None and bias.dtype != input.dtype:
+        raise DTypeError(f"bias has dtype {bias.dtype} and x {input.dtype}: convert one of them")
     return weight.linear(input, bias)
 
 
@@ -202,6 +232,14 @@ def _to_copy(
     non_blocking = bool(kwargs.get("non_blocking", False))
     # The nominal dtype changes; codes and scales are kept as they are, so that no precision is lost on the way.
     return tensor._map(lambda t: t.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+
+
+def _empty_like(
+    tensor: LowBitTensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
+) -> LowBitTensor:
+    if dtype is not None and dtype != tensor.dtype:
+        raise UnsupportedError(f"empty_like of a {type(tensor).__name__} keeps its dtype {tensor.dtype}")
+    return tensor._map(lambda t: torch.empty_like(t, device=device))
 
 
 def _clone(tensor: LowBitTensor, *, memory_format: Any = None) -> LowBitTensor:
@@ -222,11 +260,14 @@ def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> 
     return target
 
 
-_DISPATCH: dict[Any, Callable[..., Any]] = {
+DISPATCH: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda tensor: tensor._map(torch.detach),
     aten.alias.default: lambda tensor: tensor._map(torch.detach),
     aten.clone.default: _clone,
+    aten.empty_like.default: _empty_like,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
-    aten.is_pinned.default: lambda tensor, device=None: False,
+    aten.is_pinned.default: lambda tensor, device=None: all(t.is_pinned() for t in tensor.to_tensors().values()),
+    aten._pin_memory.default: lambda tensor, device=None: tensor._map(torch.Tensor.pin_memory),
 }
+"""Operators that a LowBitTensor has, and their implementations; :mod:`lq_torch.tensors.transposed` adds products."""

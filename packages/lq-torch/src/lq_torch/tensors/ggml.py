@@ -3,7 +3,7 @@
 from typing import ClassVar, Self
 
 import torch
-from lq_formats import FormatError, NonFiniteError, ggml_format
+from lq_formats import FormatError, NonFiniteError, SpecError, ggml_format
 from lq_kernels import q4_0_linear
 from torch import Tensor
 
@@ -38,7 +38,9 @@ class GGMLTensor(LowBitTensor):
         """
         form = ggml_format(ggml_type)
         qdata = form.quantize(w)
-        scales = qdata[..., :2].contiguous().view(torch.float16)
+        # Formats with a minimum (q4_1, q5_1) keep it after the scale, in float16 as well.
+        head = 4 if form.name.endswith("_1") else 2
+        scales = qdata[..., :head].contiguous().view(torch.float16)
         if not bool(torch.isfinite(scales).all()):
             raise NonFiniteError(f"a block's scale is beyond float16, the scale dtype of {form.name}; use int4 or int8")
         return cls({"qdata": qdata}, {"ggml_type": form.name}, w.shape, w.dtype)
@@ -58,5 +60,8 @@ class GGMLTensor(LowBitTensor):
         """Raise FormatError unless the blocks fit the shape and the format is known."""
         if len(self.shape) != 2 or self.shape[1] == 0 or self.shape[1] % 32:
             raise FormatError(f"a ggml weight has the shape (N, K) with K % 32 == 0, not {tuple(self.shape)}")
-        form = ggml_format(str(self.ggml_type))
+        try:
+            form = ggml_format(str(self.ggml_type))
+        except SpecError as error:
+            raise FormatError(str(error)) from None
         expect_tensor(self.qdata, "qdata", (self.shape[0], self.shape[1] // 32, form.type_size), (torch.uint8,))

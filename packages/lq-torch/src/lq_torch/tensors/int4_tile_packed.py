@@ -97,6 +97,8 @@ class Int4TilePackedTensor(LowBitTensor):
                 f"tile_packed_to_4d needs N % 8 == 0 and K % 128 == 0, got {tuple(w.shape)}; use "
                 "int4_packing_format='plain'"
             )
+        if w.shape[1] % group_size:
+            raise GroupSizeError(f"group_size={group_size} does not divide in_features={w.shape[1]}")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight ``(u - 8) * scale + offset`` in ``dtype`` (default: bf16)."""
@@ -108,17 +110,28 @@ class Int4TilePackedTensor(LowBitTensor):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``."""
-        if x.device.type != "cuda" or x.numel() == 0 or x.requires_grad:
+        if not _runs_tinygemm(x):
             return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         y: Tensor = torch.ops.aten._weight_int4pack_mm(flat, self.qdata, self.group_size, self.scale_and_zero)
         y = y.view(*x.shape[:-1], self.shape[0])
         return y if bias is None else y + bias
 
     def check(self) -> None:
         """Raise FormatError unless the inner tensors fit the shape and the group size."""
-        if len(self.shape) != 2 or self.shape[0] % 8 or self.shape[1] % 128 or self.group_size not in _GROUP_SIZES:
-            raise FormatError(f"shape {tuple(self.shape)} with group_size={self.group_size!r} is not a tinygemm weight")
-        rows, columns = self.shape
+        rows, columns = self.shape if len(self.shape) == 2 else (0, 0)
+        size = self.group_size
+        known = type(size) is int and size in _GROUP_SIZES and columns % size == 0
+        if not known or columns == 0 or rows % 8 or columns % 128:
+            raise FormatError(f"shape {tuple(self.shape)} with group_size={size!r} is not a tinygemm weight")
         expect_tensor(self.qdata, "qdata", (rows // 8, columns // 128, 32, 4), (torch.int32,))
-        expect_tensor(self.scale_and_zero, "scale_and_zero", (columns // self.group_size, rows, 2), (torch.bfloat16,))
+        expect_tensor(self.scale_and_zero, "scale_and_zero", (columns // size, rows, 2), (torch.bfloat16,))
+
+
+def _runs_tinygemm(x: Tensor) -> bool:
+    """Whether ``aten._weight_int4pack_mm`` takes ``x``: bf16 on compute capability 8.0, and it has no gradient."""
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.numel() == 0:
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
