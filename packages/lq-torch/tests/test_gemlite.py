@@ -17,6 +17,7 @@ from lq_formats import (
     UnknownVersionError,
     UnsupportedError,
 )
+from lq_formats.layouts import GEMLITE
 from lq_torch import (
     GemliteConfig,
     GemliteTensor,
@@ -268,22 +269,68 @@ def test_warmup_runs_each_distinct_weight_once():
         warmup(model, [0])
 
 
+def test_compiles_into_one_graph_with_the_kernel_that_is_forced(gemlite):
+    t = Int4GemliteTensor.from_hp(torch.randn(8, 256), 64)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def product(x):
+        kernel = integration.current_kernel(None)
+        return integration.gemlite_linear(x, None, (t.qdata, t.scale, t.zero), t.meta_args(), kernel)
+
+    assert product(torch.randn(2, 256)).shape == (2, 8)
+    with force_kernel("GEMM"):
+        product(torch.randn(2, 256))
+    assert [call[3] for call in gemlite.calls] == [-1, 4]
+
+
+_BF16, _FP16 = torch.bfloat16, torch.float16
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("config", "dtype", "m", "bound"),
+    ("config", "dtype", "m", "k", "bound"),
     [
-        *((GemliteConfig(), dtype, m, 1e-2) for dtype in (torch.bfloat16, torch.float16) for m in (1, 8, 64)),
-        (GemliteConfig("int8"), torch.float16, 8, 1e-2),
-        (GemliteConfig("int2"), torch.float16, 8, 1e-2),
-        (GemliteConfig("int8", "int8"), torch.bfloat16, 8, 3e-2),
+        *(
+            pytest.param(GemliteConfig(), dtype, m, 512, 1e-2, id=f"int4-g128-{name}-M{m}")
+            for dtype, name in ((_BF16, "bf16"), (_FP16, "fp16"))
+            for m in (1, 8, 64)
+        ),
+        pytest.param(GemliteConfig(group_size=16), _FP16, 8, 512, 1e-2, id="int4-g16-fp16-M8"),
+        # Splits do not divide K: gemlite's own choice would read scales behind the last.
+        pytest.param(GemliteConfig(), _FP16, 8, 640, 1e-2, id="int4-g128-fp16-M8-K640"),
+        pytest.param(GemliteConfig("int8"), _FP16, 8, 512, 1e-2, id="int8-g128-fp16-M8"),
+        pytest.param(GemliteConfig("int8", group_size=-1), _FP16, 8, 512, 1e-2, id="int8-row-fp16-M8"),
+        pytest.param(GemliteConfig("int2"), _FP16, 8, 512, 1e-2, id="int2-g128-fp16-M8"),
+        pytest.param(GemliteConfig("int1"), _FP16, 8, 512, 1e-2, id="int1-g128-fp16-M8"),
+        pytest.param(GemliteConfig("int8", "int8"), _BF16, 8, 512, 3e-2, id="int8-x-int8-bf16-M8"),
+        pytest.param(GemliteConfig("fp8", "fp8"), _BF16, 8, 512, 6e-2, id="fp8-x-fp8-bf16-M8"),
+        pytest.param(GemliteConfig("int4", "int8"), _BF16, 8, 512, 3e-2, id="int4-x-int8-bf16-M8"),
+        pytest.param(GemliteConfig("int4", "fp8", 128), _BF16, 8, 512, 6e-2, id="int4-g128-x-fp8-bf16-M8"),
+        pytest.param(GemliteConfig("mxfp8"), _BF16, 8, 512, 1e-2, id="mxfp8-bf16-M8"),
+        pytest.param(GemliteConfig("mxfp4"), _BF16, 8, 512, 1e-2, id="mxfp4-bf16-M8"),
+        pytest.param(GemliteConfig("mxfp4", "mxfp8"), _BF16, 8, 512, 6e-2, id="mxfp4-x-mxfp8-bf16-M8"),
     ],
 )
-def test_gemlite_matches_float64(config, dtype, m, bound):
-    pytest.importorskip("gemlite")
+def test_gemlite_matches_float64(config, dtype, m, k, bound):
+    pytest.importorskip("gemlite", reason="gemlite is not installed")
     torch.manual_seed(0)
-    t = config.quantize(torch.randn(256, 512, device="cuda", dtype=dtype) / 20)
-    x = torch.randn(m, 512, device="cuda", dtype=dtype)
+    t = config.quantize(torch.randn(256, k, device="cuda", dtype=dtype) / 20)
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
     reference = x.double() @ t.dequantize(torch.float32).double().t()
     with torch.no_grad():
         y = nn.functional.linear(x, t).double()
     assert (y - reference).norm() / reference.norm() < bound
+
+
+@pytest.mark.gpu
+def test_packs_what_gemlite_packs():
+    core = pytest.importorskip("gemlite", reason="gemlite is not installed").core
+    w = torch.randn(64, 256, device="cuda", dtype=_FP16)
+    codes = torch.randint(0, 16, w.shape, device="cuda", dtype=torch.uint8)
+    codes[:, 0] = 15
+    t = Int4GemliteTensor.from_hp((codes.to(_FP16) - 8) / 8, 256 // 2)
+    layer = core.GemLiteLinear(4, 128, 256, 64, core.DType.FP16, core.DType.FP16)
+    layer.pack(GEMLITE.unpack(t.qdata, 4), t.scale.t().contiguous(), 8, None)
+    for ours, theirs in zip((t.qdata, t.scale, t.zero), layer.get_tensor_args(), strict=False):
+        assert torch.equal(ours, theirs)
+    assert t.meta_args() == layer.get_meta_args()

@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ KERNELS = ("GEMV", "GEMV_REVSPLITK", "GEMV_SPLITK", "GEMM_SPLITK", "GEMM")
 
 _FORMAT = "lq-gemlite-kernel-cache"
 _VERSION = 1
-_FORCED: ContextVar[str | None] = ContextVar("lq_gemlite_kernel", default=None)
+_UNREAD: dict[torch.device, Tensor] = {}
+# A plain global, in all threads: torch.compile guards on it, and cannot trace a ContextVar (torch 2.11).
+_forced: str | None = None
 
 
 def check_kernel(name: str | None) -> None:
@@ -38,23 +39,26 @@ def check_kernel(name: str | None) -> None:
 def force_kernel(name: str | None) -> Iterator[None]:
     """Run every gemlite weight inside the ``with`` block by one kernel, whatever the number of tokens.
 
+    It holds for the whole process, all threads.
+
     Args:
         name: One of :data:`KERNELS`; None restores the choice by the number of tokens.
 
     Raises:
         SpecError: If there is no such kernel.
     """
+    global _forced
     check_kernel(name)
-    token = _FORCED.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _forced = before
 
 
 def current_kernel(kernel: str | None) -> str | None:
     """Return ``kernel``, or else the one of :func:`force_kernel`, or else None."""
-    return kernel or _FORCED.get()
+    return kernel or _forced
 
 
 def load_gemlite() -> Any:
@@ -90,8 +94,7 @@ def gemlite_linear(
     core = load_gemlite()
     name = current_kernel(kernel)
     matmul_type = -1 if name is None else int(core.GEMLITE_MATMUL_TYPES_MAPPING[name])
-    # Only NVFP4 reads the fourth tensor, but the operator takes four.
-    meta_scale = torch.zeros((), dtype=torch.float32, device=x.device)
+    meta_scale = _unread(x.device)
     # gemlite's operator has no derivative: a bias that is being trained is added outside of it.
     outside = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
@@ -99,6 +102,15 @@ def gemlite_linear(
             x, None if outside else bias, [*tensors, meta_scale], [int(value) for value in meta], matmul_type
         )
     return y if bias is None or not outside else y + bias
+
+
+def _unread(device: torch.device) -> Tensor:
+    """Return the fourth tensor, which only NVFP4 reads. Made once a device: filling it costs a kernel launch a call."""
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.float32, device=device)
+    if device not in _UNREAD:
+        _UNREAD[device] = torch.zeros((), dtype=torch.float32, device=device)
+    return _UNREAD[device]
 
 
 def save_kernel_cache(path: str | Path) -> None:
