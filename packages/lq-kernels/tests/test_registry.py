@@ -99,6 +99,30 @@ def test_a_forced_kernel_that_cannot_run_says_why_and_nothing_replaces_it():
         select(int4(1, CPU, group=16), "aten-cpu")
 
 
+@pytest.mark.parametrize("make", [int4, int8], ids=["int4", "int8"])
+def test_an_old_gpu_is_declined_with_its_capability(make):
+    rejected = dict(explain(make(1, TURING)).rejected)
+    for name in TRITON:
+        assert rejected[name] == "needs compute capability 8.0, this GPU has 7.5"
+    assert dict(explain(q4_0(1, TURING)).rejected)["cuda-mma"] == "needs compute capability 8.0, this GPU has 7.5"
+
+
+def test_a_missing_package_is_a_reason(monkeypatch):
+    monkeypatch.setattr(triton_constraints, "_installed", lambda: False)
+    monkeypatch.setattr(cuda_constraints, "why_not_compile", lambda: "the package 'cuda-core' is not installed")
+    for problem, names in ((int4(1, H200), TRITON), (int8(1, H200), TRITON), (q4_0(1, H200), ("cuda-mma",))):
+        rejected = dict(explain(problem).rejected)
+        assert all("is not installed" in rejected[name] for name in names)
+        assert select(problem).name == "dequant-blas"
+
+
+def test_rocm_gets_triton_and_not_cuda():
+    rocm = Arch("rocm", (0, 0), "AMD Instinct MI300X", 304)
+    assert select(int4(1, rocm), "triton-gemv").name == "triton-gemv"
+    with pytest.raises(NoKernelError, match="cuda-mma: needs an NVIDIA GPU"):
+        select(q4_0(1, rocm), "cuda-mma")
+
+
 def test_when_none_fits_every_reason_is_listed(monkeypatch):
     import dataclasses
 
