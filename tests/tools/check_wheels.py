@@ -6,12 +6,15 @@ the pins between the packages agree, that every import works outside of the chec
 
 import email
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+# uv is on the PATH, or beside the Python that runs this script (``uv run nox`` puts it there).
+UV = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
 MODULES = {"lq-formats": "lq_formats", "lq-kernels": "lq_kernels", "lq-torch": "lq_torch", "lq-eval": "lq_eval"}
 
 
@@ -51,9 +54,9 @@ def _check_metadata(wheels: dict[str, Path]) -> None:
 def _install_and_import(dist: Path, names: list[str], wheels: dict[str, Path]) -> None:
     with tempfile.TemporaryDirectory(prefix="lq-wheel-env-") as folder:
         python = Path(folder, "env", "bin", "python")
-        _run("uv", "venv", "--quiet", "--python", sys.executable, str(python.parents[1]))
+        _run(UV, "venv", "--quiet", "--python", sys.executable, str(python.parents[1]))
         targets = [str(wheels[name]) for name in names]
-        _run("uv", "pip", "install", "--quiet", "--python", str(python), "--find-links", str(dist), *targets)
+        _run(UV, "pip", "install", "--quiet", "--python", str(python), "--find-links", str(dist), *targets)
         for name in names:
             check = f"import {MODULES[name]} as m; assert 'site-packages' in m.__file__, m.__file__; m.__all__"
             _run(str(python), "-I", "-c", check, cwd=folder)
