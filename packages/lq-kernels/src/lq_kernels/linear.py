@@ -136,7 +136,10 @@ def int4_dequantize(
 
     Arguments and errors are those of :func:`int4_linear`.
     """
+    if not isinstance(in_features, _INTEGERS) or in_features < 1:
+        raise ShapeError(f"in_features={in_features!r}: expected a positive integer")
     _check_int4(qweight, scale, zero, group_size, in_features)
+    _check_devices(qweight, scale=scale, zero=zero)
     w: Tensor = torch.ops.lq.int4_dequantize(qweight, scale, zero, group_size, in_features, dtype)
     return w
 
@@ -291,7 +294,7 @@ def _check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size:
 def _check_devices(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise DeviceError(f"{name} is on {tensor.device} and the activations on {x.device}; move one of them")
+            raise DeviceError(f"{name} is on {tensor.device} and the other tensors on {x.device}; move one of them")
 
 
 def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
