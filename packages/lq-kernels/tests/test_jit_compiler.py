@@ -122,9 +122,9 @@ def test_an_unknown_architecture_is_an_error():
 def test_spills_and_stack_are_reported():
     text = """
     extern "C" __global__ void __launch_bounds__(1024) stack(float* out, int i) {
-      volatile float values[64];
-      for (int j = 0; j < 64; ++j) values[j] = out[j] * j;
-      out[0] = values[i];
+      float values[64];
+      for (int j = 0; j < 64; ++j) values[j] = out[j] * out[j + i];
+      out[0] = values[i] + values[out[5] > 3 ? 7 : int(out[9])];
     }
     """
     usage = compiler.compile_source(text, "sm_80", "stack").usage()
