@@ -88,13 +88,14 @@ def signed_extreme(blocks: Tensor) -> Tensor:
     return blocks.gather(-1, first)
 
 
-def first_minimum(blocks: Tensor) -> Tensor:
-    """Return the smallest element of each block, the first of equals as in C: ``(..., 1)``.
+def first_of(blocks: Tensor, value: Tensor) -> Tensor:
+    """Return the first element of each block that equals ``value: (..., 1)``, which is one of them: ``(..., 1)``.
 
-    The sign of a zero minimum is stored, and torch's own reductions may return either of 0.0 and -0.0 (on CUDA they do).
+    C's scan for a minimum or maximum keeps the first of equals, and the sign of a zero is stored. torch's own reductions
+    may return either of 0.0 and -0.0 (on CUDA they do).
     """
     order = torch.arange(BLOCK_SIZE, 0, -1, device=blocks.device)
-    first = ((blocks == blocks.amin(dim=-1, keepdim=True)) * order).argmax(dim=-1, keepdim=True)
+    first = ((blocks == value) * order).argmax(dim=-1, keepdim=True)
     return blocks.gather(-1, first)
 
 

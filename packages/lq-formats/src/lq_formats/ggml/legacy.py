@@ -35,7 +35,7 @@ from torch import Tensor
 from lq_formats.division import divide
 from lq_formats.ggml.blocks import (
     check_blocks,
-    first_minimum,
+    first_of,
     half_bytes,
     merge_blocks,
     pack_fifth_bits,
@@ -135,7 +135,7 @@ def dequantize_q8_0(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _quantize_range(blocks: Tensor, max_code: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``d``, ``m`` and uint8 codes of the formats that store a minimum (Q4_1, Q5_1)."""
-    low = first_minimum(blocks)
-    high = blocks.amax(dim=-1, keepdim=True)
+    low = first_of(blocks, blocks.amin(dim=-1, keepdim=True))
+    high = first_of(blocks, blocks.amax(dim=-1, keepdim=True))
     d = divide(high - low, max_code)
     return d, low, truncate_codes((blocks - low) * reciprocal(d) + 0.5, max_code)
