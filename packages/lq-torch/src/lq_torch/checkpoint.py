@@ -10,6 +10,7 @@ Loading quantizes nothing. Files are checked before anything is allocated, tenso
 model is built without weights first, so the peak stays near the size of the quantized model.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lq_formats import FormatError, ShapeError, UnknownVersionError, UnsupportedError
+from lq_formats import DTypeError, UnsupportedError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors, read_tensor
+from lq_torch.checkpoint_index import FORMAT_VERSION, INDEX_NAME, SEPARATOR, VERSION_KEY, CheckpointIndex, read_index
+from lq_torch.safetensors_header import read_tensor
 from lq_torch.tensors import LowBitTensor
+from lq_torch.tensors.base import SCALE_DTYPES
 
-FORMAT_VERSION = 1
-INDEX_NAME = "lq.json"
-MAX_INDEX_BYTES = 256 << 20
 MAX_SHARD_BYTES = 4 << 30
-_SEPARATOR = ":"
 
 
 def save_pretrained(
@@ -42,7 +41,8 @@ def save_pretrained(
         max_shard_bytes: Start a new safetensors file beyond this size.
 
     Raises:
-        UnsupportedError: If a tensor name holds a colon.
+        UnsupportedError: If a tensor name holds a colon, a tensor is on ``meta``, or the state dict holds other things
+            than tensors.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,11 @@ def save_pretrained(
     files = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        chunk = {name: tensors[name].detach().contiguous().cpu() for name in names}
-        save_file(chunk, folder / file, metadata={"format": "pt", "lq_format_version": str(FORMAT_VERSION)})
+        save_file(
+            _separate({name: tensors[name] for name in names}),
+            folder / file,
+            metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)},
+        )
         files.update(dict.fromkeys(names, file))
     for stale in folder.glob("model-*-of-*.safetensors"):
         if stale.name not in files.values():
@@ -62,6 +65,9 @@ def save_pretrained(
     for name in ("config", "generation_config"):
         config = getattr(model, name, None)
         if config is not None and hasattr(config, "save_pretrained"):
+            config = copy.deepcopy(config)
+            if name == "config" and hasattr(config, "architectures"):
+                config.architectures = [type(model).__name__]  # what load builds
             config.save_pretrained(folder)
 
 
@@ -69,74 +75,46 @@ def load(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Load what :func:`save_pretrained` wrote.
+    """Load what :func:`save_pretrained` wrote. On an error in the files, ``model`` is as it was.
 
     Args:
         directory: The folder.
         model: A module of the same structure, quantized or not, on any device including ``meta``: its weights are
             replaced. None builds the Hugging Face model of the folder's config.json.
         device: Where the weights go.
+        dtype: Compute in this dtype: plain weights are converted, quantized ones keep their bits. None keeps the saved.
 
     Returns:
         The model, in evaluation mode if it was built here.
 
     Raises:
         FormatError: If a file is truncated, oversized, foreign or inconsistent, or the tensors are not the model's.
+        ShapeError: If a weight has another shape in the model.
         UnknownVersionError: If the folder was written by a newer format version.
         MissingPackageError: If a Hugging Face model is to be built and transformers is not installed.
     """
     folder = Path(directory)
     index = read_index(folder)
-    headers = {file: check_safetensors(folder / file) for file in sorted(set(index["files"].values()))}
-    for name, file in index["files"].items():
-        if name not in headers[file].tensors:
-            raise FormatError(f"{folder / file} lacks the tensor {name!r} that {INDEX_NAME} places there")
+    if dtype is not None and dtype not in SCALE_DTYPES:
+        raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
     built = model is None
     if model is None:
         from lq_torch.integrations.transformers import build_model
 
         model = build_model(folder)
-    _check_names(model, index)
-    for path, tensor in _stream(folder, index, headers, torch.device(device)):
-        _assign(model, path, tensor)
-    for path, target in index["aliases"].items():
+    index.check_model(model)
+    for path, tensor in _stream(folder, index, torch.device(device)):
+        _assign(model, path, tensor, dtype)
+    for path, target in index.aliases.items():
         _assign(model, path, _resolve(model, target))
-    _materialize(model, torch.device(device))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+        if dtype is not None:
+            _convert_buffers(module, dtype)
     return model.eval() if built else model
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read and check ``lq.json``.
-
-    Raises:
-        FormatError, UnknownVersionError: If it is not an index of a known version.
-        FileNotFoundError: If the folder has none.
-    """
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not an lq checkpoint: it has no {INDEX_NAME}")
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise FormatError(f"{path} has {path.stat().st_size} bytes: more than any model needs")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(index, dict) or "format_version" not in index:
-        raise FormatError(f"{path} is not an lq index")
-    if index["format_version"] != FORMAT_VERSION:
-        raise UnknownVersionError(
-            f"{path} has format version {index['format_version']!r}; this release reads {FORMAT_VERSION}: upgrade lq-torch"
-        )
-    for key in ("weights", "aliases", "files"):
-        if not isinstance(index.get(key), dict):
-            raise FormatError(f"{path} has no map {key!r}")
-    for file in index["files"].values():
-        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
-            raise FormatError(f"{path} names the file {file!r}: expected a safetensors file in the same folder")
-        if not (folder / file).is_file():
-            raise FormatError(f"{path} names {file!r}, which is missing")
-    return index
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
@@ -145,23 +123,42 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[
     weights: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
-    for path, value in model.state_dict(keep_vars=True).items():
-        if _SEPARATOR in path:
-            raise UnsupportedError(f"the tensor name {path!r} holds {_SEPARATOR!r}, which lq's checkpoints reserve")
+    values = dict(model.state_dict(keep_vars=True))
+    for path, buffer in model.named_buffers():
+        # Not in the state dict, yet part of the function: a model converted to bf16 has bf16 rotary frequencies.
+        if buffer.is_floating_point():
+            values.setdefault(path, buffer)
+    for path, value in values.items():
+        if SEPARATOR in path:
+            raise UnsupportedError(f"the tensor name {path!r} holds {SEPARATOR!r}, which lq's checkpoints reserve")
+        if not isinstance(value, Tensor):
+            raise UnsupportedError(f"{path!r} of the state dict is a {type(value).__name__}: only tensors are saved")
+        if value.device.type == "meta":
+            raise UnsupportedError(f"{path!r} is on the meta device and has no values to save")
         if id(value) in seen:
             aliases[path] = seen[id(value)]
             continue
         seen[id(value)] = path
         if isinstance(value, LowBitTensor):
             weights[path] = value.spec_json()
-            tensors.update({path + _SEPARATOR + name: tensor for name, tensor in value.to_tensors().items()})
+            tensors.update({path + SEPARATOR + name: tensor for name, tensor in value.to_tensors().items()})
         else:
             tensors[path] = value
-    for path, buffer in model.named_buffers():
-        # Not in the state dict, yet part of the function: a model converted to bf16 has bf16 rotary frequencies.
-        if path not in tensors and path not in aliases and buffer.is_floating_point():
-            tensors[path] = buffer
     return tensors, weights, aliases
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors on the CPU, no two of which share memory: safetensors stores each by itself."""
+    result = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        storage = here.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != here.numel() * here.element_size():
+            here = here.clone()
+        seen.add(storage.data_ptr())
+        result[name] = here
+    return result
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
@@ -177,45 +174,24 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _stream(
-    folder: Path, index: dict[str, Any], headers: dict[str, SafetensorsHeader], device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield whole weights by path, holding no more than one file's unfinished weights."""
+def _stream(folder: Path, index: CheckpointIndex, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield whole weights by path, holding no more than the unfinished ones."""
     waiting: dict[str, dict[str, Tensor]] = {}
     by_file: dict[str, list[str]] = {}
-    for name, file in index["files"].items():
+    for name, file in index.files.items():
         by_file.setdefault(file, []).append(name)
     for file, names in sorted(by_file.items()):
         with (folder / file).open("rb") as handle:
             for name in names:
-                tensor = read_tensor(handle, headers[file].tensors[name]).to(device)
-                path, separator, inner = name.partition(_SEPARATOR)
+                tensor = read_tensor(handle, index.headers[file].tensors[name]).to(device)
+                path, separator, inner = name.partition(SEPARATOR)
                 if not separator:
                     yield path, tensor
                     continue
-                spec = index["weights"].get(path)
-                if not isinstance(spec, dict):
-                    raise FormatError(f"{folder}: {name!r} belongs to a quantized weight without a spec")
                 parts = waiting.setdefault(path, {})
                 parts[inner] = tensor
-                if sorted(parts) == spec.get("tensors"):
-                    yield path, LowBitTensor.from_tensors(waiting.pop(path), spec)
-    if waiting:
-        raise FormatError(f"{folder} lacks tensors of {', '.join(sorted(waiting))}")
-
-
-def _check_names(model: nn.Module, index: dict[str, Any]) -> None:
-    expected = set(model.state_dict(keep_vars=True))
-    came = {name.partition(_SEPARATOR)[0] for name in index["files"]} | set(index["aliases"])
-    if missing := sorted(expected - came):
-        raise FormatError(f"the checkpoint lacks {len(missing)} tensors of the model, among them {missing[:3]}")
-    if unexpected := sorted(came - expected - {path for path, _ in model.named_buffers()}):
-        raise FormatError(
-            f"the checkpoint has {len(unexpected)} tensors that the model lacks, among them {unexpected[:3]}"
-        )
-    for alias, target in index["aliases"].items():
-        if target not in came or target in index["aliases"]:
-            raise FormatError(f"{alias!r} is said to repeat {target!r}, which the checkpoint lacks")
+                if sorted(parts) == index.weights[path]["tensors"]:
+                    yield path, LowBitTensor.from_tensors(waiting.pop(path), index.weights[path])
 
 
 def _resolve(model: nn.Module, path: str) -> Tensor:
@@ -224,25 +200,27 @@ def _resolve(model: nn.Module, path: str) -> Tensor:
     return value
 
 
-def _assign(model: nn.Module, path: str, value: Tensor) -> None:
+def _assign(model: nn.Module, path: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
-    old = getattr(module, name)
-    if tuple(old.shape) != tuple(value.shape):
-        raise ShapeError(f"{path} has shape {tuple(value.shape)} in the checkpoint and {tuple(old.shape)} in the model")
-    if name in module._parameters:
-        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        module._parameters[name] = parameter
-    else:
+    if name not in module._parameters:
         module._buffers[name] = value
+    elif isinstance(value, nn.Parameter):
+        module._parameters[name] = value
+    else:
+        converted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        module._parameters[name] = nn.Parameter(converted, requires_grad=False)
 
 
-def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Move what is not in a checkpoint (non-persistent buffers) to the device; none may be left on ``meta``."""
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            if buffer.device.type == "meta":
-                raise UnsupportedError(f"the buffer {path}.{name} is not saved in checkpoints and has no values")
-            module._buffers[name] = buffer.to(device)
+def _convert_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's own persistent floating point buffers as ``module.to(dtype)`` would.
+
+    Those outside the state dict (rotary frequencies) keep the precision they were saved with.
+    """
+    transient = module._non_persistent_buffers_set
+    own = {id(buffer) for name, buffer in module._buffers.items() if buffer is not None and name not in transient}
+    if own:
+        module._apply(
+            lambda t: t.to(dtype) if id(t) in own and t.is_floating_point() else t,  # type: ignore[no-untyped-call]
+            recurse=False,
+        )

@@ -9,26 +9,43 @@ from torch import nn
 
 
 def build_model(folder: Path) -> nn.Module:
-    """Return the causal language model that ``folder/config.json`` describes, with its parameters on ``meta``.
+    """Return the model that ``folder/config.json`` describes, with its parameters on ``meta``.
 
-    Buffers (rotary frequencies, for instance) are computed as usual: they are small and not part of checkpoints.
+    Its class is the one that the config names under ``architectures``, else the causal language model of its type.
+    Buffers (rotary frequencies, for instance) are computed as usual: they are small and not all of them are saved.
 
     Raises:
         MissingPackageError: If transformers is not installed.
-        FormatError: If the folder has no config.json.
+        FormatError: If the folder has no config.json, or transformers does not know its model.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError:
         raise MissingPackageError(
             "transformers", "Loading a model without passing one", "pip install 'lq-torch[hf]'"
         ) from None
     if not (folder / "config.json").is_file():
         raise FormatError(f"{folder} has no config.json; pass the model to load into")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with _ParametersOnMeta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with _ParametersOnMeta():
+            model: nn.Module = _build(transformers, config)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise FormatError(f"{folder}/config.json: transformers cannot build this model: {error}") from error
+    if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = generation
     return model
+
+
+def _build(transformers: Any, config: Any) -> Any:
+    names = getattr(config, "architectures", None) or []
+    kind: Any = getattr(transformers, str(names[0]), None) if len(names) == 1 else None
+    # A config may name anything; only a model class is called.
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if known and kind.config_class is type(config):
+        return kind._from_config(config)
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 class _ParametersOnMeta:

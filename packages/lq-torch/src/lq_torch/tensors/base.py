@@ -9,6 +9,7 @@ the inner tensors; ``dequantize`` gives the weight back. Any other operator rais
 A subclass lists its inner tensors and attributes, and says how to multiply and to dequantize. Everything else is here.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -111,7 +112,9 @@ class LowBitTensor(torch.Tensor):
         shape, dtype, attributes = spec.get("shape"), spec.get("dtype"), spec.get("attributes")
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise FormatError(f"shape {shape!r}: expected a list of sizes")
-        if dtype not in ("float16", "bfloat16", "float32"):
+        if len(shape) > 8 or math.prod(max(size, 1) for size in shape) >= 2**60:
+            raise FormatError(f"shape {shape!r} is larger than any tensor")
+        if not isinstance(dtype, str) or dtype not in ("float16", "bfloat16", "float32"):
             raise FormatError(f"dtype {dtype!r}: expected float16, bfloat16 or float32")
         if not isinstance(attributes, dict) or set(attributes) != set(cls.attribute_names):
             raise FormatError(f"attributes {attributes!r}: {kind} has {', '.join(cls.attribute_names) or 'none'}")
