@@ -184,6 +184,12 @@ class LowBitTensor(torch.Tensor):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
 
 
+def check_weight(w: Tensor) -> None:
+    """Raise DTypeError unless a weight to quantize is fp16, bf16 or fp32."""
+    if w.dtype not in SCALE_DTYPES:
+        raise DTypeError(f"w has dtype {w.dtype}: expected float16, bfloat16 or float32")
+
+
 def expect_tensor(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise FormatError unless an inner tensor read from a file is there, with this shape and one of these dtypes."""
     if tensor is None:

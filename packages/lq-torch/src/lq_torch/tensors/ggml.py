@@ -7,7 +7,7 @@ from lq_formats import FormatError, NonFiniteError, SpecError, ggml_format
 from lq_kernels import q4_0_linear
 from torch import Tensor
 
-from lq_torch.tensors.base import LowBitTensor, expect_tensor
+from lq_torch.tensors.base import LowBitTensor, check_weight, expect_tensor
 
 
 class GGMLTensor(LowBitTensor):
@@ -36,6 +36,7 @@ class GGMLTensor(LowBitTensor):
             NonFiniteError: If ``w`` holds NaN or infinity, or a block's scale is beyond float16.
             SpecError: If there is no such format.
         """
+        check_weight(w)
         form = ggml_format(ggml_type)
         qdata = form.quantize(w)
         # Formats with a minimum (q4_1, q5_1) keep it after the scale, in float16 as well.

@@ -7,7 +7,7 @@ from lq_formats import FormatError, QuantSpec, choose_qparams, pack_int4, quanti
 from lq_kernels import int4_dequantize, int4_linear
 from torch import Tensor
 
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight, expect_tensor
 
 
 class Int4Tensor(LowBitTensor):
@@ -48,6 +48,7 @@ class Int4Tensor(LowBitTensor):
         Raises:
             ShapeError, GroupSizeError, DTypeError, NonFiniteError: If ``w`` cannot be quantized so.
         """
+        check_weight(w)
         spec = int4_spec(group_size, symmetric, scale_dtype or w.dtype)
         scale, zero = choose_qparams(w, spec)
         qdata = pack_int4(quantize_affine(w, scale, zero, spec))

@@ -7,7 +7,7 @@ from lq_formats import FormatError, SpecError, quantize_weight_per_channel, quan
 from lq_kernels import int8_gemm
 from torch import Tensor
 
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight, expect_tensor
 
 
 class Int8Tensor(LowBitTensor):
@@ -33,6 +33,7 @@ class Int8Tensor(LowBitTensor):
         """
         if granularity not in ("row", "tensor"):
             raise SpecError(f"granularity={granularity!r}: expected 'row' or 'tensor'")
+        check_weight(w)
         quantize = quantize_weight_per_channel if granularity == "row" else quantize_weight_per_tensor
         qdata, scale = quantize(w)
         return cls({"qdata": qdata, "scale": scale}, {}, w.shape, w.dtype)

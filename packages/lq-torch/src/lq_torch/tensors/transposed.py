@@ -55,7 +55,8 @@ class TransposedWeight(LowBitTensor):
 
 def _transpose(tensor: LowBitTensor) -> LowBitTensor:
     if isinstance(tensor, TransposedWeight):
-        return tensor.weight
+        # A new wrapper: autograd takes what t() returns for a view, and nothing is a view of itself.
+        return tensor.weight._map(torch.detach)
     rows, columns = tensor.shape
     return TransposedWeight({"weight": tensor}, {}, (columns, rows), tensor.dtype)
 
