@@ -101,6 +101,10 @@ class CheckpointIndex:
                     f"the buffer {path!r} of the model is on meta and not in the checkpoint: build the model with its "
                     "buffers"
                 )
+        for path, file in self.files.items():
+            dtype = self.headers[file].tensors[path].dtype
+            if path in own and DTYPES[dtype].is_floating_point != own[path].is_floating_point():
+                raise FormatError(f"{path} is {dtype} in the checkpoint and {own[path].dtype} in the model")
         for path, shape in shapes.items():
             if tuple(own[path].shape) != shape:
                 raise ShapeError(
