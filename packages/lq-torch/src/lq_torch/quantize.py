@@ -40,7 +40,7 @@ def quantize_(
         config: What to quantize to.
         filter_fn: ``(module, path) -> bool``; which ``nn.Linear`` layers to quantize. Default: all but the output head
             (``lm_head``, ``output``, ``embed_out``) and weights tied to another module, such as the embedding.
-        progress: Show a progress bar on standard error; None shows it on a terminal.
+        progress: Show a progress bar on standard error; None shows it on a terminal, and clears it at the end.
 
     Raises:
         LQError: The named error of the first layer that cannot be quantized, with its path: NonFiniteError for NaN or
@@ -170,4 +170,4 @@ def named(path: str) -> Iterator[None]:
 def _bar(progress: bool | None) -> Progress:
     shown = sys.stderr.isatty() if progress is None else progress
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=progress is None)

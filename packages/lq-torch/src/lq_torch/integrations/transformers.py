@@ -30,7 +30,7 @@ def build_model(folder: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with _ParametersOnMeta():
             model: nn.Module = _build(transformers, config)
-    except (KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever transformers makes of a config from anywhere
         raise FormatError(f"{folder}/config.json: transformers cannot build this model: {error}") from error
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
