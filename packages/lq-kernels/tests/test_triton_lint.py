@@ -187,15 +187,8 @@ def check_resources(name, result, sass, arch):
 
 
 # Known: where a block lies in one group and has a zero a row, Triton loads and converts one for each weight, and spills.
-ZEROS = pytest.mark.xfail(reason="zeros of a shared group are loaded once a weight: spills, conversions", strict=False)
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=ZEROS if not case.symmetric and case.group % 32 == 0 else ()) for case in DOT],
-    ids=str,
-)
+@pytest.mark.parametrize("case", DOT, ids=str)
 def test_dot_kernels_use_the_tensor_cores(case, arch, monkeypatch):
     launches = record(case, arch, monkeypatch)
     assert "_dot_kernel" in launches

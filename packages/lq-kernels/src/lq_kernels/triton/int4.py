@@ -36,12 +36,7 @@ def _int4_tile(
         other=0,
     )
     values = tl.reshape(int4_values(packed), (BN, BK))
-    if shared:
-        if has_zero:
-            group = (word * 8) // group_size
-            z = tl.load(zero + rows.to(tl.int64) * groups + group, mask=row_ok, other=8).to(tl.float32) - 8.0
-            values -= z[:, None]
-    else:
+    if not shared:
         ks = word * 8 + tl.arange(0, BK)
         at = rows.to(tl.int64)[:, None] * groups + (ks // group_size)[None, :]
         mask = row_ok[:, None] & (ks < k)[None, :]
@@ -78,6 +73,9 @@ def _dot_kernel(
         if shared:
             group = (step * BK) // group_size
             s = tl.load(scale + rows.to(tl.int64) * groups + group, mask=row_ok, other=0.0).to(tl.float32)
+            if has_zero:
+                z = tl.load(zero + rows.to(tl.int64) * groups + group, mask=row_ok, other=8).to(tl.float32) - 8.0
+                part -= z[:, None] * tl.sum(a.to(tl.float32), axis=1)[None, :]
             acc += part * s[:, None]
         else:
             acc += part
