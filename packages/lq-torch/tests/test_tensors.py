@@ -274,6 +274,22 @@ def test_compiling_sees_the_number_of_tokens_as_dynamic(config):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["int4-g32-sym", "int8-row", "q4_0"])
+def test_export_autocast_and_training_graphs_agree_with_eager(name):
+    layer = nn.Linear(256, 72)
+    quantize_(layer, CONFIGS[name])
+    x = torch.randn(3, 256, requires_grad=True)
+    exported = torch.export.export(layer, (x.detach(),)).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), layer(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(compiled(x), layer(x))
+    gradients = [torch.autograd.grad(function(x).square().sum(), x)[0] for function in (compiled, layer)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.gpu
 def test_a_model_compiles_with_inductor_on_a_gpu(config):
     layers = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 72)).cuda().bfloat16()

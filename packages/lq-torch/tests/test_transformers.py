@@ -101,6 +101,15 @@ def test_rotary_frequencies_are_those_of_the_model(tmp_path):
         assert torch.equal(built[name], buffer)
 
 
+def test_a_quantized_model_compiles_into_one_graph():
+    model = tiny()
+    quantize_(model, Int4WeightOnlyConfig(32))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, model(TOKENS).logits)
+
+
 def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
     model = tiny(tie_word_embeddings=True)
     quantize_(model, Int8WeightOnlyConfig())
