@@ -1,0 +1,183 @@
+"""The CUDA kernels' index arithmetic, without a GPU: compiled by g++ and run by fibers (see ``host/lq/mma.cuh``).
+
+The launchers run as they are, on CPU tensors; only the last step is replaced. Every argument is copied between two pages
+that may not be touched, and the kernel runs in a child process, so that an access out of bounds is a failed test.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from lq_formats import quantize_q4_0, quantize_q8_1
+from lq_kernels.cuda import gemm_q4_0_q8_1 as gemm_launcher
+from lq_kernels.cuda import quantize_q8_1 as quantize_launcher
+from lq_kernels.cuda.sources import SOURCES
+from lq_kernels.jit.compiler import SOURCE_FOLDER
+from lq_kernels.reference import gemm_q4_0_q8_1_reference
+
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("g++") is None or platform.system() != "Linux" or platform.machine() != "x86_64",
+        reason="runs kernels on the host, compiled by g++ for x86-64 Linux",
+    ),
+    # The child runs one C function and ends: locks that other threads hold do not concern it.
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+]
+PAGE = mmap.PAGESIZE
+
+
+class Guarded:
+    """A copy of a tensor's bytes that ends at a page that may not be touched, and begins soon after another."""
+
+    def __init__(self, tensor):
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        pages = -(-self.size // PAGE) + 2
+        self.memory = mmap.mmap(-1, pages * PAGE)  # shared with the child
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        for page in (base, base + (pages - 1) * PAGE):
+            assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
+        self.address = base + (pages - 1) * PAGE - self.size
+        self.front = (base + PAGE, self.address - base - PAGE)
+        ctypes.memset(self.front[0], 0xA5, self.front[1])
+        ctypes.memmove(self.address, tensor.data_ptr(), self.size)
+
+    def copy_back(self):
+        assert ctypes.string_at(*self.front) == b"\xa5" * self.front[1], "wrote before the first byte"
+        ctypes.memmove(self.tensor.data_ptr(), self.address, self.size)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    include = Path(__file__).parent / "host"
+    found = {}
+    for name in SOURCES:
+        library = folder / f"{name}.so"
+        command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-x", "c++"]
+        subprocess.run([*command, f"-I{include}", SOURCE_FOLDER / f"{name}.cu", "-o", library], check=True)
+        found[name] = ctypes.CDLL(str(library))
+    return found
+
+
+@pytest.fixture
+def host(libraries, monkeypatch):
+    """Replace the launch of both launchers; the returned list notes the kernels. Set ``host.seed`` for another order."""
+
+    def launch(name, kernel, grid, threads, shared, device, *arguments):
+        assert kernel in SOURCES[name]
+        assert grid[2] == 1
+        guarded = [Guarded(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        values = [a.address if isinstance(a, Guarded) else a for a in guarded]
+        library = libraries[name]
+        child = os.fork()
+        if child == 0:
+            library.host_launch(
+                getattr(library, kernel),
+                *(ctypes.c_longlong(n) for n in (*grid[:2], threads, shared, launch.seed)),
+                (ctypes.c_longlong * 8)(*values),
+            )
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == 0, f"{kernel} ended with {status} (-11: out of bounds, -6: see stderr)"
+        for argument in guarded:
+            if isinstance(argument, Guarded):
+                argument.copy_back()
+        launch.kernels.append(kernel)
+
+    launch.seed, launch.kernels = 0, []
+    monkeypatch.setattr(gemm_launcher, "launch", launch)
+    monkeypatch.setattr(quantize_launcher, "launch", launch)
+    return launch
+
+
+def operands(rows, tokens, k):
+    torch.manual_seed(rows * 1000 + tokens + k)
+    return quantize_q4_0(torch.randn(rows, k)), quantize_q8_1(torch.randn(tokens, k))
+
+
+def check(y, w, a):
+    exact = gemm_q4_0_q8_1_reference(w, a).double()
+    error = (y.double() - exact).norm() / exact.norm()
+    assert error < 1e-6, f"relative error {error:.1e}"
+
+
+SHAPES = [
+    # Aligned rows (K % 256 == 0): whole and half chunks, more chunks than stages, every column tile, ragged edges.
+    (1, 1, 256), (33, 7, 512), (15, 8, 1792), (17, 9, 2048), (32, 16, 1280), (31, 17, 256), (16, 33, 512), (40, 66, 768),
+    # Any other K.
+    (1, 1, 32), (3, 2, 64), (33, 8, 96), (17, 10, 544), (31, 30, 1056), (32, 65, 288), (2, 5, 1952),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "tokens", "k"), SHAPES, ids=[f"M{m}-N{n}-K{k}" for m, n, k in SHAPES])
+def test_the_gemm_multiplies(host, rows, tokens, k):
+    w, a = operands(rows, tokens, k)
+    y = gemm_launcher.gemm_q4_0_q8_1(w, a)
+    check(y, w, a)
+    assert host.kernels[0].endswith("_unaligned") is bool(k % 256)
+
+
+def test_shapes_reach_every_kernel(host):
+    for tiles, k in ((t, k) for t in (1, 2, 4, 8) for k in (32, 256)):
+        w, a = operands(1, 8 * tiles, k)
+        gemm_launcher.gemm_q4_0_q8_1(w, a)
+    assert set(host.kernels) == set(SOURCES["gemm_q4_0_q8_1"])
+
+
+@pytest.mark.parametrize("k", [512, 544])
+def test_the_order_of_threads_and_the_other_tokens_do_not_matter(host, k):
+    w, a = operands(20, 70, k)
+    first = gemm_launcher.gemm_q4_0_q8_1(w, a)
+    host.seed = 1
+    assert torch.equal(gemm_launcher.gemm_q4_0_q8_1(w, a), first)
+    for tokens in (1, 9, 20, 40):
+        assert torch.equal(gemm_launcher.gemm_q4_0_q8_1(w, a[:tokens].contiguous()), first[:, :tokens])
+
+
+@pytest.mark.parametrize("k", [256, 288])
+def test_the_gemm_takes_any_bytes(host, k):
+    torch.manual_seed(0)
+    w = torch.randint(0, 256, (18, k // 32, 18), dtype=torch.uint8)
+    a = torch.randint(0, 256, (10, k // 32, 36), dtype=torch.uint8)
+    extremes = torch.tensor([0.0, -0.0, 6e-8, 6e-5, 65504.0, -65504.0, 1.0, -1.5], dtype=torch.float16)
+    w[..., :2] = extremes[torch.randint(0, 8, w.shape[:2])].unsqueeze(-1).view(torch.uint8)
+    for at in (0, 2):
+        a[..., at : at + 2] = extremes[torch.randint(0, 8, a.shape[:2])].unsqueeze(-1).view(torch.uint8)
+    check(gemm_launcher.gemm_q4_0_q8_1(w, a), w, a)
+    a[3, 1, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # an infinite scale, as of an activation that overflowed
+    y = gemm_launcher.gemm_q4_0_q8_1(w, a)
+    assert not torch.isfinite(y[:, 3]).any()
+    assert torch.isfinite(y[:, [0, 1, 2, 4, 5, 6, 7, 8, 9]]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (7, 1056), (2, 2048)], ids=str)
+def test_the_quantizer_writes_the_defined_bytes(host, dtype, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape) * torch.tensor([1.0, 1e-6, 1e-39, 1e30, 0.0, 1e4, 1e-30])[: shape[0], None]
+    if dtype == torch.float16:
+        x = x.clamp(-6e4, 6e4)
+    x[0, :32] = torch.arange(-254, -222).float() / 2  # ties, and the largest magnitude is negative
+    x = x.to(dtype)
+    assert torch.equal(quantize_launcher.quantize_q8_1(x), quantize_q8_1(x, check=False))
+
+
+def test_the_quantizer_takes_views(host):
+    x = torch.randn(6, 200)
+    for view in (x[:, 8:136], x[::2, 1:65], x.view(2, 3, 200)[:, 1, 3:163], x.flatten()[5:69]):
+        assert torch.equal(quantize_launcher.quantize_q8_1(view), quantize_q8_1(view.contiguous()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_block_that_is_not_finite_has_a_scale_that_is_not(host, value):
+    x = torch.randn(1, 96)
+    x[0, 40] = value
+    d = quantize_launcher.quantize_q8_1(x)[..., :2].contiguous().view(torch.float16).flatten()
+    assert torch.isfinite(d).tolist() == [True, False, True]
