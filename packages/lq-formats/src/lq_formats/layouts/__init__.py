@@ -1,6 +1,7 @@
 """Layouts: where the bits of quantized weights lie, as objects with ``pack``, ``unpack`` and ``packed_shape``.
 
-Two kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``) turns codes ``(N, K)`` into one
+Two kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``, ``FRAGMENT_INT4``,
+``FRAGMENT_INT8``) turns codes ``(N, K)`` into one
 tensor; scales and zeros are kept beside it. A *checkpoint layout* (``GPTQ``, ``GPTQ_V2``, ``AWQ``,
 ``COMPRESSED_TENSORS``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
 linear layer. Both directions are exact: no layout rounds, and what a format cannot hold is an error.
@@ -9,6 +10,7 @@ linear layer. Both directions are exact: no layout rounds, and what a format can
 from lq_formats.layouts.affine_weight import AffineWeight
 from lq_formats.layouts.awq import AWQ, AWQLayout
 from lq_formats.layouts.compressed_tensors import COMPRESSED_TENSORS, CompressedTensorsLayout
+from lq_formats.layouts.fragment import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
 from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
 from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
 from lq_formats.layouts.int4 import INT4, Int4Layout
@@ -17,6 +19,8 @@ from lq_formats.layouts.int8 import INT8, Int8Layout
 __all__ = [
     "AWQ",
     "COMPRESSED_TENSORS",
+    "FRAGMENT_INT4",
+    "FRAGMENT_INT8",
     "GEMLITE",
     "GPTQ",
     "GPTQ_V2",
@@ -25,6 +29,7 @@ __all__ = [
     "AWQLayout",
     "AffineWeight",
     "CompressedTensorsLayout",
+    "FragmentLayout",
     "GPTQLayout",
     "GemliteLayout",
     "Int4Layout",

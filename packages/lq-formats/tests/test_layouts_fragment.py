@@ -1,0 +1,75 @@
+"""Fragment order: exact round trips, and every code where the diagram says it is."""
+
+import pytest
+import torch
+from lq_formats import DTypeError, ShapeError
+from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
+
+LAYOUTS = [pytest.param(layout, id=layout.name) for layout in (FRAGMENT_INT4, FRAGMENT_INT8)]
+
+
+def _codes(layout: FragmentLayout, n: int, k: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 1 << layout.bits, (n, k), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (128, 384), (1, 8), (65, 136), (200, 1000)])
+def test_round_trip(layout: FragmentLayout, n: int, k: int) -> None:
+    codes = _codes(layout, n, k)
+    packed = layout.pack(codes)
+    assert packed.dtype == torch.int32
+    assert tuple(packed.shape) == layout.packed_shape(n, k)
+    assert packed.numel() * 4 == -(-n // 64) * 64 * (-(-k // 128) * 128) * layout.bits // 8
+    assert torch.equal(layout.unpack(packed, n, k), codes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_int4_bits_are_where_the_diagram_says(seed: int) -> None:
+    n, k = 128, 256
+    codes = _codes(FRAGMENT_INT4, n, k, seed)
+    words = FRAGMENT_INT4.pack(codes).to(torch.int64) & 0xFFFFFFFF
+    for row, column in torch.randint(0, 128, (64, 2)).tolist():
+        tile, block, rh, g = row // 64, row % 64 // 16, row % 16 // 8, row % 8
+        i, j, kh, t, h = column // 64, column % 64 // 16, column % 16 // 8, column % 8 // 2, column % 2
+        word = int(words[tile, i, block, 4 * g + t, j])
+        assert word >> 4 * (rh + 2 * kh + 4 * h) & 0xF == int(codes[row, column])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_int8_bytes_are_where_the_diagram_says(seed: int) -> None:
+    n, k = 128, 256
+    codes = _codes(FRAGMENT_INT8, n, k, seed)
+    data = FRAGMENT_INT8.pack(codes).view(torch.int8)
+    for row, column in torch.randint(0, 128, (64, 2)).tolist():
+        tile, block, rh, g = row // 64, row % 64 // 16, row % 16 // 8, row % 8
+        i, j, kh, t, h = column // 32, column % 32 // 16, column % 16 // 8, column % 8 // 2, column % 2
+        assert int(data[tile, i, block, 4 * g + t, 4 * (2 * j + kh) + rh + 2 * h]) == int(codes[row, column]) - 128
+
+
+def test_padding_is_the_code_of_zero() -> None:
+    packed = FRAGMENT_INT4.pack(torch.zeros(1, 8, dtype=torch.uint8))
+    codes = FRAGMENT_INT4.unpack(packed, 64, 128)
+    assert int(codes[0, :8].sum()) == 0
+    assert int((codes == 8).sum()) == 64 * 128 - 8
+
+
+def test_scales_round_trip_and_are_contiguous_for_a_tile() -> None:
+    scale = torch.randn(70, 3)
+    tiled = FRAGMENT_INT4.tile_scales(scale, 4)
+    assert tuple(tiled.shape) == (2, 4, 64)
+    assert tiled.is_contiguous()
+    assert torch.equal(tiled[0, 2], scale[:64, 2])
+    assert int((tiled[1, :, 6:] != 0).sum()) == 0
+    assert int((tiled[:, 3] != 0).sum()) == 0
+    assert torch.equal(FRAGMENT_INT4.untile_scales(tiled, 70, 3), scale)
+
+
+def test_foreign_tensors_are_refused() -> None:
+    packed = FRAGMENT_INT4.pack(torch.zeros(64, 128, dtype=torch.uint8))
+    with pytest.raises(ShapeError, match="expected"):
+        FRAGMENT_INT4.unpack(packed, 65, 128)
+    with pytest.raises(DTypeError, match="int32"):
+        FRAGMENT_INT4.unpack(packed.view(torch.float32), 64, 128)
+    with pytest.raises(ShapeError, match="tiled"):
+        FRAGMENT_INT4.untile_scales(torch.zeros(1, 1, 64), 64, 2)
