@@ -11,6 +11,7 @@ from lq_torch.config import (
 from lq_torch.gemlite_config import GemliteConfig
 from lq_torch.integrations.gemlite import force_kernel, load_kernel_cache, save_kernel_cache
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
+from lq_torch.merge import merge_linears, unmerge_linears
 from lq_torch.quantize import dequantize_, quantize_
 from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors
 from lq_torch.tensors import (
@@ -47,9 +48,11 @@ __all__ = [
     "force_kernel",
     "load",
     "load_kernel_cache",
+    "merge_linears",
     "quantize_",
     "replace_linear_with_int4",
     "save_kernel_cache",
     "save_pretrained",
+    "unmerge_linears",
     "warmup",
 ]

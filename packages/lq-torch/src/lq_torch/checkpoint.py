@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lq_torch.checkpoint_index import FORMAT_VERSION, INDEX_NAME, SEPARATOR, VERSION_KEY, CheckpointIndex, read_index
+from lq_torch.merge import refuse_merged
 from lq_torch.safetensors_header import read_tensor
 from lq_torch.tensors import LowBitTensor
 from lq_torch.tensors.base import SCALE_DTYPES
@@ -92,6 +93,7 @@ def load(
     Raises:
         FormatError: If a file is truncated, oversized, foreign or inconsistent, or the tensors are not the model's.
         ShapeError: If a weight has another shape in the model.
+        UnsupportedError: If the model holds merged layers; load first, then merge.
         UnknownVersionError: If the folder was written by a newer format version.
         MissingPackageError: If a Hugging Face model is to be built and transformers is not installed.
     """
@@ -104,6 +106,7 @@ def load(
         from lq_torch.integrations.transformers import build_model
 
         model = build_model(folder)
+    refuse_merged(model, "load")
     index.check_model(model)
     for path, tensor in _stream(folder, index, torch.device(device)):
         _assign(model, path, tensor, dtype)

@@ -1,0 +1,79 @@
+"""Rows of weights, joined and cut: exact for every format whose inner tensors are stored row by row.
+
+Scales and zero points of such formats belong to one row (one out feature), so stacking weights that take the same input
+stacks their inner tensors, and no value changes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lq_formats import UnsupportedError
+from torch import Tensor
+
+from lq_torch.tensors import LowBitTensor
+
+_ROW_KINDS = frozenset({"int4", "int8", "ggml"})
+
+
+def cat_rows(weights: Sequence[Tensor]) -> Tensor:
+    """Stack weights ``(N_i, K)`` into one ``(sum of N_i, K)``, bit for bit.
+
+    Raises:
+        UnsupportedError: If they are not equally quantized, or their packing mixes rows.
+    """
+    if reason := why_not_cat({f"weight {number}": weight for number, weight in enumerate(weights)}):
+        raise UnsupportedError(reason)
+    first = weights[0]
+    if not isinstance(first, LowBitTensor):
+        return torch.cat([weight.detach() for weight in weights])
+    parts = [weight.to_tensors() for weight in weights if isinstance(weight, LowBitTensor)]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    shape = [sum(weight.shape[0] for weight in weights), first.shape[1]]
+    return LowBitTensor.from_tensors(tensors, {**first.spec_json(), "shape": shape})
+
+
+def slice_rows(weight: Tensor, start: int, stop: int) -> Tensor:
+    """Return rows ``start`` to ``stop`` of a weight ``(N, K)``, sharing its memory where the format stores plain rows.
+
+    Raises:
+        UnsupportedError: If the packing mixes rows.
+    """
+    if not isinstance(weight, LowBitTensor):
+        return weight[start:stop]
+    if weight.kind not in _ROW_KINDS:
+        raise UnsupportedError(f"the packing of a {type(weight).__name__} mixes rows: it cannot be cut")
+    # A scale without dimensions holds for the whole tensor, so for each of its rows.
+    tensors = {name: t if t.dim() == 0 else t[start:stop] for name, t in weight.to_tensors().items()}
+    return LowBitTensor.from_tensors(tensors, {**weight.spec_json(), "shape": [stop - start, weight.shape[1]]})
+
+
+def why_not_cat(weights: Mapping[str, Tensor]) -> str | None:
+    """Say why weights, by name, cannot be stacked without changing a bit, or return None."""
+    described: dict[str, tuple[Any, ...]] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, LowBitTensor):
+            if weight.kind not in _ROW_KINDS:
+                return f"{name} is a {type(weight).__name__}, whose packing mixes rows; merge before quantizing to it"
+            tensors = weight.to_tensors()
+            if any(tensor.dim() == 0 for tensor in tensors.values()):
+                return f"{name} has one scale for the whole tensor; quantize with one scale a row"
+            inner = tuple((key, str(t.dtype), *t.shape[1:]) for key, t in sorted(tensors.items()))
+            how: tuple[Any, ...] = (type(weight).__name__, tuple(weight.attributes().items()), inner)
+        elif type(weight.data) is not Tensor:
+            return f"{name} is a {type(weight.data).__name__}: expected an ordinary or a quantized weight"
+        else:
+            how = ("dense",)
+        if weight.dim() != 2:
+            return f"{name} has shape {tuple(weight.shape)}: expected (out_features, in_features)"
+        described[name] = (f"{weight.shape[1]} in features", str(weight.dtype), str(weight.device), *how)
+    (first, expected), *others = described.items()
+    for name, found in others:
+        if found != expected:
+            return f"{first} and {name} differ: {_differences(expected, found)}"
+    return None
+
+
+def _differences(expected: tuple[Any, ...], found: tuple[Any, ...]) -> str:
+    pairs = [(a, b) for a, b in zip(expected, found, strict=False) if a != b]
+    return "; ".join(f"{a} and {b}" for a, b in pairs)
