@@ -140,6 +140,8 @@ def test_the_function_is_the_same(config, shape, dtype, device):
     assert after.dtype == before.dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(after, before, atol=tolerance, rtol=tolerance)
+    if config == "q4_0" and device == "cpu":  # integer arithmetic, each out feature by itself
+        assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -446,6 +448,54 @@ def test_a_replaced_merged_layer_saves_itself_and_is_not_cut():
         unmerge_linears(model)
 
 
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Linear(64, 2)
+        self.up = nn.Linear(2, 128)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def test_an_adapter_around_the_merged_layer_is_saved_with_it():
+    model = block("dense")
+    merge_linears(model)
+    model.self_attn.qkv_proj = Adapter(model.self_attn.qkv_proj)
+    state = model.state_dict()
+    assert state["self_attn.qkv_proj.base_layer.weight"].shape == (128, 64)
+    assert "self_attn.q_proj.weight" not in state
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(state)
+    assert torch.equal(other(activations(2)), model(activations(2)))
+    with pytest.raises(UnsupportedError, match="replaced by a Adapter"):
+        unmerge_linears(model)
+
+
+def test_a_parent_that_became_something_else_is_not_taken_apart():
+    model = block("dense")
+    merge_linears(model)
+    model.self_attn.__class__ = type("Sharded", (type(model.self_attn),), {})
+    with pytest.raises(UnsupportedError, match="changed to Sharded"):
+        unmerge_linears(model)
+
+
+def test_keep_vars_and_prefixes_reach_the_parts():
+    model = block("dense")
+    merge_linears(model)
+    state = model.state_dict(prefix="a.", keep_vars=True)
+    assert state["a.self_attn.k_proj.weight"].grad_fn is not None
+    assert model.state_dict()["self_attn.k_proj.weight"].grad_fn is None
+    assert set(model.self_attn.state_dict()) == {
+        f"{name}.{key}" for name in (*QKV, "o_proj") for key in ("weight", "bias")
+    }
+    assert set(model.self_attn.qkv_proj.state_dict()) == {"weight", "bias"}
+
+
 # Refusals. Each changes one thing of a model that would be merged otherwise.
 
 
@@ -511,6 +561,10 @@ def _extra(model):
     model.self_attn.q_proj.register_buffer("steps", torch.zeros(1))
 
 
+def _sibling_missing(model):
+    model.self_attn.k_proj = None
+
+
 def _name_taken(model):
     model.self_attn.qkv_proj = None
 
@@ -558,6 +612,7 @@ def _as_wide(model):
         (_instance_forward, "its forward was replaced"),
         (_layer_forward, "the forward of q_proj was replaced"),
         (_extra, "q_proj holds more than"),
+        (_sibling_missing, "it has no k_proj"),
         (_name_taken, "something called qkv_proj"),
         (_other_size, "64 in features and 48 in features"),
         (_other_dtype, "torch.float32 and torch.bfloat16"),
@@ -629,6 +684,27 @@ class Weight(Attention):
         return self.q_proj(x).to(self.q_proj.weight.dtype), self.k_proj(x), self.v_proj(x)
 
 
+class ReadSize(Attention):
+    def forward(self, x):
+        batch, _ = x.size()
+        return self.q_proj(x) * _, self.k_proj(x), self.v_proj(x), batch
+
+
+class Caught(Attention):
+    def forward(self, x):
+        try:
+            batch = 1
+        except ValueError as x:  # noqa: F841
+            batch = 2
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x), batch
+
+
+class Assigned(Attention):
+    def forward(self, x):
+        self.k_proj = self.q_proj
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
 class Nested(Attention):
     def forward(self, x):
         return [layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)]
@@ -666,6 +742,9 @@ class Shadow(Attention):
         (Context, "q_proj in a loop, under with"),
         (Weight, "q_proj in a loop, under with or try, in a nested function, or not as a call"),
         (Nested, "q_proj in a loop"),
+        (ReadSize, "uses x for something else too"),
+        (Caught, "gives the name x to something else"),
+        (Assigned, "k_proj in a loop|q_proj in a loop"),
         (Partly, "does not call v_proj"),
         (Decorated, "decorator"),
         (Shadow, "has an argument x as well"),
@@ -677,6 +756,86 @@ def test_a_forward_that_does_more_with_its_input_is_refused(cls, reason):
     with pytest.warns(UserWarning, match=reason):
         assert merge_linears(model) == []
     assert type(model) is cls
+
+
+class Sizes(Attention):
+    def forward(self, x):
+        batch, _ = x.size()
+        rows, _ = x.shape
+        return self.q_proj(x), self.k_proj(x).view(batch, 2, -1), self.v_proj(x).view(rows, -1)
+
+
+def test_leading_sizes_may_be_read():
+    model = Sizes()
+    x = activations(5)
+    want = model(x)
+    assert merge_linears(model) == ["qkv_proj"]
+    for got, expected in zip(model(x), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+class MLP(nn.Module):
+    def __init__(self, activation=nn.SiLU):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 96), nn.Linear(64, 96)
+        self.down_proj, self.act_fn = nn.Linear(96, 64), activation()
+
+    def forward(self, x):
+        """Gated, like those of Hugging Face models."""
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj  # noqa: RET504
+
+
+class ShortMLP(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SwappedMLP(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class ResidualMLP(MLP):
+    def forward(self, x, scale=1.0):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * scale
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU, nn.GELU, lambda: nn.SiLU(inplace=True)], ids=["silu", "gelu", "inplace"]
+)
+@pytest.mark.parametrize("cls", [MLP, ShortMLP, SwappedMLP, ResidualMLP])
+def test_gated_mlps_are_the_same_function(cls, activation, monkeypatch):
+    fused = []
+    monkeypatch.setattr(
+        "lq_torch.merge.modules.silu_and_multiply",
+        lambda gate, up: fused.append(1) or nn.functional.silu(gate) * up,
+    )
+    model = cls(activation).requires_grad_(False)
+    apart = copy.deepcopy(model)
+    assert merge_linears(model) == ["gate_up_proj"]
+    x = activations(3, 2)
+    for call in (lambda m: m(x), lambda m: m(x=x), lambda m: m.forward(x)):
+        torch.testing.assert_close(call(model), call(apart))
+    assert len(fused) == (3 if cls in (MLP, ShortMLP) and activation is nn.SiLU else 0)
+    with pytest.raises(TypeError, match="'x'"):
+        model()
+    with pytest.raises(TypeError, match="'y'"):
+        model(y=x)
+
+
+def test_hooks_of_a_gated_mlp_still_run():
+    model, seen = MLP(), []
+    merge_linears(model)
+    for name in ("gate_proj", "up_proj", "act_fn", "down_proj", "gate_up_proj"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    model(activations(2))
+    assert sorted(seen) == ["act_fn", "down_proj", "gate_proj", "gate_up_proj", "up_proj"]
+    model.act_fn = nn.Tanh()
+    want = model.down_proj(
+        torch.tanh(model.gate_up_proj(activations(2))[:, :96]) * model.gate_up_proj(activations(2))[:, 96:]
+    )
+    assert torch.equal(model(activations(2)), want)
 
 
 def test_a_forward_without_source_is_refused():
@@ -801,6 +960,24 @@ def test_attentions_and_hidden_states_are_still_recorded(implementation):
     torch.testing.assert_close(after.hidden_states, before.hidden_states, rtol=1e-4, atol=1e-4)
     if implementation == "eager":
         torch.testing.assert_close(after.attentions, before.attentions, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_saves_and_loads_a_merged_model(tmp_path):
+    model = _language_model("Llama")
+    logits = model(TOKENS).logits
+    want = entries(copy.deepcopy(model))
+    merge_linears(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same_bits(entries(loaded), want)
+    assert torch.equal(loaded(TOKENS).logits, logits)
+
+
+def test_a_merged_mlp_exports():
+    mlp = _language_model("Llama").model.layers[0].mlp
+    merge_linears(mlp)
+    x = activations(3)
+    assert torch.equal(torch.export.export(mlp, (x,)).module()(x), mlp(x))
 
 
 def test_a_merged_language_model_compiles_into_one_graph():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lq_torch.merge.modules import Group, MergedLinear, MergedPart, MergingModule, cat_bias, merging_class
 from lq_torch.merge.rows import cat_rows, slice_rows, why_not_cat
-from lq_torch.merge.source import shared_input
+from lq_torch.merge.source import gate_of, shared_input
 from lq_torch.tensors import LowBitTensor
 
 DEFAULT_PATTERNS: Mapping[str, tuple[str, ...]] = {
@@ -136,10 +136,10 @@ def _check_patterns(patterns: Mapping[str, Sequence[str]]) -> dict[str, tuple[st
 def _candidates(
     model: nn.Module, patterns: Mapping[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, nn.Module, str, tuple[str, ...]]]:
-    """Yield every module that holds all siblings of a pattern, with its path."""
+    """Yield every module that holds siblings of a pattern, two or more, with its path."""
     for path, parent in model.named_modules():
         for name, members in patterns.items():
-            if all(parent._modules.get(member) is not None for member in members):
+            if sum(parent._modules.get(member) is not None for member in members) > 1:
                 yield path, parent, name, members
 
 
@@ -170,6 +170,8 @@ def _stored(parameter: Tensor) -> list[Tensor]:
 
 def _check_group(parent: nn.Module, name: str, members: tuple[str, ...], shared: set[int]) -> Group:
     """Return the group to merge, or raise UnsupportedError with the reason why not."""
+    if missing := [member for member in members if parent._modules.get(member) is None]:
+        raise UnsupportedError(f"it has no {', '.join(missing)}")
     if hasattr(parent, name):
         raise UnsupportedError(f"it has something called {name} already")
     if "forward" in vars(parent):
@@ -188,7 +190,8 @@ def _check_group(parent: nn.Module, name: str, members: tuple[str, ...], shared:
     if total == in_features:
         # A part tells the product from the parent's input by its size, should anything else call it.
         raise UnsupportedError(f"the product would be as wide as its input ({total})")
-    return Group(name, members, shared_input(type(parent).forward, members))
+    forward = type(parent).forward
+    return Group(name, members, shared_input(forward, members), gate_of(forward, members))
 
 
 def _check_training(linears: Mapping[str, nn.Linear]) -> None:

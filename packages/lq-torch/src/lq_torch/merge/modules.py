@@ -21,8 +21,9 @@ import torch
 from lq_formats import ShapeError, UnsupportedError
 from torch import Tensor, nn
 
+from lq_torch.merge.gated import is_plain_silu, silu_and_multiply
 from lq_torch.merge.rows import cat_rows, slice_rows, why_not_cat
-from lq_torch.merge.source import SharedInput
+from lq_torch.merge.source import Gate, SharedInput
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Group:
         name: Of the merged layer, in the parent.
         members: Names of the siblings, in the order of their rows.
         input: The argument of the parent's forward that they share.
+        gate: The other layers of a gated MLP, if the parent is one.
     """
 
     name: str
     members: tuple[str, ...]
     input: SharedInput
+    gate: Gate | None = None
 
 
 class MergedLinear(nn.Linear):
@@ -51,9 +54,6 @@ class MergedLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        pass
 
 
 class MergedPart(nn.Module):
@@ -119,8 +119,10 @@ class MergingModule(nn.Module):
         """Return the merged layer.
 
         Raises:
-            UnsupportedError: If another module has been put in its place.
+            UnsupportedError: If another module has been put in its place, or this one was made something else since.
         """
+        if type(self) is not merging_class(self._lq_base, self._lq_group):
+            raise UnsupportedError(f"the class of the module was changed to {type(self).__name__} after merging")
         merged = getattr(self, self._lq_group.name)
         if not isinstance(merged, MergedLinear):
             raise UnsupportedError(f"{self._lq_group.name} was replaced by a {type(merged).__name__} after merging")
@@ -134,11 +136,21 @@ class MergingModule(nn.Module):
                 raise UnsupportedError(f"{member} was replaced by a {type(part).__name__} after merging")
         return parts
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state dict, with the parts' names in place of the merged layer's."""
+        state = super().state_dict(*args, **kwargs)
+        name = self._lq_group.name
+        if isinstance(self._modules[name], MergedLinear):
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            for key in ("weight", "bias"):
+                state.pop(f"{prefix}{name}.{key}", None)
+        return state
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         merged = self._modules[self._lq_group.name]
         if not isinstance(merged, MergedLinear):
-            return  # Another module took its place: it saves itself, and has no rows to save under the old names.
+            return  # Another module took its place (an adapter, say) and saves itself, under the name of the merged layer.
         weight, bias = (t if keep_vars or t is None else t.detach() for t in (merged.weight, merged.bias))
         for member, part in self.parts().items():
             stop = part.start + part.out_features
@@ -223,11 +235,21 @@ def _merging_class(base: Any, group: Group) -> type[MergingModule]:
             args = (*args[:position], getattr(self, linear)(args[position]), *args[position + 1 :])
         return inner(self, *args, **kwargs)
 
+    @functools.wraps(inner)
+    def gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert group.gate is not None
+        given = (*args, *kwargs.values())
+        if len(given) != 1 or not kwargs.keys() <= {name} or not is_plain_silu(getattr(self, group.gate.activation)):
+            return forward(self, *args, **kwargs)
+        y = getattr(self, linear)(given[0])
+        gate, up = (getattr(self, member)(y) for member in group.members)
+        return getattr(self, group.gate.down)(silu_and_multiply(gate, up))
+
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "forward": forward,
+        "forward": gated_forward if group.gate else forward,
         "_lq_base": base,
         "_lq_group": group,
     }
