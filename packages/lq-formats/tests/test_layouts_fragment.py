@@ -20,7 +20,7 @@ def test_round_trip(layout: FragmentLayout, n: int, k: int) -> None:
     packed = layout.pack(codes)
     assert packed.dtype == torch.int32
     assert tuple(packed.shape) == layout.packed_shape(n, k)
-    assert packed.numel() * 4 == -(-n // 64) * 64 * (-(-k // 128) * 128) * layout.bits // 8
+    assert packed.numel() * 4 == -(-n // 16) * 16 * -(-k // layout.step) * 512 // 8
     assert torch.equal(layout.unpack(packed, n, k), codes)
 
 
@@ -30,9 +30,11 @@ def test_int4_bits_are_where_the_diagram_says(seed: int) -> None:
     codes = _codes(FRAGMENT_INT4, n, k, seed)
     words = FRAGMENT_INT4.pack(codes).to(torch.int64) & 0xFFFFFFFF
     for row, column in torch.randint(0, 128, (64, 2)).tolist():
-        tile, block, rh, g = row // 64, row % 64 // 16, row % 16 // 8, row % 8
-        i, j, kh, t, h = column // 64, column % 64 // 16, column % 16 // 8, column % 8 // 2, column % 2
-        word = int(words[tile, i, block, 4 * g + t, j])
+        block, rh, g = row // 16, row % 16 // 8, row % 8
+        step, i, j, kh, t, h = (
+            column // 128, column % 128 // 64, column % 64 // 16, column % 16 // 8, column % 8 // 2, column % 2,
+        )  # fmt: skip
+        word = int(words[step, block, i, 4 * g + t, j])
         assert word >> 4 * (rh + 2 * kh + 4 * h) & 0xF == int(codes[row, column])
 
 
@@ -42,27 +44,29 @@ def test_int8_bytes_are_where_the_diagram_says(seed: int) -> None:
     codes = _codes(FRAGMENT_INT8, n, k, seed)
     data = FRAGMENT_INT8.pack(codes).view(torch.int8)
     for row, column in torch.randint(0, 128, (64, 2)).tolist():
-        tile, block, rh, g = row // 64, row % 64 // 16, row % 16 // 8, row % 8
-        i, j, kh, t, h = column // 32, column % 32 // 16, column % 16 // 8, column % 8 // 2, column % 2
-        assert int(data[tile, i, block, 4 * g + t, 4 * (2 * j + kh) + rh + 2 * h]) == int(codes[row, column]) - 128
+        block, rh, g = row // 16, row % 16 // 8, row % 8
+        step, i, j, kh, t, h = (
+            column // 64, column % 64 // 32, column % 32 // 16, column % 16 // 8, column % 8 // 2, column % 2,
+        )  # fmt: skip
+        assert int(data[step, block, i, 4 * g + t, 4 * (2 * j + kh) + rh + 2 * h]) == int(codes[row, column]) - 128
 
 
 def test_padding_is_the_code_of_zero() -> None:
     packed = FRAGMENT_INT4.pack(torch.zeros(1, 8, dtype=torch.uint8))
-    codes = FRAGMENT_INT4.unpack(packed, 64, 128)
+    codes = FRAGMENT_INT4.unpack(packed, 16, 128)
     assert int(codes[0, :8].sum()) == 0
-    assert int((codes == 8).sum()) == 64 * 128 - 8
+    assert int((codes == 8).sum()) == 16 * 128 - 8
 
 
-def test_scales_round_trip_and_are_contiguous_for_a_tile() -> None:
+def test_scales_round_trip_with_the_rows_of_a_lane_together() -> None:
     scale = torch.randn(70, 3)
-    tiled = FRAGMENT_INT4.tile_scales(scale, 4)
-    assert tuple(tiled.shape) == (2, 4, 64)
-    assert tiled.is_contiguous()
-    assert torch.equal(tiled[0, 2], scale[:64, 2])
-    assert int((tiled[1, :, 6:] != 0).sum()) == 0
-    assert int((tiled[:, 3] != 0).sum()) == 0
-    assert torch.equal(FRAGMENT_INT4.untile_scales(tiled, 70, 3), scale)
+    arranged = FRAGMENT_INT4.arrange_scales(scale, 4)
+    assert tuple(arranged.shape) == (4, 80)
+    assert arranged.is_contiguous()
+    assert torch.equal(arranged[2, 16:22], scale[[16, 24, 17, 25, 18, 26], 2])
+    assert int((arranged[3] != 0).sum()) == 0
+    assert int((arranged[:3] != 0).sum()) == 210
+    assert torch.equal(FRAGMENT_INT4.restore_scales(arranged, 70, 3), scale)
 
 
 def test_foreign_tensors_are_refused() -> None:
@@ -71,5 +75,5 @@ def test_foreign_tensors_are_refused() -> None:
         FRAGMENT_INT4.unpack(packed, 65, 128)
     with pytest.raises(DTypeError, match="int32"):
         FRAGMENT_INT4.unpack(packed.view(torch.float32), 64, 128)
-    with pytest.raises(ShapeError, match="tiled"):
-        FRAGMENT_INT4.untile_scales(torch.zeros(1, 1, 64), 64, 2)
+    with pytest.raises(ShapeError, match="arranged"):
+        FRAGMENT_INT4.restore_scales(torch.zeros(1, 64), 64, 2)

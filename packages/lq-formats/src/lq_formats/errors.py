@@ -56,6 +56,10 @@ class CompileError(LQError, RuntimeError):
     """A kernel could not be compiled or loaded."""
 
 
+class LaunchError(LQError, RuntimeError):
+    """The driver refused to launch a compiled kernel."""
+
+
 class MissingPackageError(LQError, ImportError):
     """An optional package is not installed.
 

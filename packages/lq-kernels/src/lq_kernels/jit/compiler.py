@@ -82,13 +82,14 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
-def compile_source(text: str, arch: str, name: str) -> Compiled:
+def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = ()) -> Compiled:
     """Compile CUDA C++ for one architecture.
 
     Args:
         text: The source; it may include ``lq/*.cuh``.
         arch: For example ``"sm_90a"``.
         name: Shown in error messages.
+        defines: ``NAME=VALUE`` of macros.
 
     Raises:
         CompileError: With the compiler's log.
@@ -104,10 +105,17 @@ def compile_source(text: str, arch: str, name: str) -> Compiled:
 
     log = io.StringIO()
     options = ProgramOptions(
-        arch=arch, std=STANDARD, include_path=[str(INCLUDE_FOLDER)], ptxas_options=["-v"], name=f"{name}.cu"
+        arch=arch,
+        std=STANDARD,
+        include_path=[str(INCLUDE_FOLDER)],
+        define_macro=list(defines) or None,
+        device_as_default_execution_space=True,  # NVRTC 13.0 takes a generic lambda for a host function
+        ptxas_options=["-v"],
+        name=f"{name}.cu",
     )
     try:
         code = Program(text, "c++", options).compile("cubin", logs=log)
     except Exception as error:
-        raise CompileError(f"{name}.cu does not compile for {arch}:\n{error}\n{log.getvalue()}") from error
+        macros = f" with {', '.join(defines)}" if defines else ""
+        raise CompileError(f"{name}.cu does not compile for {arch}{macros}:\n{error}\n{log.getvalue()}") from error
     return Compiled(bytes(code.code), log.getvalue())

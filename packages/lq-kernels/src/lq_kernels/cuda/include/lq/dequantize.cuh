@@ -9,8 +9,15 @@
 
 namespace lq {
 
-struct Bf16 {};
-struct Fp16 {};
+struct Bf16 {
+  using Bits = u16;
+};
+struct Fp16 {
+  using Bits = u16;
+};
+struct Fp32 {
+  using Bits = float;
+};
 
 // (a & b) | c
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
@@ -75,6 +82,11 @@ __device__ __forceinline__ void int8_fragment(Fp16 t, u32 (&a)[4], u32 word0, u3
 
 __device__ __forceinline__ float to_float(Bf16, u16 bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
 __device__ __forceinline__ float to_float(Fp16, u16 bits) { return half_to_float(bits); }
+__device__ __forceinline__ float to_float(Fp32, float value) { return value; }
+
+// The pair (1, 1).
+__device__ __forceinline__ u32 ones2(Bf16) { return 0x3f803f80u; }
+__device__ __forceinline__ u32 ones2(Fp16) { return 0x3c003c00u; }
 
 // Round to nearest even.
 __device__ __forceinline__ u16 from_float(Fp16, float value) { return float_to_half(value); }
@@ -97,12 +109,15 @@ __device__ __forceinline__ void mma_k16(Fp16, float (&d)[4], const u32 (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. The compiler may move it, so the
+// address must depend on whatever says that the data is there (see order_after).
 __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
+  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+      : "r"(address));
 }
+
+// Makes everything computed from `value` follow what comes before.
+__device__ __forceinline__ void order_after(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
 
 }  // namespace lq

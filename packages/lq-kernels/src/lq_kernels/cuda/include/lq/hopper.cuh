@@ -25,11 +25,8 @@ __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the asynchronous proxy and to the cluster.
-__device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
+// Makes initialised barriers visible to asynchronous copies and to the cluster.
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -121,7 +118,8 @@ __device__ __forceinline__ u32 cluster_size() {
   return size;
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Orders nothing but the barriers of mbarrier_init_fence: a full release costs a flush to the L2.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -132,9 +130,16 @@ __device__ __forceinline__ u32 map_shared(const void* pointer, u32 rank) {
   return address;
 }
 
-__device__ __forceinline__ void store_cluster(u32 address, float a, float b) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+// Copy `bytes` (a multiple of 16) of this CTA's shared memory to another's; they complete on that CTA's barrier. `to` and `barrier`
+// come from map_shared. The source was written with fence_async_proxy after it.
+__device__ __forceinline__ void bulk_copy_to_cluster(u32 to, const void* shared, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(shared_address(shared)), "r"(bytes), "r"(barrier)
+               : "memory");
 }
+
+// Makes this thread's writes to shared memory visible to asynchronous copies.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- programmatic dependent launch ----
 

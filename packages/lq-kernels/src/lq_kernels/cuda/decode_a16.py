@@ -1,0 +1,168 @@
+"""Launch ``src/decode_a16.cu``: a few tokens times an int4 or int8 weight in fragment order, on Hopper."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from lq_formats import ShapeError
+from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
+from torch import Tensor
+
+from lq_kernels.cuda.variant import Variant
+from lq_kernels.jit.launcher import launch
+from lq_kernels.problem import Arch
+
+THREADS = 320
+_WARPS = 8
+_HEADER = 512
+_MAX_STAGES = 16
+_SHARED = {1: 232448, 2: 115712, 3: 76800}
+"""Bytes of shared memory that each of so many CTAs of an SM can have."""
+_MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a product is cut.
+
+    Attributes:
+        token_tiles: Tiles of 8 tokens in a CTA: 1, 2 or 4.
+        slots: Blocks of 16 rows in a pass: 1, 2, 4 or 8.
+        cluster: CTAs that share K.
+        clusters: Clusters in the grid.
+        stages: Stages of 8 KB in the ring.
+        pitch: Bytes from token to token in shared memory.
+        shared: Bytes of shared memory.
+    """
+
+    token_tiles: int
+    slots: int
+    cluster: int
+    clusters: int
+    stages: int
+    pitch: int
+    shared: int
+
+
+def cut(
+    m: int, blocks: int, k: int, bits: int, scale_bytes: int, token_tiles: int, cluster: int, clusters: int, shared: int
+) -> DecodeConfig | None:
+    """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
+    step = 512 // bits
+    steps = -(-k // step)
+    if cluster > steps or clusters > blocks:
+        return None
+    share, rows = -(-steps // cluster), -(-blocks // clusters)
+    slots = next((slots for slots in (1, 2, 4) if rows <= slots), 8)
+    pitch = share * step * 2 + 16
+    fixed = _HEADER + 4 * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
+    wanted = -(-rows // slots) * -(-share * slots // _WARPS)
+    stage = _WARPS * (BLOCK_BYTES + scale_bytes)
+    stages = min(_MAX_STAGES, wanted, (shared - fixed) // stage)
+    if stages < min(wanted, 3):
+        return None
+    return DecodeConfig(token_tiles, slots, cluster, clusters, stages, pitch, fixed + stages * stage)
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_config(
+    m: int, blocks: int, k: int, bits: int, scale_bytes: int, sm_count: int, max_token_tiles: int = 4
+) -> DecodeConfig | None:
+    """Return the fastest cut by a model, or None if the tokens do not fit shared memory.
+
+    Args:
+        m: Tokens.
+        blocks: Blocks of 16 rows.
+        k: In features.
+        bits: 4 or 8.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        sm_count: Multiprocessors.
+        max_token_tiles: Largest number of token tiles that is compiled.
+    """
+    wanted = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
+    best: tuple[float, DecodeConfig] | None = None
+    for token_tiles in dict.fromkeys((min(wanted, max_token_tiles), 2, 1)):
+        for per_sm in (2, 1):
+            for cluster in (1, 2, 4, 8):
+                clusters = min(blocks, sm_count * per_sm // cluster)
+                config = cut(m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters, _SHARED[per_sm])
+                if config is None:
+                    continue
+                cost = _cost(config, m, blocks, k, bits, per_sm)
+                if best is None or cost < best[0]:
+                    best = (cost, config)
+    return best[1] if best else None
+
+
+def _cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, per_sm: int) -> float:
+    """Return a time in units of a KB of codes at 17 bytes a clock and SM."""
+    steps = -(-k // (512 // bits))
+    rows = -(-blocks // config.clusters)
+    work = rows * -(-steps // config.cluster) * per_sm
+    passes = -(-rows // config.slots)
+    tokens = -(-m // (8 * config.token_tiles))
+    return tokens * (work + 2.0 * passes * per_sm + 0.5 * config.cluster)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
+
+    Args:
+        x: ``(M, K)`` bf16 or fp16, K a multiple of 8.
+        packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).
+        scale: ``(groups, rows)``, arranged alike.
+        zero: As ``scale``, in its dtype; None for symmetric weights.
+        bias: ``(out_features,)`` in x's dtype, or None.
+        out_features: Rows of the weight.
+        group_size: In features per scale; K for one scale a row.
+        bits: 4 or 8.
+
+    Raises:
+        ShapeError: If the tokens do not fit shared memory or the grid.
+    """
+    m, k = x.shape
+    if x.stride() != (k, 1) or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
+    blocks = packed.shape[1]
+    scale_bytes = variant.groups * BLOCK_ROWS * scale.element_size() * (1 if zero is None else 2)
+    most = 2 if variant.groups == 4 and zero is not None else 4
+    config = decode_config(m, blocks, k, bits, scale_bytes, Arch.of(x.device).sm_count, most)
+    if config is None or -(-m // (8 * config.token_tiles)) > _MAX_GRID_Y:
+        raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
+    y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
+    launch(
+        "decode_a16",
+        f"decode_a16_t{config.token_tiles}",
+        (config.cluster * config.clusters, -(-m // (8 * config.token_tiles)), 1),
+        THREADS,
+        config.shared,
+        x.device,
+        x,
+        packed,
+        scale,
+        0 if zero is None else zero,
+        0 if bias is None else bias,
+        y,
+        m,
+        out_features,
+        k,
+        blocks,
+        group_size,
+        config.slots,
+        config.stages,
+        config.pitch,
+        cluster=config.cluster,
+        dependent=True,
+        defines=variant.defines,
+    )
+    return y

@@ -1,0 +1,454 @@
+// A few tokens times a packed weight: y (m, n) = x (m, k) @ w (n, k).T for int4 and int8 weights in fragment order. Hopper.
+//
+// At this size the time is that of reading the weight once, so everything serves one stream of bytes that never pauses:
+//
+// - A producer warp fills a ring of stages (up to 8 KB of codes and their scales each) by bulk copies. Weights do not depend on
+//   the previous kernel: the ring is filled *before* griddepcontrol.wait, while that kernel still runs.
+// - Rows are shared among clusters in blocks of 16, which balances any matrix; the CTAs of a cluster share K. A CTA's part of x
+//   is loaded once and stays in shared memory.
+// - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
+//   are 16 consecutive bytes; unpacking is 11 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
+//   Few warps a scheduler hide little latency, so the code does: the next stage's codes are loaded in the middle of a stage, and
+//   sums are scaled a group late, when the tensor cores have surely finished them.
+// - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K. No atomics,
+//   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
+//   the other tokens.
+//
+// A cluster walks through its rows in passes of up to `slots` blocks (8, 4, 2 or 1). A stage holds the blocks of a pass at
+// `k_parts` = 8 / slots consecutive K steps (128 in features for int4, 64 for int8; 1 KB a block and step), one for each warp.
+//
+// Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
+// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1).
+
+#include "lq/dequantize.cuh"
+#include "lq/hopper.cuh"
+
+using namespace lq;
+
+namespace {
+
+using X = LQ_X;
+using Scale = LQ_SCALE;
+using ScaleBits = Scale::Bits;
+
+constexpr int kBits = LQ_BITS;
+constexpr int kGroups = LQ_GROUPS;
+constexpr bool kZero = LQ_ZERO != 0;
+constexpr bool kPerRow = kGroups == 0;
+
+constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 the epilogue of all passes but the last
+constexpr int kConsumers = kWarps * 32;
+constexpr int kThreads = kConsumers + 64;
+constexpr int kMaxStages = 16;
+constexpr int kBlockRows = 16;
+constexpr int kBlockBytes = 1024;                // of codes in a K step
+constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
+constexpr int kHalfQuads = kStep / 64;           // pieces of 32 in features (one ldmatrix.x4 of tokens) in half a step
+constexpr int kScaleBytes = kBlockRows * static_cast<int>(sizeof(ScaleBits));  // of a block and group
+constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           // of a block and step, zeros included
+constexpr int kStage = kWarps * (kBlockBytes + kSlotScales);
+constexpr int kScaleCount = kPerRow ? 1 : kGroups;
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+struct Arguments {
+  const u8* x;
+  const u8* packed;
+  const u8* scales;
+  const u8* zeros;
+  const u16* bias;
+  u16* y;
+  i64 m, n, k;
+  i64 blocks;      // of 16 rows
+  i64 group_size;  // used where a group is a whole number of steps
+  i64 slots;       // blocks in a pass, at most
+  i64 stages;
+  i64 pitch;  // bytes from token to token of x in shared memory
+};
+
+// Two values as they lie together in shared memory.
+template <typename T>
+__device__ __forceinline__ void load_pair(float (&to)[2], u32 address) {
+  if constexpr (sizeof(typename T::Bits) == 2) {
+    u32 pair;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");
+    to[0] = to_float(T{}, static_cast<u16>(pair));
+    to[1] = to_float(T{}, static_cast<u16>(pair >> 16));
+  } else {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
+  }
+}
+
+// Sums of a group of in features, not scaled yet; two chains where few tokens would leave the tensor cores waiting.
+template <int kTokenTiles>
+struct Sums {
+  static constexpr int kChains = kTokenTiles < 4 ? 2 : 1;
+  float part[kChains][kTokenTiles][4];
+  float tokens[kZero ? kTokenTiles : 1][4];  // sums of x itself, in every row
+  float scale[2], zero[2];                   // of rows g and g + 8
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; ++c)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        part[0][c][j] = part[kChains - 1][c][j] = 0.0f;
+        if constexpr (kZero) tokens[c][j] = 0.0f;
+      }
+  }
+
+  // Add them, scaled, to acc.
+  __device__ __forceinline__ void finish(float (&acc)[kTokenTiles][4]) const {
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; ++c)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float sum = part[0][c][j];
+        if constexpr (kChains == 2) sum += part[1][c][j];
+        if constexpr (kZero) sum = fmaf(-zero[j / 2], tokens[c][j], sum);
+        acc[c][j] = fmaf(scale[j / 2], sum, acc[c][j]);
+      }
+  }
+};
+
+template <int kTokenTiles>
+__device__ __forceinline__ void decode(const Arguments& p) {
+  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kPitch = kTokens + 2, kBuffer = 128 * kPitch;  // floats; padded against bank conflicts
+  extern __shared__ __align__(128) u8 shared[];
+  u64* full = reinterpret_cast<u64*>(shared);
+  u64* empty = full + kMaxStages;
+  u64* x_full = empty + kMaxStages;
+  u64* received = x_full + 1;    // two: a pass's sums have arrived
+  u64* released = received + 2;  // two: every CTA has read them
+  u8* ring = shared + 512;
+  const int stages = static_cast<int>(p.stages);
+  float* outbox = reinterpret_cast<float*>(ring + stages * kStage);  // two buffers of sums of 128 x kTokens, by owner
+  float* inbox = outbox + 2 * kBuffer;                               // ... and two by source
+  u8* tokens = reinterpret_cast<u8*>(inbox + 2 * kBuffer);
+
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
+  const int log_ranks = __ffs(ranks) - 1;  // cluster sizes are powers of two, and so are slots
+  const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1, k_parts = kWarps >> log_slots;
+  const int log_k_parts = 3 - log_slots;
+  const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
+  const int first_step = steps_all * rank >> log_ranks, steps = (steps_all * (rank + 1) >> log_ranks) - first_step;
+  const int stages_per_pass = (steps + k_parts - 1) >> log_k_parts;
+  const int blocks = static_cast<int>(p.blocks);
+  const int cluster = static_cast<int>(blockIdx.x) >> log_ranks, clusters = static_cast<int>(gridDim.x) >> log_ranks;
+  const int first_block = static_cast<int>(static_cast<i64>(blocks) * cluster / clusters);
+  const int my_blocks = static_cast<int>(static_cast<i64>(blocks) * (cluster + 1) / clusters) - first_block;
+  const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full
+  const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
+  const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
+  const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
+  const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
+  const int owned_rows = slots * kBlockRows >> log_ranks, owned_shift = __ffs(owned_rows) - 1;
+
+  if (warp == kWarps) {
+    if (lane < stages) {
+      mbarrier_init(full + lane, 1);
+      mbarrier_init(empty + lane, kWarps);
+    }
+    if (lane == 0) {
+      mbarrier_init(x_full, 1);
+      for (int i = 0; i < 2; ++i) {
+        mbarrier_init(received + i, 1);
+        mbarrier_init(released + i, ranks);
+      }
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  cluster_arrive();
+  let_next_kernel_start();
+
+  if (warp == kWarps) {
+    // The producer. Control flow and addresses are uniform, so that copies are issued without a loop over lanes.
+    const u64 policy = policy_evict_first(), keep = policy_evict_last();
+    const int steps_per_group = static_cast<int>(p.group_size / kStep);
+    const int total = passes * stages_per_pass;
+    int stage = 0, filled = 0, block = first_block, left = my_blocks, step = 0;
+    u32 parity = 1;  // of the empty barrier to wait for; 0 once the ring has wrapped
+
+    auto fill = [&] {
+      u8* to = ring + stage * kStage;
+      const int here = left < slots ? left : slots, parts = steps - step < k_parts ? steps - step : k_parts;
+      if (elect_one()) {
+        mbarrier_arrive_expect(full + stage, parts * here * (kBlockBytes + kSlotScales));
+        for (int part = 0; part < parts; ++part) {
+          const int k_step = first_step + step + part;
+          bulk_copy(to + part * slots * kBlockBytes, p.packed + (static_cast<i64>(k_step) * blocks + block) * kBlockBytes,
+                    here * kBlockBytes, full + stage, policy);
+          if constexpr (!kPerRow) {
+            const int group = kGroups > 1 ? k_step * kGroups : steps_per_group == 1 ? k_step : k_step / steps_per_group;
+            u8* scale = to + kWarps * kBlockBytes + part * slots * kSlotScales;
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+              const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
+              bulk_copy(scale + i * slots * kScaleBytes, p.scales + from, here * kScaleBytes, full + stage, policy);
+              if constexpr (kZero)
+                bulk_copy(scale + (kGroups + i) * slots * kScaleBytes, p.zeros + from, here * kScaleBytes, full + stage, policy);
+            }
+          }
+        }
+      }
+      __syncwarp();
+      step += k_parts;
+      if (step >= steps) step = 0, block += slots, left -= slots;
+      if (++stage == stages) stage = 0, parity ^= 1;
+      ++filled;
+    };
+
+    while (filled < total && filled < stages) fill();
+    wait_for_previous_kernel();
+    if (elect_one()) {
+      mbarrier_arrive_expect(x_full, m * k_here * 2);
+      if (k_here > 0)
+        for (int token = 0; token < m; ++token)
+          bulk_copy(tokens + token * p.pitch, p.x + ((token0 + token) * p.k + static_cast<i64>(first_step) * kStep) * 2, k_here * 2,
+                    x_full, keep);
+    }
+    __syncwarp();
+    while (filled < total) {
+      mbarrier_wait(empty + stage, parity);
+      fill();
+    }
+    return;
+  }
+
+  // Add what the CTAs of the cluster sent of a pass's rows that this one owns, and store it; `count` threads share the work.
+  auto finish = [&](int pass, int thread, int count) {
+    const int box = pass % 2, sources = ranks * k_parts;
+    if (thread == 0) mbarrier_arrive_expect(received + box, kBuffer * 4);
+    mbarrier_wait(received + box, pass / 2 % 2);
+    const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
+    const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
+    const int pairs = (m + 1) / 2;
+    for (int i = thread; i < owned_rows * pairs; i += count) {
+      const int row = i & (owned_rows - 1), token = 2 * (i >> owned_shift);
+      const float* from = inbox + box * kBuffer + row * kPitch + token;
+      float total[2] = {};
+#pragma unroll 4
+      for (int s = 0; s < sources; ++s) {
+        const float2 value = *reinterpret_cast<const float2*>(from + (s << owned_shift) * kPitch);
+        total[0] += value.x;
+        total[1] += value.y;
+      }
+      if (row < rows_left && row0 + row < p.n) {
+        const float bias = p.bias ? to_float(X{}, p.bias[row0 + row]) : 0.0f;
+        u16* to = p.y + (token0 + token) * p.n + row0 + row;
+        to[0] = from_float(X{}, total[0] + bias);
+        if (token + 1 < m) to[p.n] = from_float(X{}, total[1] + bias);
+      }
+    }
+  };
+
+  if (warp == kWarps + 1) {
+    wait_for_previous_kernel();
+    cluster_wait();
+    for (int pass = 0; pass + 1 < passes; ++pass) {
+      finish(pass, lane, 32);
+      __syncwarp();
+      // Nobody waits for the last two passes, and the CTAs may have gone.
+      if (pass + 2 < passes && lane < ranks) mbarrier_arrive_remote(released + pass % 2, lane);
+    }
+    return;
+  }
+
+  // The consumers. In features past the end are read, and must be zero.
+  for (int token = warp; token < m; token += kWarps)
+    for (int unit = k_here / 8 + lane; unit < steps * kStep / 8; unit += 32)
+      *reinterpret_cast<uint4*>(tokens + token * p.pitch + unit * 16) = uint4{0, 0, 0, 0};
+  named_barrier(1, kConsumers);
+
+  const int slot = warp & (slots - 1), k_part = warp >> log_slots, g = lane / 4, t = lane % 4;
+  const u32 first_codes = shared_address(ring) + warp * kBlockBytes + lane * 16;
+  const u32 to_scales = kWarps * kBlockBytes + k_part * slots * kSlotScales + slot * kScaleBytes +
+                        2 * g * static_cast<int>(sizeof(ScaleBits)) - (warp * kBlockBytes + lane * 16);
+  const u32 group_pitch = slots * kScaleBytes;
+  u32 tokens_at[kTokenTiles];  // this lane's row of a token tile; a token that does not exist reads the last, its sums are not stored
+#pragma unroll
+  for (int c = 0; c < kTokenTiles; ++c) {
+    const int token = c * 8 + lane % 8;
+    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16 + k_part * kStep * 2;
+  }
+
+  const int total = passes * stages_per_pass;
+  int stage = 0, loaded = 0;
+  u32 parity = 0, codes = first_codes;
+  u32 words[2][4];  // this lane's codes of a stage
+  float scales[kScaleCount][2] = {}, zeros[kScaleCount][2] = {};
+
+  auto next_stage = [&] {
+    ++stage, codes += kStage;
+    if (stage == stages) stage = 0, parity ^= 1, codes = first_codes;
+  };
+  auto load_words = [&](u32(&to)[4], int h) {
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(codes + h * 512)
+                 : "memory");
+  };
+  auto load_scales = [&] {
+    if constexpr (!kPerRow) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        const u32 at = codes + to_scales + i * group_pitch;
+        load_pair<Scale>(scales[i], at);
+        if constexpr (kZero) {
+          load_pair<Scale>(zeros[i], at + kGroups * group_pitch);
+          zeros[i][0] -= 8.0f;
+          zeros[i][1] -= 8.0f;
+        }
+      }
+    }
+  };
+
+  if (total > 0) {
+    mbarrier_wait(full, 0);
+    load_words(words[0], 0);
+    load_words(words[1], 1);
+    load_scales();
+    ++loaded;
+  }
+  mbarrier_wait(x_full, 0);
+#pragma unroll
+  for (int c = 0; c < kTokenTiles; ++c) order_after(tokens_at[c]);
+
+  for (int pass = 0; pass < passes; ++pass) {
+    const int block = first_block + pass * slots + slot;
+    const bool rows_exist = pass * slots + slot < my_blocks;
+    float acc[kTokenTiles][4] = {};
+    Sums<kTokenTiles> sums, late;
+    sums.clear();
+    late.clear();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      late.scale[r] = late.zero[r] = sums.scale[r] = sums.zero[r] = 0.0f;
+      if constexpr (kPerRow) {
+        const i64 at = static_cast<i64>(rows_exist ? block : 0) * kBlockRows + 2 * g + r;
+        sums.scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
+        if constexpr (kZero) sums.zero[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]) - 8.0f;
+      }
+    }
+
+    // Half h of a stage. `sums` are a group's; at its end the group before is scaled, whose multiplications are long done.
+    auto multiply = [&](auto half, const u32(&x_at)[kTokenTiles]) {
+      constexpr int h = decltype(half)::value;
+#pragma unroll
+      for (int q = 0; q < kHalfQuads; ++q) {
+        constexpr int kQuads = 2 * kHalfQuads;
+        const int quad = h * kHalfQuads + q;
+        u32 a[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (kBits == 4)
+            int4_fragment(X{}, a[i], words[h][2 * q + i]);
+          else
+            int8_fragment(X{}, a[i], words[h][2 * i], words[h][2 * i + 1]);
+        }
+#pragma unroll
+        for (int c = 0; c < kTokenTiles; ++c) {
+          u32 b[4];
+          load_matrix_x4(b, x_at[c] + quad * 64);
+          mma_k16(X{}, sums.part[0][c], a[0], b[0], b[1]);
+          mma_k16(X{}, sums.part[Sums<kTokenTiles>::kChains - 1][c], a[1], b[2], b[3]);
+          if constexpr (kZero) {
+            const u32 one = ones2(X{}), ones[4] = {one, one, one, one};
+            mma_k16(X{}, sums.tokens[c], ones, b[0], b[1]);
+            mma_k16(X{}, sums.tokens[c], ones, b[2], b[3]);
+          }
+        }
+        if constexpr (!kPerRow) {
+          if ((quad + 1) % (kQuads / kScaleCount) == 0) {
+            const int group = quad / (kQuads / kScaleCount);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) sums.scale[r] = scales[group][r], sums.zero[r] = zeros[group][r];
+            late.finish(acc);
+            late = sums;
+            sums.clear();
+          }
+        }
+      }
+    };
+
+    u32 x_at[kTokenTiles];
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c];
+    // Stages in which this warp's slot exists: all, or all but the last, or none.
+    const int my_stages = rows_exist ? (steps - k_part + k_parts - 1) >> log_k_parts : 0;
+    for (int at = 0; at < stages_per_pass; ++at) {
+      const bool exists = at < my_stages, more = loaded < total;
+      if (exists) multiply(Int<0>{}, x_at);
+      u32 next[4];
+      u64* const used = empty + stage;
+      if (more) {
+        next_stage();
+        mbarrier_wait(full + stage, parity);
+        load_words(next, 0);
+      }
+      if (exists) multiply(Int<1>{}, x_at);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(used);
+      if (more) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[0][i] = next[i];
+        load_words(words[1], 1);
+        load_scales();
+        ++loaded;
+      }
+#pragma unroll
+      for (int c = 0; c < kTokenTiles; ++c) x_at[c] += k_parts * kStep * 2;
+    }
+    (kPerRow ? sums : late).finish(acc);
+
+    // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
+    // have read those, which also means that what this CTA sent then has left.
+    const int box = pass % 2;
+    if (pass == 0) {
+      wait_for_previous_kernel();  // long past; y is written from here on
+      cluster_wait();
+    }
+    if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = slot * kBlockRows + g + 8 * r, owner = row >> owned_shift;
+      float* to = outbox + box * kBuffer + (((owner * k_parts + k_part) << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
+#pragma unroll
+      for (int c = 0; c < kTokenTiles; ++c) *reinterpret_cast<float2*>(to + c * 8) = float2{acc[c][2 * r], acc[c][2 * r + 1]};
+    }
+    fence_async_proxy();
+    named_barrier(1, kConsumers);
+    if (warp == 0 && elect_one()) {
+      const int chunk = kBuffer >> log_ranks;
+      for (int owner = 0; owner < ranks; ++owner)
+        bulk_copy_to_cluster(map_shared(inbox + box * kBuffer + rank * chunk, owner), outbox + box * kBuffer + owner * chunk, chunk * 4,
+                             map_shared(received + box, owner));
+    }
+    __syncwarp();
+  }
+  if (passes == 0)
+    cluster_wait();
+  else
+    finish(passes - 1, threadIdx.x, kConsumers);
+}
+
+}  // namespace
+
+#define LQ_DECODE(TILES, CTAS)                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads, CTAS) decode_a16_t##TILES(                                           \
+      const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m, i64 n, i64 k,          \
+      i64 blocks, i64 group_size, i64 slots, i64 stages, i64 pitch) {                                                         \
+    decode<TILES>(Arguments{x, packed, scales, zeros, bias, y, m, n, k, blocks, group_size, slots, stages, pitch});            \
+  }
+
+LQ_DECODE(1, 2)
+LQ_DECODE(2, 1)
+#if LQ_GROUPS != 4 || !LQ_ZERO
+LQ_DECODE(4, 1)  // scales, zeros and token sums of four groups do not fit the registers
+#endif

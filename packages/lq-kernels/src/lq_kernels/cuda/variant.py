@@ -1,0 +1,53 @@
+"""Variant: what a Hopper kernel for fragment-ordered weights is compiled for."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from lq_formats.layouts import FRAGMENT_INT4
+
+_TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of a source: everything that is a constant in it.
+
+    Attributes:
+        x: dtype of activations and results, bf16 or fp16.
+        scale: dtype of scales and zeros.
+        bits: 4 or 8.
+        groups: Groups in 128 in features: 1, 2 or 4; 0 for one scale a row.
+        zero: Whether there are zero points.
+    """
+
+    x: torch.dtype
+    scale: torch.dtype
+    bits: int
+    groups: int
+    zero: bool
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(x: torch.dtype, scale: torch.dtype, bits: int, group_size: int, k: int, zero: bool) -> "Variant":
+        """Return the variant for a weight with K = ``k`` and groups of ``group_size``."""
+        groups = 0 if group_size == k else max(1, FRAGMENT_INT4.step // group_size)
+        return Variant(x, scale, bits, groups, zero)
+
+    @functools.cached_property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros."""
+        return (
+            f"LQ_BITS={self.bits}",
+            f"LQ_X={_TYPES[self.x]}",
+            f"LQ_SCALE={_TYPES[self.scale]}",
+            f"LQ_GROUPS={self.groups}",
+            f"LQ_ZERO={int(self.zero)}",
+        )
+
+
+def why_not_group(group_size: int, k: int) -> str | None:
+    """Return why groups of this size cannot be read in fragment order, or None."""
+    if group_size == k or group_size in (32, 64) or group_size % FRAGMENT_INT4.step == 0:
+        return None
+    return f"groups of {group_size}: takes 32, 64, multiples of {FRAGMENT_INT4.step}, or one scale a row"
