@@ -153,8 +153,8 @@ def test_inference_mode_before_and_after(config, device):
 def test_a_change_of_dtype_keeps_the_bits(weight, dtype, device):
     changed = weight.to(dtype)
     assert (changed.dtype, type(changed)) == (dtype, type(weight))
-    for name, tensor in weight.to_tensors().items():
-        assert torch.equal(changed.to_tensors()[name], tensor)
+    for name, tensor in weight.inner_tensors().items():
+        assert torch.equal(changed.inner_tensors()[name], tensor)
     x = torch.randn(3, 256, device=device, dtype=dtype)
     y = F.linear(x, changed)
     assert y.dtype == dtype
@@ -165,9 +165,9 @@ def test_a_change_of_dtype_keeps_the_bits(weight, dtype, device):
 
 def test_memory_is_shared_copied_and_emptied_by_its_parts(weight):
     detached, cloned = weight.detach(), weight.clone()
-    for name, tensor in weight.to_tensors().items():
-        assert detached.to_tensors()[name].data_ptr() == tensor.data_ptr()
-        assert cloned.to_tensors()[name].data_ptr() != tensor.data_ptr()
+    for name, tensor in weight.inner_tensors().items():
+        assert detached.inner_tensors()[name].data_ptr() == tensor.data_ptr()
+        assert cloned.inner_tensors()[name].data_ptr() != tensor.data_ptr()
     empty = torch.empty_like(weight)
     assert (type(empty), empty.shape, empty.spec_json()) == (type(weight), weight.shape, weight.spec_json())
     meta = weight.to("meta")
@@ -175,7 +175,7 @@ def test_memory_is_shared_copied_and_emptied_by_its_parts(weight):
     if weight.device.type == "cpu":
         assert weight.share_memory_() is weight
         assert weight.is_shared()
-        assert all(tensor.is_shared() for tensor in weight.to_tensors().values())
+        assert all(tensor.is_shared() for tensor in weight.inner_tensors().values())
 
 
 def test_a_module_moves_to_meta_and_is_emptied():
@@ -315,8 +315,8 @@ def test_tinygemm_against_float64(group_size, symmetric, tokens):
 @pytest.mark.gpu
 def test_a_weight_quantized_on_a_gpu_has_the_bits_of_the_cpu(config):
     here, there = config.quantize(dense()), config.quantize(dense(device="cuda"))
-    for name, tensor in here.to_tensors().items():
-        assert torch.equal(there.to_tensors()[name].cpu(), tensor)
+    for name, tensor in here.inner_tensors().items():
+        assert torch.equal(there.inner_tensors()[name].cpu(), tensor)
 
 
 @pytest.mark.parametrize(

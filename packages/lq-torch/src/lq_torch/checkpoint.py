@@ -39,7 +39,7 @@ def save_pretrained(
     Args:
         model: Any module with quantized (or plain) weights. Its Hugging Face configuration is saved beside them.
         directory: Made if needed; files of an earlier checkpoint in it are replaced.
-        max_shard_bytes: Start a new safetensors file beyond this size.
+        max_shard_bytes: Start a new safetensors file beyond this size; a weight is never split.
 
     Raises:
         UnsupportedError: If a tensor name holds a colon, a tensor is on ``meta``, or the state dict holds other things
@@ -47,17 +47,16 @@ def save_pretrained(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, weights, aliases = _collect(model)
-    shards = _shards(tensors, max_shard_bytes)
-    files = {}
-    for number, names in enumerate(shards, 1):
+    values, aliases = _collect(model)
+    shards = _shards(values, max_shard_bytes)
+    files: dict[str, str] = {}
+    weights: dict[str, Any] = {}
+    for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(
-            _separate({name: tensors[name] for name in names}),
-            folder / file,
-            metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)},
-        )
-        files.update(dict.fromkeys(names, file))
+        # Canonical copies of weights in a kernel's own order live for one file.
+        tensors = _canonical(shard, weights)
+        save_file(_separate(tensors), folder / file, metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)})
+        files.update(dict.fromkeys(tensors, file))
     for stale in folder.glob("model-*-of-*.safetensors"):
         if stale.name not in files.values():
             stale.unlink()
@@ -120,10 +119,9 @@ def load(
     return model.eval() if built else model
 
 
-def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Return plain tensors by name, specs of quantized weights by path, and tied names by the name they repeat."""
-    tensors: dict[str, Tensor] = {}
-    weights: dict[str, Any] = {}
+def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what is saved by name, and tied names by the name they repeat."""
+    result: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
     values = dict(model.state_dict(keep_vars=True))
@@ -140,14 +138,23 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[
             raise UnsupportedError(f"{path!r} is on the meta device and has no values to save")
         if id(value) in seen:
             aliases[path] = seen[id(value)]
-            continue
-        seen[id(value)] = path
+        else:
+            seen[id(value)] = path
+            result[path] = value
+    return result, aliases
+
+
+def _canonical(values: Mapping[str, Tensor], weights: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors that a file holds of some values, and add the specs of quantized ones to ``weights``."""
+    tensors: dict[str, Tensor] = {}
+    for path, value in values.items():
         if isinstance(value, LowBitTensor):
-            weights[path] = value.spec_json()
-            tensors.update({path + SEPARATOR + name: tensor for name, tensor in value.to_tensors().items()})
+            parts = value.to_tensors()
+            weights[path] = {**value.spec_json(), "tensors": sorted(parts)}
+            tensors.update({path + SEPARATOR + name: part for name, part in parts.items()})
         else:
             tensors[path] = value
-    return tensors, weights, aliases
+    return tensors
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,15 +171,15 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _shards(values: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
+    for name, value in values.items():
+        nbytes = value.packed_nbytes if isinstance(value, LowBitTensor) else value.numel() * value.element_size()
         if shards[-1] and size + nbytes > limit:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append(name)
+        shards[-1][name] = value
         size += nbytes
     return shards
 

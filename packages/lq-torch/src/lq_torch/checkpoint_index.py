@@ -30,7 +30,7 @@ class CheckpointIndex:
     """A checked ``lq.json`` and the checked headers of the files it names.
 
     Attributes:
-        weights: Spec of each quantized weight by path (:meth:`LowBitTensor.spec_json`).
+        weights: Spec of each quantized weight by path: :meth:`LowBitTensor.spec_json` and the names of its ``tensors``.
         aliases: Tied names, each by the name it repeats.
         files: File of each stored tensor; those of a quantized weight are named ``path:inner``.
         headers: Header of each file.
@@ -66,7 +66,7 @@ class CheckpointIndex:
             if sorted(tensors) != spec.get("tensors"):
                 raise FormatError(f"{path!r} has the tensors {sorted(tensors)}, its spec says {spec.get('tensors')}")
             try:
-                shapes[path] = tuple(LowBitTensor.from_tensors(tensors, spec).shape)
+                shapes[path] = LowBitTensor.check_tensors(tensors, spec)
             except FormatError as error:
                 raise FormatError(f"{path!r}: {error}") from None
         if lost := sorted(set(self.weights) - set(parts)):

@@ -7,15 +7,19 @@ the inner tensors; ``dequantize`` gives the weight back. Any other operator rais
 :class:`lq_formats.UnsupportedError`: nothing is turned into a dense weight behind the user's back.
 
 A subclass lists its inner tensors and attributes, and says how to multiply and to dequantize. Everything else is here.
+
+Inner tensors may be in a kernel's own order. Files are not: they hold canonical tensors, to which ``to_tensors`` goes and
+from which ``from_tensors`` comes, without losing a bit. Where a subclass keeps canonical tensors these are the same.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from lq_formats import DeviceError, DTypeError, FormatError, ShapeError, UnsupportedError
 from torch import Tensor
+
+from lq_torch.tensors.saved import SavedWeight
 
 aten = torch.ops.aten
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,11 +31,13 @@ class LowBitTensor(torch.Tensor):
     Attributes:
         tensor_names: Names of the inner tensors, in constructor order. One that is None is absent.
         attribute_names: Names of the plain values (JSON scalars) that complete the inner tensors.
+        saved_names: Names of the tensors in files, where these differ from the inner ones.
         kind: Name of this class in checkpoints.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ()
     attribute_names: ClassVar[tuple[str, ...]] = ()
+    saved_names: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[str] = ""
     _kinds: ClassVar[dict[str, type["LowBitTensor"]]] = {}
 
@@ -72,14 +78,27 @@ class LowBitTensor(torch.Tensor):
         """Return ``x (..., K) @ self.T + bias`` in x's dtype; x has been checked."""
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Raise FormatError unless the inner tensors fit the shape and attributes (for tensors read from files)."""
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
+        """Raise FormatError unless the tensors of a file fit the shape and attributes; their values are not read."""
         raise NotImplementedError
 
-    # Checkpoints: canonical bits and JSON values, no pickle.
+    @classmethod
+    def from_saved(cls, saved: SavedWeight) -> Self:
+        """Build from what :meth:`check_saved` accepted; a subclass in a kernel's own order repacks here.
+
+        Loading keeps below 1.15 times a model's size: repacking may hold a second copy of one weight, not its codes.
+        """
+        return cls(saved.tensors, saved.attributes, saved.shape, saved.dtype)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return the inner tensors by name."""
+        """Return the canonical tensors that files hold, by name; the inverse of :meth:`from_saved`, bit for bit."""
+        return self.inner_tensors()
+
+    # Storage and checkpoints: tensors and JSON values, no pickle.
+
+    def inner_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that this weight consists of, by name, in the order of its kernel."""
         return {name: getattr(self, name) for name in self.tensor_names if getattr(self, name) is not None}
 
     def attributes(self) -> dict[str, Any]:
@@ -93,45 +112,34 @@ class LowBitTensor(torch.Tensor):
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attributes": self.attributes(),
-            "tensors": sorted(self.to_tensors()),
         }
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> "LowBitTensor":
-        """Rebuild a tensor from :meth:`to_tensors` and :meth:`spec_json`. Nothing is quantized or copied.
+        """Rebuild a tensor from :meth:`to_tensors` and :meth:`spec_json`. Nothing is quantized.
 
         Raises:
             FormatError: If the spec is not one, or the tensors do not fit it.
         """
-        kind = spec.get("kind")
-        cls = LowBitTensor._kinds.get(kind) if isinstance(kind, str) else None
-        if cls is None:
-            raise FormatError(
-                f"unknown kind of weight {kind!r}: expected one of {', '.join(sorted(LowBitTensor._kinds))}"
-            )
-        shape, dtype, attributes = spec.get("shape"), spec.get("dtype"), spec.get("attributes")
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise FormatError(f"shape {shape!r}: expected a list of sizes")
-        if len(shape) > 8 or math.prod(max(size, 1) for size in shape) >= 2**60:
-            raise FormatError(f"shape {shape!r} is larger than any tensor")
-        if not isinstance(dtype, str) or dtype not in ("float16", "bfloat16", "float32"):
-            raise FormatError(f"dtype {dtype!r}: expected float16, bfloat16 or float32")
-        if not isinstance(attributes, dict) or set(attributes) != set(cls.attribute_names):
-            raise FormatError(f"attributes {attributes!r}: {kind} has {', '.join(cls.attribute_names) or 'none'}")
-        unknown = set(tensors) - set(cls.tensor_names)
-        if unknown or cls.tensor_names[0] not in tensors:
-            raise FormatError(f"tensors {sorted(tensors)}: {kind} has {', '.join(cls.tensor_names)}")
-        result = cls(tensors, attributes, shape, getattr(torch, dtype))
-        result.check()
-        return result
+        cls, saved = _parse(tensors, spec)
+        return cls.from_saved(saved)
+
+    @staticmethod
+    def check_tensors(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the weight that :meth:`from_tensors` would build; the tensors may be on ``meta``.
+
+        Raises:
+            FormatError: As :meth:`from_tensors` would.
+        """
+        return _parse(tensors, spec)[1].shape
 
     # PyTorch's protocols.
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(self.to_tensors()), (tuple(self.attributes().items()), self.dtype)
+        return list(self.inner_tensors()), (tuple(self.attributes().items()), self.dtype)
 
     def _stable_hash_for_caching(self) -> str:
-        inner = [(name, tuple(t.shape), t.dtype) for name, t in self.to_tensors().items()]
+        inner = [(name, tuple(t.shape), t.dtype) for name, t in self.inner_tensors().items()]
         return repr((type(self).__qualname__, tuple(self.shape), self.dtype, self.attributes(), inner))
 
     @classmethod
@@ -160,28 +168,28 @@ class LowBitTensor(torch.Tensor):
         return handler(*args, **(kwargs or {}))
 
     def _map(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
-        tensors = {name: function(tensor) for name, tensor in self.to_tensors().items()}
+        tensors = {name: function(tensor) for name, tensor in self.inner_tensors().items()}
         return type(self)(tensors, self.attributes(), self.shape, dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = ", ".join(f"{name}={value}" for name, value in self.attributes().items())
-        inner = ", ".join(f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in self.to_tensors().items())
+        inner = ", ".join(f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in self.inner_tensors().items())
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {values}; {inner})"
 
     def share_memory_(self) -> Self:
         """Move the inner tensors to shared memory (the wrapper itself has no storage to share)."""
-        for tensor in self.to_tensors().values():
+        for tensor in self.inner_tensors().values():
             tensor.share_memory_()  # type: ignore[no-untyped-call]
         return self
 
     def is_shared(self) -> bool:
         """Return whether every inner tensor is in shared memory."""
-        return all(tensor.is_shared() for tensor in self.to_tensors().values())  # type: ignore[no-untyped-call]
+        return all(tensor.is_shared() for tensor in self.inner_tensors().values())  # type: ignore[no-untyped-call]
 
     @property
     def packed_nbytes(self) -> int:
         """Bytes of the inner tensors: what this weight really takes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.inner_tensors().values())
 
 
 def check_weight(w: Tensor) -> None:
@@ -190,13 +198,19 @@ def check_weight(w: Tensor) -> None:
         raise DTypeError(f"w has dtype {w.dtype}: expected float16, bfloat16 or float32")
 
 
-def expect_tensor(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise FormatError unless an inner tensor read from a file is there, with this shape and one of these dtypes."""
-    if tensor is None:
-        raise FormatError(f"tensor {name!r} is missing")
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise FormatError(f"tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype}: expected {shape} {wanted}")
+def _parse(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> tuple[type[LowBitTensor], SavedWeight]:
+    kind = spec.get("kind")
+    cls = LowBitTensor._kinds.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise FormatError(f"unknown kind of weight {kind!r}: expected one of {', '.join(sorted(LowBitTensor._kinds))}")
+    saved = SavedWeight.parse(tensors, spec)
+    if set(saved.attributes) != set(cls.attribute_names):
+        raise FormatError(f"attributes {saved.attributes!r}: {kind} has {', '.join(cls.attribute_names) or 'none'}")
+    names = cls.saved_names or cls.tensor_names
+    if not set(saved.tensors) <= set(names):
+        raise FormatError(f"tensors {sorted(saved.tensors)}: {kind} has {', '.join(names)}")
+    cls.check_saved(saved)
+    return cls, saved
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
@@ -262,9 +276,9 @@ def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> 
             f"{tuple(target.shape)}: only an equally quantized weight of the same shape"
         )
     assert isinstance(source, LowBitTensor)
-    if target.attributes() != source.attributes() or set(target.to_tensors()) != set(source.to_tensors()):
+    if target.attributes() != source.attributes() or set(target.inner_tensors()) != set(source.inner_tensors()):
         raise UnsupportedError(f"cannot copy {source.attributes()} into {target.attributes()}: different quantization")
-    for name, tensor in target.to_tensors().items():
+    for name, tensor in target.inner_tensors().items():
         tensor.copy_(getattr(source, name), non_blocking)
     return target
 
@@ -276,7 +290,7 @@ DISPATCH: dict[Any, Callable[..., Any]] = {
     aten.empty_like.default: _empty_like,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
-    aten.is_pinned.default: lambda tensor, device=None: all(t.is_pinned() for t in tensor.to_tensors().values()),
+    aten.is_pinned.default: lambda tensor, device=None: all(t.is_pinned() for t in tensor.inner_tensors().values()),
     aten._pin_memory.default: lambda tensor, device=None: tensor._map(torch.Tensor.pin_memory),
 }
 """Operators that a LowBitTensor has, and their implementations; :mod:`lq_torch.tensors.transposed` adds products."""

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lq_torch.integrations.gemlite import current_kernel, gemlite_linear
 from lq_torch.tensors import gemlite_meta as meta
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor
+from lq_torch.tensors.saved import SavedWeight
 
 COMBINATIONS: dict[tuple[str, str], tuple[int, int]] = {
     ("int8", "int8"): (8, 0),
@@ -191,28 +192,27 @@ class GemliteTensor(LowBitTensor):
         y = gemlite_linear(x, None, self.gemlite_tensors(), self.meta_args(), kernel) * 2.0**-self.exponent
         return y if bias is None else y + bias
 
-    def check(self) -> None:
-        """Raise FormatError unless the inner tensors fit the shape and the attributes."""
-        template = torch.empty(tuple(self.shape), dtype=self.dtype, device="meta")
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
+        """Raise FormatError unless the tensors fit the shape and the attributes."""
+        rows, columns = saved.matrix()
+        weight, activation, size, exponent = (saved.attributes[name] for name in cls.attribute_names)
+        template = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
         try:
-            size = self.check_shape(template, str(self.weight), str(self.activation), self.group_size)
+            expected = cls.check_shape(template, str(weight), str(activation), size)
         except LQError as error:
             raise FormatError(str(error)) from None
-        if type(self.group_size) is not int or size != self.group_size:
-            raise FormatError(f"group_size={self.group_size!r}: expected {size}")
-        rows, columns = self.shape
+        if type(size) is not int or size != expected:
+            raise FormatError(f"group_size={size!r}: expected {expected}")
+        if type(exponent) is not int or abs(exponent) > (126 if weight == "int4" else 0):
+            raise FormatError(f"exponent={exponent!r}: expected an integer from -126 to 126, 0 but for int4 groups")
         shape, dtype = {
             "int8": ((rows, columns), torch.int8),
             "int4": ((columns // 8, rows), torch.int32),
             "mxfp4": ((rows, columns // 2), torch.uint8),
-        }.get(self.weight, ((rows, columns), torch.float8_e4m3fn))
-        expect_tensor(self.qdata, "qdata", shape, (dtype,))
-        if type(self.exponent) is not int or abs(self.exponent) > (126 if self.weight == "int4" else 0):
-            raise FormatError(
-                f"exponent={self.exponent!r}: expected an integer from -126 to 126, 0 but for int4 groups"
-            )
-        scales = (torch.uint8 if self.weight.startswith("mx") else torch.float32,)
-        expect_tensor(self.scale, "scale", (columns // size, rows), scales)
+        }.get(weight, ((rows, columns), torch.float8_e4m3fn))
+        saved.expect("qdata", shape, dtype)
+        saved.expect("scale", (columns // size, rows), torch.uint8 if weight.startswith("mx") else torch.float32)
 
 
 def check_combination(weight: str, activation: str) -> None:

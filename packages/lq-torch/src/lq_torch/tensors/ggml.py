@@ -7,7 +7,8 @@ from lq_formats import FormatError, NonFiniteError, SpecError, ggml_format
 from lq_kernels import q4_0_linear
 from torch import Tensor
 
-from lq_torch.tensors.base import LowBitTensor, check_weight, expect_tensor
+from lq_torch.tensors.base import LowBitTensor, check_weight
+from lq_torch.tensors.saved import SavedWeight
 
 
 class GGMLTensor(LowBitTensor):
@@ -57,12 +58,14 @@ class GGMLTensor(LowBitTensor):
             return q4_0_linear(x, self.qdata, bias=bias)
         return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
 
-    def check(self) -> None:
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
         """Raise FormatError unless the blocks fit the shape and the format is known."""
-        if len(self.shape) != 2 or self.shape[1] == 0 or self.shape[1] % 32:
-            raise FormatError(f"a ggml weight has the shape (N, K) with K % 32 == 0, not {tuple(self.shape)}")
+        rows, columns = saved.matrix()
+        if columns % 32:
+            raise FormatError(f"a ggml weight has the shape (N, K) with K % 32 == 0, not {saved.shape}")
         try:
-            form = ggml_format(str(self.ggml_type))
+            form = ggml_format(str(saved.attributes["ggml_type"]))
         except SpecError as error:
             raise FormatError(str(error)) from None
-        expect_tensor(self.qdata, "qdata", (self.shape[0], self.shape[1] // 32, form.type_size), (torch.uint8,))
+        saved.expect("qdata", (rows, columns // 32, form.type_size), torch.uint8)

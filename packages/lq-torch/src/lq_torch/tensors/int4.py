@@ -1,13 +1,14 @@
 """Int4Tensor: 4-bit weights in lq's canonical packing, ``int4_packing_format="plain"``."""
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from lq_formats import FormatError, QuantSpec, choose_qparams, pack_int4, quantize_affine
 from lq_kernels import int4_dequantize, int4_linear
 from torch import Tensor
 
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight, expect_tensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight
+from lq_torch.tensors.saved import SavedWeight
 
 
 class Int4Tensor(LowBitTensor):
@@ -86,18 +87,22 @@ class Int4Tensor(LowBitTensor):
         """Return ``x @ self.T + bias`` by the kernel that the registry selects."""
         return int4_linear(x, self.qdata, self.scale, self.zero, group_size=self.group_size, bias=bias)
 
-    def check(self) -> None:
-        """Raise FormatError unless the inner tensors fit the shape and the group size."""
-        if len(self.shape) != 2 or self.shape[1] == 0:
-            raise FormatError(f"an int4 weight has the shape (N, K), not {tuple(self.shape)}")
-        rows, columns = self.shape
-        size = self.group_size
-        if type(size) is not int or size < 1 or columns % size or (size < 8 and size != columns):
-            raise FormatError(f"group_size={size!r} does not divide the {columns} in features")
-        expect_tensor(self.qdata, "qdata", (rows, -(-columns // 8)), (torch.int32,))
-        expect_tensor(self.scale, "scale", (rows, columns // size), SCALE_DTYPES)
-        if self.zero is not None:
-            expect_tensor(self.zero, "zero", (rows, columns // size), (torch.uint8, self.scale.dtype))
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
+        """Raise FormatError unless the tensors fit the shape and the group size."""
+        check_canonical(saved, saved.attributes["group_size"])
+
+
+def check_canonical(saved: SavedWeight, group_size: Any) -> None:
+    """Raise FormatError unless ``qdata``, ``scale`` and perhaps ``zero`` are a canonical int4 weight."""
+    rows, columns = saved.matrix()
+    if type(group_size) is not int or group_size < 1 or columns % group_size or (8 > group_size != columns):
+        raise FormatError(f"group_size={group_size!r} does not divide the {columns} in features")
+    groups = (rows, columns // group_size)
+    saved.expect("qdata", (rows, -(-columns // 8)), torch.int32)
+    scale = saved.expect("scale", groups, *SCALE_DTYPES)
+    if "zero" in saved.tensors:
+        saved.expect("zero", groups, torch.uint8, scale.dtype)
 
 
 def int4_spec(group_size: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:

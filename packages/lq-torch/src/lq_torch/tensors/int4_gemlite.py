@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lq_torch.integrations.gemlite import check_kernel, current_kernel, gemlite_linear
 from lq_torch.tensors import gemlite_meta as meta
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, expect_tensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor
+from lq_torch.tensors.saved import SavedWeight
 
 _BITS = (1, 2, 4, 8)
 
@@ -148,27 +149,28 @@ class Int4GemliteTensor(LowBitTensor):
             kernel = meta.safe_kernel(kernel, x.numel() // columns, self.bits, columns, self.group_size)
         return gemlite_linear(x, bias, (self.qdata, self.scale, self.zero), self.meta_args(), kernel)
 
-    def check(self) -> None:
-        """Raise FormatError unless the inner tensors fit the shape and the attributes."""
-        rows, columns = self.shape if len(self.shape) == 2 else (0, 0)
-        if rows == 0 or columns == 0 or columns % 32:
-            raise FormatError(f"a gemlite weight has the shape (N, K) with K % 32 == 0, not {tuple(self.shape)}")
-        if type(self.bits) is not int or self.bits not in _BITS:
-            raise FormatError(f"bits={self.bits!r}: gemlite takes 1, 2, 4 or 8")
-        size = self.group_size
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
+        """Raise FormatError unless the tensors fit the shape and the attributes."""
+        rows, columns = saved.matrix()
+        bits, size, kernel = (saved.attributes[name] for name in cls.attribute_names)
+        if rows == 0 or columns % 32:
+            raise FormatError(f"a gemlite weight has the shape (N, K) with K % 32 == 0, not {saved.shape}")
+        if type(bits) is not int or bits not in _BITS:
+            raise FormatError(f"bits={bits!r}: gemlite takes 1, 2, 4 or 8")
         if reason := meta.why_not_group(columns, size):
             raise FormatError(f"group_size={size!r}: {reason}")
         try:
-            check_kernel(self.kernel)
+            check_kernel(kernel)
         except SpecError as error:
             raise FormatError(str(error)) from None
-        width = meta.packing_bitwidth(self.bits, size)
-        expect_tensor(self.qdata, "qdata", (columns * self.bits // width, rows), (meta.ITEM_DTYPES[width],))
-        expect_tensor(self.scale, "scale", (columns // size, rows), SCALE_DTYPES)
-        if self.bits == 1 and size < columns:
-            expect_tensor(self.zero, "zero", (columns // size, rows), (self.scale.dtype,))
+        width = meta.packing_bitwidth(bits, size)
+        saved.expect("qdata", (columns * bits // width, rows), meta.ITEM_DTYPES[width])
+        scale = saved.expect("scale", (columns // size, rows), *SCALE_DTYPES)
+        if bits == 1 and size < columns:
+            saved.expect("zero", (columns // size, rows), scale.dtype)
         else:
-            midpoint = 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
-            expect_tensor(self.zero, "zero", (), (torch.int32 if self.bits > 1 else torch.float32,))
-            if self.zero.device.type != "meta" and float(self.zero) != midpoint:
-                raise FormatError(f"tensor 'zero' is {float(self.zero)}: expected the midpoint {midpoint}")
+            midpoint = 2.0 ** (bits - 1) if bits > 1 else 0.5
+            zero = saved.expect("zero", (), torch.int32 if bits > 1 else torch.float32)
+            if zero.device.type != "meta" and float(zero) != midpoint:
+                raise FormatError(f"tensor 'zero' is {float(zero)}: expected the midpoint {midpoint}")

@@ -17,8 +17,9 @@ import torch
 from lq_formats import DTypeError, FormatError, GroupSizeError, ShapeError, choose_qparams, quantize_affine
 from torch import Tensor
 
-from lq_torch.tensors.base import LowBitTensor, expect_tensor
+from lq_torch.tensors.base import LowBitTensor
 from lq_torch.tensors.int4 import int4_spec
+from lq_torch.tensors.saved import SavedWeight
 
 INNER_K_TILES = 8
 _GROUP_SIZES = (32, 64, 128, 256)
@@ -117,15 +118,16 @@ class Int4TilePackedTensor(LowBitTensor):
         y = y.view(*x.shape[:-1], self.shape[0])
         return y if bias is None else y + bias
 
-    def check(self) -> None:
-        """Raise FormatError unless the inner tensors fit the shape and the group size."""
-        rows, columns = self.shape if len(self.shape) == 2 else (0, 0)
-        size = self.group_size
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
+        """Raise FormatError unless the tensors fit the shape and the group size."""
+        rows, columns = saved.matrix()
+        size = saved.attributes["group_size"]
         known = type(size) is int and size in _GROUP_SIZES and columns % size == 0
-        if not known or columns == 0 or rows % 8 or columns % 128:
-            raise FormatError(f"shape {tuple(self.shape)} with group_size={size!r} is not a tinygemm weight")
-        expect_tensor(self.qdata, "qdata", (rows // 8, columns // 128, 32, 4), (torch.int32,))
-        expect_tensor(self.scale_and_zero, "scale_and_zero", (columns // size, rows, 2), (torch.bfloat16,))
+        if not known or rows % 8 or columns % 128:
+            raise FormatError(f"shape {saved.shape} with group_size={size!r} is not a tinygemm weight")
+        saved.expect("qdata", (rows // 8, columns // 128, 32, 4), torch.int32)
+        saved.expect("scale_and_zero", (columns // size, rows, 2), torch.bfloat16)
 
 
 def _runs_tinygemm(x: Tensor) -> bool:

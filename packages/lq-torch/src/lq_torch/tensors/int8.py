@@ -3,11 +3,12 @@
 from typing import ClassVar, Literal, Self
 
 import torch
-from lq_formats import FormatError, SpecError, quantize_weight_per_channel, quantize_weight_per_tensor
+from lq_formats import SpecError, quantize_weight_per_channel, quantize_weight_per_tensor
 from lq_kernels import int8_gemm
 from torch import Tensor
 
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight, expect_tensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight
+from lq_torch.tensors.saved import SavedWeight
 
 
 class Int8Tensor(LowBitTensor):
@@ -47,9 +48,10 @@ class Int8Tensor(LowBitTensor):
         """Return ``x @ self.T + bias`` by the kernel that the registry selects."""
         return int8_gemm(x, self.qdata, self.scale, bias)
 
-    def check(self) -> None:
-        """Raise FormatError unless the inner tensors fit the shape."""
-        if len(self.shape) != 2 or self.shape[1] == 0:
-            raise FormatError(f"an int8 weight has the shape (N, K), not {tuple(self.shape)}")
-        expect_tensor(self.qdata, "qdata", tuple(self.shape), (torch.int8,))
-        expect_tensor(self.scale, "scale", () if self.scale.dim() == 0 else (self.shape[0],), SCALE_DTYPES)
+    @classmethod
+    def check_saved(cls, saved: SavedWeight) -> None:
+        """Raise FormatError unless the tensors fit the shape."""
+        rows, columns = saved.matrix()
+        saved.expect("qdata", (rows, columns), torch.int8)
+        scale = saved.tensors.get("scale")
+        saved.expect("scale", () if scale is not None and scale.dim() == 0 else (rows,), *SCALE_DTYPES)
