@@ -30,7 +30,8 @@ class DecodeConfig:
         slots: Blocks of 16 rows in a pass: 1, 2, 4 or 8.
         cluster: CTAs that share K.
         clusters: Clusters in the grid.
-        stages: Stages of 8 KB in the ring.
+        stages: Stages of 16 KB in the ring.
+        boxes: Buffers for sums that travel between CTAs: 1 where every cluster has one pass, else 2.
         pitch: Bytes from token to token in shared memory.
         shared: Bytes of shared memory.
     """
@@ -40,6 +41,7 @@ class DecodeConfig:
     cluster: int
     clusters: int
     stages: int
+    boxes: int
     pitch: int
     shared: int
 
@@ -55,13 +57,15 @@ def cut(
     share, rows = -(-steps // cluster), -(-blocks // clusters)
     slots = next((slots for slots in (1, 2, 4) if rows <= slots), 8)
     pitch = share * step * 2 + 16
-    fixed = _HEADER + 4 * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
-    wanted = -(-rows // slots) * -(-share * slots // _WARPS)
-    stage = _WARPS * (BLOCK_BYTES + scale_bytes)
+    passes = -(-rows // slots)
+    boxes = min(passes, 2)
+    fixed = _HEADER + boxes * 2 * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
+    wanted = passes * -(-share * slots // (2 * _WARPS))
+    stage = 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
     stages = min(_MAX_STAGES, wanted, (shared - fixed) // stage)
-    if stages < min(wanted, 3):
+    if stages < min(wanted, 2):
         return None
-    return DecodeConfig(token_tiles, slots, cluster, clusters, stages, pitch, fixed + stages * stage)
+    return DecodeConfig(token_tiles, slots, cluster, clusters, stages, boxes, pitch, fixed + stages * stage)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,7 +88,7 @@ def decode_config(
     for token_tiles in dict.fromkeys((min(wanted, max_token_tiles), 2, 1)):
         for per_sm in (2, 1):
             for cluster in (1, 2, 4, 8):
-                clusters = min(blocks, sm_count * per_sm // cluster)
+                clusters = min(blocks, _clusters(sm_count, cluster) * per_sm)
                 config = cut(m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters, _SHARED[per_sm])
                 if config is None:
                     continue
@@ -92,6 +96,11 @@ def decode_config(
                 if best is None or cost < best[0]:
                     best = (cost, config)
     return best[1] if best else None
+
+
+def _clusters(sm_count: int, cluster: int) -> int:
+    """Return how many clusters run at once with a CTA a multiprocessor: 66, 30 and 15 of 2, 4 and 8 on an H200."""
+    return sm_count // cluster if cluster <= 2 else (sm_count - 12) // cluster
 
 
 def _cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, per_sm: int) -> float:
@@ -160,6 +169,7 @@ def linear(
         group_size,
         config.slots,
         config.stages,
+        config.boxes,
         config.pitch,
         cluster=config.cluster,
         dependent=True,

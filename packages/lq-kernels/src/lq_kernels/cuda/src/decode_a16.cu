@@ -2,20 +2,21 @@
 //
 // At this size the time is that of reading the weight once, so everything serves one stream of bytes that never pauses:
 //
-// - A producer warp fills a ring of stages (up to 8 KB of codes and their scales each) by bulk copies. Weights do not depend on
+// - A producer warp fills a ring of stages (up to 16 KB of codes and their scales each) by bulk copies. Weights do not depend on
 //   the previous kernel: the ring is filled *before* griddepcontrol.wait, while that kernel still runs.
 // - Rows are shared among clusters in blocks of 16, which balances any matrix; the CTAs of a cluster share K. A CTA's part of x
 //   is loaded once and stays in shared memory.
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
 //   are 16 consecutive bytes; unpacking is 11 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
-//   Few warps a scheduler hide little latency, so the code does: the next stage's codes are loaded in the middle of a stage, and
-//   sums are scaled a group late, when the tensor cores have surely finished them.
+//   Few warps a scheduler hide little latency, so the code does: codes are loaded half a stage ahead, and sums are scaled when
+//   the multiplications of the next group have been issued.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
 // A cluster walks through its rows in passes of up to `slots` blocks (8, 4, 2 or 1). A stage holds the blocks of a pass at
-// `k_parts` = 8 / slots consecutive K steps (128 in features for int4, 64 for int8; 1 KB a block and step), one for each warp.
+// 2 * k_parts consecutive K steps, k_parts = 8 / slots: two steps of a block for each warp. A step is 128 in features for int4
+// and 64 for int8, 1 KB a block.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1).
@@ -40,13 +41,14 @@ constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 the 
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
 constexpr int kMaxStages = 16;
+constexpr int kChunks = 4;  // pieces of a CTA's share of x: multiplication begins with the first
 constexpr int kBlockRows = 16;
 constexpr int kBlockBytes = 1024;                // of codes in a K step
 constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
 constexpr int kHalfQuads = kStep / 64;           // pieces of 32 in features (one ldmatrix.x4 of tokens) in half a step
 constexpr int kScaleBytes = kBlockRows * static_cast<int>(sizeof(ScaleBits));  // of a block and group
 constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           // of a block and step, zeros included
-constexpr int kStage = kWarps * (kBlockBytes + kSlotScales);
+constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
 
 template <int kValue>
@@ -66,6 +68,7 @@ struct Arguments {
   i64 group_size;  // used where a group is a whole number of steps
   i64 slots;       // blocks in a pass, at most
   i64 stages;
+  i64 boxes;  // 1 where every cluster has one pass, else 2
   i64 pitch;  // bytes from token to token of x in shared memory
 };
 
@@ -85,7 +88,7 @@ __device__ __forceinline__ void load_pair(float (&to)[2], u32 address) {
 // Sums of a group of in features, not scaled yet; two chains where few tokens would leave the tensor cores waiting.
 template <int kTokenTiles>
 struct Sums {
-  static constexpr int kChains = kTokenTiles < 4 ? 2 : 1;
+  static constexpr int kChains = kTokenTiles == 1 ? 2 : 1;
   float part[kChains][kTokenTiles][4];
   float tokens[kZero ? kTokenTiles : 1][4];  // sums of x itself, in every row
   float scale[2], zero[2];                   // of rows g and g + 8
@@ -122,29 +125,29 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u64* full = reinterpret_cast<u64*>(shared);
   u64* empty = full + kMaxStages;
   u64* x_full = empty + kMaxStages;
-  u64* received = x_full + 1;    // two: a pass's sums have arrived
-  u64* released = received + 2;  // two: every CTA has read them
+  u64* received = x_full + kChunks;  // two: a pass's sums have arrived
+  u64* released = received + 2;      // two: every CTA has read them
   u8* ring = shared + 512;
   const int stages = static_cast<int>(p.stages);
-  float* outbox = reinterpret_cast<float*>(ring + stages * kStage);  // two buffers of sums of 128 x kTokens, by owner
-  float* inbox = outbox + 2 * kBuffer;                               // ... and two by source
-  u8* tokens = reinterpret_cast<u8*>(inbox + 2 * kBuffer);
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int log_ranks = __ffs(ranks) - 1;  // cluster sizes are powers of two, and so are slots
   const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1, k_parts = kWarps >> log_slots;
-  const int log_k_parts = 3 - log_slots;
   const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
   const int first_step = steps_all * rank >> log_ranks, steps = (steps_all * (rank + 1) >> log_ranks) - first_step;
-  const int stages_per_pass = (steps + k_parts - 1) >> log_k_parts;
+  const int stage_steps = 2 * k_parts, stages_per_pass = (steps + stage_steps - 1) >> (4 - log_slots);
   const int blocks = static_cast<int>(p.blocks);
   const int cluster = static_cast<int>(blockIdx.x) >> log_ranks, clusters = static_cast<int>(gridDim.x) >> log_ranks;
   const int first_block = static_cast<int>(static_cast<i64>(blocks) * cluster / clusters);
   const int my_blocks = static_cast<int>(static_cast<i64>(blocks) * (cluster + 1) / clusters) - first_block;
   const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full
+  float* outbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of 128 x kTokens, by owner
+  float* inbox = outbox + p.boxes * kBuffer;                         // ... and by source
+  u8* tokens = reinterpret_cast<u8*>(inbox + p.boxes * kBuffer);
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
   const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
+  const int chunk_stages = (stages_per_pass + kChunks - 1) / kChunks, chunk_k = chunk_stages * stage_steps * kStep;
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
   const int owned_rows = slots * kBlockRows >> log_ranks, owned_shift = __ffs(owned_rows) - 1;
@@ -155,7 +158,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       mbarrier_init(empty + lane, kWarps);
     }
     if (lane == 0) {
-      mbarrier_init(x_full, 1);
+      for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
       for (int i = 0; i < 2; ++i) {
         mbarrier_init(received + i, 1);
         mbarrier_init(released + i, ranks);
@@ -177,7 +180,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
     auto fill = [&] {
       u8* to = ring + stage * kStage;
-      const int here = left < slots ? left : slots, parts = steps - step < k_parts ? steps - step : k_parts;
+      const int here = left < slots ? left : slots, parts = steps - step < stage_steps ? steps - step : stage_steps;
       if (elect_one()) {
         mbarrier_arrive_expect(full + stage, parts * here * (kBlockBytes + kSlotScales));
         for (int part = 0; part < parts; ++part) {
@@ -186,7 +189,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
                     here * kBlockBytes, full + stage, policy);
           if constexpr (!kPerRow) {
             const int group = kGroups > 1 ? k_step * kGroups : steps_per_group == 1 ? k_step : k_step / steps_per_group;
-            u8* scale = to + kWarps * kBlockBytes + part * slots * kSlotScales;
+            u8* scale = to + 2 * kWarps * kBlockBytes + part * slots * kSlotScales;
 #pragma unroll
             for (int i = 0; i < kGroups; ++i) {
               const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
@@ -198,7 +201,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         }
       }
       __syncwarp();
-      step += k_parts;
+      step += stage_steps;
       if (step >= steps) step = 0, block += slots, left -= slots;
       if (++stage == stages) stage = 0, parity ^= 1;
       ++filled;
@@ -207,11 +210,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     while (filled < total && filled < stages) fill();
     wait_for_previous_kernel();
     if (elect_one()) {
-      mbarrier_arrive_expect(x_full, m * k_here * 2);
-      if (k_here > 0)
+      const u8* x = p.x + (token0 * p.k + static_cast<i64>(first_step) * kStep) * 2;
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
+        if (here <= 0) break;
+        mbarrier_arrive_expect(x_full + chunk, m * here * 2);
         for (int token = 0; token < m; ++token)
-          bulk_copy(tokens + token * p.pitch, p.x + ((token0 + token) * p.k + static_cast<i64>(first_step) * kStep) * 2, k_here * 2,
-                    x_full, keep);
+          bulk_copy(tokens + token * p.pitch + from * 2, x + (token * p.k + from) * 2, here * 2, x_full + chunk, keep);
+      }
     }
     __syncwarp();
     while (filled < total) {
@@ -267,95 +273,78 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   named_barrier(1, kConsumers);
 
   const int slot = warp & (slots - 1), k_part = warp >> log_slots, g = lane / 4, t = lane % 4;
-  const u32 first_codes = shared_address(ring) + warp * kBlockBytes + lane * 16;
-  const u32 to_scales = kWarps * kBlockBytes + k_part * slots * kSlotScales + slot * kScaleBytes +
-                        2 * g * static_cast<int>(sizeof(ScaleBits)) - (warp * kBlockBytes + lane * 16);
-  const u32 group_pitch = slots * kScaleBytes;
+  const u32 first_codes = shared_address(ring) + (2 * k_part * slots + slot) * kBlockBytes + lane * 16;
+  const u32 step_codes = slots * kBlockBytes, step_scales = slots * kSlotScales, group_scales = slots * kScaleBytes;
+  const u32 to_scales = 2 * kWarps * kBlockBytes + 2 * k_part * step_scales + slot * kScaleBytes +
+                        2 * g * static_cast<int>(sizeof(ScaleBits)) - (first_codes - shared_address(ring));
   u32 tokens_at[kTokenTiles];  // this lane's row of a token tile; a token that does not exist reads the last, its sums are not stored
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
     const int token = c * 8 + lane % 8;
-    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16 + k_part * kStep * 2;
+    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16 + k_part * kStep * 4;
   }
 
   const int total = passes * stages_per_pass;
-  int stage = 0, loaded = 0;
+  int stage = 0, loaded = 0, next_chunk = 0;
+  u64* chunk_full = x_full;
   u32 parity = 0, codes = first_codes;
-  u32 words[2][4];  // this lane's codes of a stage
-  float scales[kScaleCount][2] = {}, zeros[kScaleCount][2] = {};
+  u32 words[2][2][4];  // this lane's codes of a stage: two steps of two halves
 
-  auto next_stage = [&] {
-    ++stage, codes += kStage;
-    if (stage == stages) stage = 0, parity ^= 1, codes = first_codes;
-  };
-  auto load_words = [&](u32(&to)[4], int h) {
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(codes + h * 512)
-                 : "memory");
-  };
-  auto load_scales = [&] {
-    if constexpr (!kPerRow) {
+  auto load_words = [&] {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const u32 at = codes + to_scales + i * group_pitch;
-        load_pair<Scale>(scales[i], at);
-        if constexpr (kZero) {
-          load_pair<Scale>(zeros[i], at + kGroups * group_pitch);
-          zeros[i][0] -= 8.0f;
-          zeros[i][1] -= 8.0f;
-        }
-      }
-    }
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[i][h][0]), "=r"(words[i][h][1]), "=r"(words[i][h][2]), "=r"(words[i][h][3])
+                     : "r"(codes + i * step_codes + h * 512)
+                     : "memory");
   };
 
   if (total > 0) {
     mbarrier_wait(full, 0);
-    load_words(words[0], 0);
-    load_words(words[1], 1);
-    load_scales();
+    load_words();
     ++loaded;
   }
-  mbarrier_wait(x_full, 0);
-#pragma unroll
-  for (int c = 0; c < kTokenTiles; ++c) order_after(tokens_at[c]);
-
   for (int pass = 0; pass < passes; ++pass) {
     const int block = first_block + pass * slots + slot;
     const bool rows_exist = pass * slots + slot < my_blocks;
     float acc[kTokenTiles][4] = {};
-    Sums<kTokenTiles> sums, late;
-    sums.clear();
-    late.clear();
+    Sums<kTokenTiles> even, odd;  // sums of a group: the one being multiplied and the one before, by turns
+    even.clear();
+    odd.clear();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      late.scale[r] = late.zero[r] = sums.scale[r] = sums.zero[r] = 0.0f;
+      even.scale[r] = even.zero[r] = odd.scale[r] = odd.zero[r] = 0.0f;
       if constexpr (kPerRow) {
         const i64 at = static_cast<i64>(rows_exist ? block : 0) * kBlockRows + 2 * g + r;
-        sums.scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
-        if constexpr (kZero) sums.zero[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]) - 8.0f;
+        even.scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
+        if constexpr (kZero) even.zero[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]) - 8.0f;
       }
     }
 
-    // Half h of a stage. `sums` are a group's; at its end the group before is scaled, whose multiplications are long done.
-    auto multiply = [&](auto half, const u32(&x_at)[kTokenTiles]) {
-      constexpr int h = decltype(half)::value;
+    // A step, half a stage. A group's sums are scaled when the next group's multiplications are on their way.
+    auto multiply = [&](auto which, u32 step_scale, const u32(&x_at)[kTokenTiles]) {
+      constexpr int kStepInStage = decltype(which)::value;
+      constexpr int kQuads = 2 * kHalfQuads;
 #pragma unroll
-      for (int q = 0; q < kHalfQuads; ++q) {
-        constexpr int kQuads = 2 * kHalfQuads;
-        const int quad = h * kHalfQuads + q;
+      for (int quad = 0; quad < kQuads; ++quad) {
+        constexpr int kGroupQuads = kQuads / kScaleCount;
+        Sums<kTokenTiles>& sums = !kPerRow && (kStepInStage * kScaleCount + quad / kGroupQuads) % 2 ? odd : even;
+        Sums<kTokenTiles>& late = !kPerRow && (kStepInStage * kScaleCount + quad / kGroupQuads) % 2 ? even : odd;
+        const int h = quad / kHalfQuads, q = quad % kHalfQuads;
         u32 a[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if constexpr (kBits == 4)
-            int4_fragment(X{}, a[i], words[h][2 * q + i]);
+            int4_fragment(X{}, a[i], words[kStepInStage][h][2 * q + i]);
           else
-            int8_fragment(X{}, a[i], words[h][2 * i], words[h][2 * i + 1]);
+            int8_fragment(X{}, a[i], words[kStepInStage][h][2 * i], words[kStepInStage][h][2 * i + 1]);
         }
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) {
           u32 b[4];
-          load_matrix_x4(b, x_at[c] + quad * 64);
+          load_matrix_x4(b, x_at[c] + (kStepInStage * kStep + quad * 32) * 2);
           mma_k16(X{}, sums.part[0][c], a[0], b[0], b[1]);
           mma_k16(X{}, sums.part[Sums<kTokenTiles>::kChains - 1][c], a[1], b[2], b[3]);
           if constexpr (kZero) {
@@ -365,13 +354,16 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           }
         }
         if constexpr (!kPerRow) {
-          if ((quad + 1) % (kQuads / kScaleCount) == 0) {
-            const int group = quad / (kQuads / kScaleCount);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) sums.scale[r] = scales[group][r], sums.zero[r] = zeros[group][r];
+          if ((quad + 1) % kGroupQuads == 0) {
+            const u32 at = step_scale + quad / kGroupQuads * group_scales;
+            load_pair<Scale>(sums.scale, at);
+            if constexpr (kZero) {
+              load_pair<Scale>(sums.zero, at + kGroups * group_scales);
+              sums.zero[0] -= 8.0f;
+              sums.zero[1] -= 8.0f;
+            }
             late.finish(acc);
-            late = sums;
-            sums.clear();
+            late.clear();
           }
         }
       }
@@ -380,32 +372,35 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     u32 x_at[kTokenTiles];
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c];
-    // Stages in which this warp's slot exists: all, or all but the last, or none.
-    const int my_stages = rows_exist ? (steps - k_part + k_parts - 1) >> log_k_parts : 0;
+    int mine = rows_exist ? steps - 2 * k_part : 0;  // this warp's steps from here on, and the other warps' between them
+    if (pass > 0) next_chunk = stages_per_pass;  // x is there
     for (int at = 0; at < stages_per_pass; ++at) {
-      const bool exists = at < my_stages, more = loaded < total;
-      if (exists) multiply(Int<0>{}, x_at);
-      u32 next[4];
+      const u32 scale = codes + to_scales;
       u64* const used = empty + stage;
-      if (more) {
-        next_stage();
-        mbarrier_wait(full + stage, parity);
-        load_words(next, 0);
+      if (at == next_chunk) {
+        // The next chunk of x; what lies past the end of K was zeroed.
+        if (next_chunk * stage_steps * kStep < k_here) mbarrier_wait(chunk_full++, 0);
+        next_chunk += chunk_stages;
+#pragma unroll
+        for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
-      if (exists) multiply(Int<1>{}, x_at);
+      if (mine > 0) multiply(Int<0>{}, scale, x_at);
+      if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_at);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(used);
-      if (more) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[0][i] = next[i];
-        load_words(words[1], 1);
-        load_scales();
+      if (loaded < total) {
+        ++stage, codes += kStage;
+        if (stage == stages) stage = 0, parity ^= 1, codes = first_codes;
+        mbarrier_wait(full + stage, parity);
+        load_words();
         ++loaded;
       }
+      mine -= stage_steps;
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c) x_at[c] += k_parts * kStep * 2;
+      for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
     }
-    (kPerRow ? sums : late).finish(acc);
+    even.finish(acc);
+    if constexpr (!kPerRow) odd.finish(acc);
 
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
     // have read those, which also means that what this CTA sent then has left.
@@ -443,12 +438,12 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 #define LQ_DECODE(TILES, CTAS)                                                                                                \
   extern "C" __global__ void __launch_bounds__(kThreads, CTAS) decode_a16_t##TILES(                                           \
       const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m, i64 n, i64 k,          \
-      i64 blocks, i64 group_size, i64 slots, i64 stages, i64 pitch) {                                                         \
-    decode<TILES>(Arguments{x, packed, scales, zeros, bias, y, m, n, k, blocks, group_size, slots, stages, pitch});            \
+      i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {                                                         \
+    decode<TILES>(Arguments{x, packed, scales, zeros, bias, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});            \
   }
 
-LQ_DECODE(1, 2)
-LQ_DECODE(2, 1)
+LQ_DECODE(1, LQ_GROUPS == 4 ? 1 : LQ_ZERO || LQ_GROUPS == 2 ? 2 : 3)
+LQ_DECODE(2, LQ_GROUPS == 4 || LQ_ZERO ? 1 : 2)
 #if LQ_GROUPS != 4 || !LQ_ZERO
 LQ_DECODE(4, 1)  // scales, zeros and token sums of four groups do not fit the registers
 #endif

@@ -61,6 +61,17 @@ __device__ __forceinline__ void int4_fragment(Fp16 t, u32 (&a)[4], u32 word) {
   for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x64006400u), 0x64086408u);
 }
 
+// The same codes as they are, 0 to 15.
+__device__ __forceinline__ void int4_codes(Bf16 t, u32 (&a)[4], u32 word) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x43004300u), 0x43004300u);
+}
+
+__device__ __forceinline__ void int4_codes(Fp16 t, u32 (&a)[4], u32 word) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x64006400u), 0x64006400u);
+}
+
 // Eight int8 codes in two words; bytes of a word are [a_i.lo, a_{i+1}.lo, a_i.hi, a_{i+1}.hi].
 // bf16 has 8 bits of mantissa, enough for the low seven bits at 128 and, apart, for the sign's weight of 128.
 __device__ __forceinline__ void int8_fragment(Bf16 t, u32 (&a)[4], u32 word0, u32 word1) {
@@ -94,6 +105,19 @@ __device__ __forceinline__ u16 from_float(Bf16, float value) {
   u16 bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+
+// Two of them: `low` in the low half.
+__device__ __forceinline__ u32 from_floats(Bf16, float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ u32 from_floats(Fp16, float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // D += A (16 x 16) * B (16 x 8), fp32 sums; fragments as in mma.cuh with pairs of k instead of fours.

@@ -75,6 +75,12 @@ __device__ __forceinline__ u64 policy_evict_last() {
   return policy;
 }
 
+__device__ __forceinline__ u64 policy_evict_normal() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Copy `bytes` (a multiple of 16, both ends 16-byte aligned).
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier, u64 policy) {
   asm volatile(
@@ -121,6 +127,9 @@ __device__ __forceinline__ u32 cluster_size() {
 // Orders nothing but the barriers of mbarrier_init_fence: a full release costs a flush to the L2.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
+// Orders this thread's writes to the cluster's shared memory before cluster_wait of the other threads.
+__device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Address of a shared variable of this CTA in the shared memory of CTA `rank`.
@@ -140,6 +149,10 @@ __device__ __forceinline__ void bulk_copy_to_cluster(u32 to, const void* shared,
 
 // Makes this thread's writes to shared memory visible to asynchronous copies.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void store_cluster(u32 address, float a, float b, float c, float d) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
 
 // ---- programmatic dependent launch ----
 
