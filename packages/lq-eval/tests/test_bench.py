@@ -29,7 +29,7 @@ def options(**changes):
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "expected"), [(192 << 20, 2), (8 << 20, 24), (1, 48), (1 << 40, 2)], ids=["L2", "8MB", "tiny", "huge"]
+    ("nbytes", "expected"), [(192 << 20, 2), (8 << 20, 24), (1, 128), (1 << 40, 2)], ids=["L2", "8MB", "tiny", "huge"]
 )
 def test_copies_make_a_round_cold(nbytes, expected):
     assert copies(nbytes) == expected
@@ -54,12 +54,44 @@ def test_layers_of_the_llama_models():
     assert len(parse_shapes("llama-3-70b.merged")) == 4
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llama-3.2-1b", 0.973), ("llama-3-8b", 6.979), ("llama-3-70b", 68.45)])
+def test_heads_need_not_add_up_to_the_hidden_size():
+    shapes = {shape.label: (shape.n, shape.k) for shape in parse_shapes("qwen3-32b")}
+    assert shapes["qwen3-32b.q"] == (8192, 5120)
+    assert shapes["qwen3-32b.o"] == (5120, 8192)
+    assert shapes["qwen3-32b.qkv"] == (10240, 5120)
+
+
+def test_layers_of_one_expert():
+    shapes = {
+        shape.label: (shape.n, shape.k) for shape in parse_shapes("mixtral-8x7b.w1,mixtral-8x7b.w2,mixtral-8x7b.w13")
+    }
+    assert shapes == {
+        "mixtral-8x7b.w1": (14336, 4096),
+        "mixtral-8x7b.w2": (4096, 14336),
+        "mixtral-8x7b.w13": (28672, 4096),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-3.2-1b", 0.973),
+        ("llama-3-8b", 6.979),
+        ("llama-3-70b", 68.45),
+        ("qwen3-8b", 6.946),
+        ("qwen3-32b", 31.21),
+        ("mixtral-8x7b", 46.44),
+    ],
+)
 def test_the_layers_add_up_to_the_model(name, billions):
     """Parameters of all linear layers, from the models' configurations."""
+    model = MODELS[name]
     for merged in (False, True):
-        block = sum(shape.n * shape.k for shape in MODELS[name].shapes(name, merged=merged))
-        assert block * MODELS[name].layers / 1e9 == pytest.approx(billions, rel=1e-3)
+        block = sum(
+            shape.n * shape.k * (model.experts if ".w" in shape.label else 1)
+            for shape in model.shapes(name, merged=merged)
+        )
+        assert block * model.layers / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
 @pytest.mark.parametrize("text", ["", "4096", "0x4", "4x", "llama-9", "llama-3-8b.lm"])
@@ -90,9 +122,19 @@ def test_kernels_can_be_forced_and_say_why_they_cannot():
 
 @pytest.mark.usefixtures("no_waiting")
 def test_peers_without_a_gpu_say_so():
-    rows = list(run_gemm(options(ops=("int4",), ms=(1,), kernels=(), peers=("tinygemm",))))
-    assert len(rows) == 1
-    assert "CUDA GPU" in rows[0].note
+    chosen = options(ops=("int4", "int8"), ms=(1,), kernels=(), peers=("tinygemm", "humming"))
+    rows = list(run_gemm(chosen))
+    assert len(rows) == points(chosen) == 3  # tinygemm has no int8
+    assert all("CUDA GPU" in row.note for row in rows)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_product_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.delattr("lq_torch.Int8DynamicActivationConfig", raising=False)
+    chosen = options(ops=("w8a8-int8",), ms=(1, 2))
+    rows = list(run_gemm(chosen))
+    assert [row.us for row in rows] == [None, None]
+    assert all("lq_torch.Int8DynamicActivationConfig" in row.note for row in rows)
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -42,3 +42,11 @@ def test_a_damaged_line_is_named_by_number(tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(FormatError, match="line 2"):
         list(read_records(path))
+
+
+def test_the_commit_can_be_named_where_there_is_no_checkout(monkeypatch):
+    monkeypatch.setattr(results, "_output", lambda *command: None)
+    monkeypatch.setenv("LQ_GIT_COMMIT", "0123456789ab")
+    assert results.git_commit() == "0123456789ab"
+    monkeypatch.setenv("LQ_GIT_COMMIT", " ")
+    assert results.git_commit() is None

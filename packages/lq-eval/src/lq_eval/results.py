@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from lq_formats import FormatError
 
+from lq_eval import env
+
 PACKAGES = ("lq-formats", "lq-kernels", "lq-torch", "lq-eval")
 _KEYS = {"bench", "environment", "rows"}
 
@@ -73,7 +75,12 @@ def driver_version() -> str | None:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout that this file is in, ``-dirty`` if tracked files changed; None outside one."""
+    """Return the commit of the checkout that this file is in, ``-dirty`` if tracked files changed; None outside one.
+
+    ``LQ_GIT_COMMIT`` (see :mod:`lq_eval.env`) takes precedence.
+    """
+    if named := env.git_commit():
+        return named
     here = str(Path(__file__).parent)
     commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     if not commit:

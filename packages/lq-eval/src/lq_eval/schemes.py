@@ -6,6 +6,7 @@ A scheme is a short name for a configuration of :func:`lq_torch.quantize_`::
     int4-g128  int4-g128-asym                 4 bits, symmetric or asymmetric, one scale per 128 in features
     int4-row  int4-row-asym                   4 bits, one scale a row
     int4-g128:gemlite                         the same numbers in another packing
+    int4-g128-a8-fp8  int8-a8-int8            activations quantized per token on each call, to fp8 or int8
     q4_0                                      ggml blocks
 """
 
@@ -15,12 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lq_torch
 import torch
-from lq_formats import SpecError, check_float, check_matrix
+from lq_formats import SpecError, UnsupportedError, check_float, check_matrix
 from lq_torch import GGMLWeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
 from torch import Tensor
 
 _INT4 = re.compile(r"int4-(?:g(?P<group>\d+)|row)(?P<asym>-asym)?(?::(?P<format>[a-z0-9_]+))?")
+_DYNAMIC = re.compile(r"(?P<weight>int4-(?:g\d+|row)|int8)-a8-(?P<activation>fp8|int8)")
 _GGML = re.compile(r"q\d_\d")
 
 DEMO_SCHEMES = (
@@ -54,11 +57,13 @@ def parse_scheme(name: str, scale_dtype: torch.dtype | None = None) -> WeightCon
         return Int8WeightOnlyConfig(granularity="tensor" if name.endswith("tensor") else "row")
     if _GGML.fullmatch(name):
         return GGMLWeightOnlyConfig(name)
+    if dynamic := _DYNAMIC.fullmatch(name):
+        return _dynamic_config(dynamic["weight"], dynamic["activation"])
     match = _INT4.fullmatch(name)
     if match is None:
         raise SpecError(
             f"unknown scheme {name!r}: expected int8, int8-tensor, int4-g<group>, int4-row (either with -asym and "
-            "with :<packing format>) or q4_0"
+            "with :<packing format>), int4-g<group>-a8-fp8, int8-a8-int8 or q4_0"
         )
     options: dict[str, Any] = {"int4_packing_format": match["format"]} if match["format"] else {}
     return Int4WeightOnlyConfig(
@@ -67,6 +72,19 @@ def parse_scheme(name: str, scale_dtype: torch.dtype | None = None) -> WeightCon
         scale_dtype=scale_dtype,
         **options,
     )
+
+
+def _dynamic_config(weight: str, activation: str) -> WeightConfig:
+    """Return the configuration of weights whose activations are quantized on each call."""
+    name = "Int8DynamicActivationConfig" if weight == "int8" else "Int4DynamicActivationConfig"
+    config = getattr(lq_torch, name, None)
+    if config is None:
+        raise UnsupportedError(f"{weight} weights with {activation} activations need lq_torch.{name}")
+    options: dict[str, Any] = {"activation": activation}
+    if weight != "int8":
+        options["group_size"] = -1 if weight == "int4-row" else int(weight.removeprefix("int4-g"))
+    made: WeightConfig = config(**options)
+    return made
 
 
 def parse_schemes(names: str, scale_dtype: torch.dtype | None = None) -> dict[str, WeightConfig]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lq_eval.bench.gemm import GemmRow
 from lq_eval.bench.ggml import GGMLRow
+from lq_eval.bench.sweep import SweepSummary
 from lq_eval.doctor import Fact
 from lq_eval.evaluate import Evaluation
 from lq_eval.schemes import MatrixError
@@ -97,6 +98,36 @@ def gemm_table(rows: Iterable[GemmRow], title: str) -> Table:
             f"{row.gb_per_s:.0f}" if row.gb_per_s is not None else "-",
         )
     return table
+
+
+def sweep_table(rows: Sequence[SweepSummary], title: str) -> Table:
+    """Return the table of ``lq-eval bench sweep``, the worst first."""
+    columns = ("op", "weight", "kernel", "points", "failed", "min speedup", "at M", "worst drop", "from M", "to M")
+    measured = [row for row in rows if row.min_speedup is not None]
+    caption = f"{sum(row.monotone for row in rows)} of {len(rows)} monotone within 8%"
+    if measured:
+        worst = min(measured, key=_least)
+        caption += f"; least speedup {_least(worst):.2f}x ({worst.op}, {worst.shape}, M = {worst.min_m})"
+    caption += ". Drop: time at the smaller M over time at the larger, minus one, up to 512 tokens"
+    table = _table(title, columns, caption, left=3)
+    for row in sorted(rows, key=_least):
+        size = f"{row.n}x{row.k}"
+        table.add_row(
+            f"{row.op} {_SHORT.get(row.dtype, row.dtype)}",
+            size if row.shape == size else f"{row.shape} {size}",
+            row.min_ran,
+            str(row.points),
+            str(row.failed),
+            "-" if row.min_speedup is None else f"{row.min_speedup:.2f}x",
+            "" if row.min_m is None else str(row.min_m),
+            Text("-" if row.excess is None else f"{row.excess:.1%}", style="" if row.monotone else "red"),
+            *("" if m is None or not row.excess else str(m) for m in (row.slow_m, row.fast_m)),
+        )
+    return table
+
+
+def _least(row: SweepSummary) -> float:
+    return -1.0 if row.min_speedup is None else row.min_speedup
 
 
 def ggml_table(rows: Iterable[GGMLRow], title: str) -> Table:

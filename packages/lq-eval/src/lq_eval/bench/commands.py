@@ -1,13 +1,18 @@
-"""The commands ``lq-eval bench gemm``, ``ggml`` and ``plot``."""
+"""The commands ``lq-eval bench gemm``, ``sweep``, ``eager``, ``cold``, ``ggml`` and ``plot``."""
 
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lq_eval.bench.sweep import Point
+from lq_eval.results import Record, read_records
 from lq_eval.terminal import Device, Json, Seconds, console, device_name, integers, progress_bar, save, split
+
+# A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
+_ROWS_A_RECORD = 64
 
 bench_app = typer.Typer(help="Time kernels; results go to a table, a JSONL file and a plot.", no_args_is_help=True)
 
@@ -15,13 +20,15 @@ bench_app = typer.Typer(help="Time kernels; results go to a table, a JSONL file 
 @bench_app.command("gemm")
 def bench_gemm(
     shapes: Annotated[
-        str | None, typer.Option(help="NxK, llama-3.2-1b, llama-3-8b, llama-3-70b[.layer|.merged].")
+        str | None, typer.Option(help="NxK, or a model[.layer|.merged]: llama-3-8b, qwen3-32b, mixtral-8x7b.w1, ...")
     ] = None,
     ms: Annotated[str | None, typer.Option(help="Numbers of tokens.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="dtypes of x.")] = None,
-    ops: Annotated[str, typer.Option(help="int4, int8, q4_0.")] = "int4,int8,q4_0",
+    ops: Annotated[
+        str, typer.Option(help="int4, int8, q4_0, w4a8-fp8, w4a8-int8, w8a8-int8, w8a8-fp8.")
+    ] = "int4,int8,q4_0",
     kernels: Annotated[str, typer.Option(help="auto, all, or names of kernels to force.")] = "auto",
-    peers: Annotated[str, typer.Option(help="gemlite, tinygemm (GPU only).")] = "",
+    peers: Annotated[str, typer.Option(help="gemlite, humming, tinygemm (GPU only).")] = "",
     group_size: Annotated[int, typer.Option(help="Group size of int4; -1: per row.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="Symmetric int4.")] = True,
     device: Device = None,
@@ -29,7 +36,7 @@ def bench_gemm(
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the speedup to this file (png, svg, pdf).")] = None,
 ) -> None:
-    """Lq's kernels against the vendor's dense product (cuBLAS), over M and the layers of LLaMA models."""
+    """Lq's kernels against the vendor's dense product (cuBLAS), over M and the layers of LLaMA, Qwen and Mixtral models."""
     from lq_eval.bench.gemm import GemmOptions, points, run_gemm
     from lq_eval.bench.shapes import parse_shapes
     from lq_eval.bench.timing import COLD_BYTES
@@ -67,6 +74,67 @@ def bench_gemm(
         from lq_eval.plots import plot_speedup
 
         plot_speedup([row.to_dict() for row in found], plot, device_name(where))
+
+
+@bench_app.command("sweep")
+def bench_sweep(
+    shapes: Annotated[
+        str | None, typer.Option(help="As for gemm; default on a GPU: every layer of every model.")
+    ] = None,
+    ms: Annotated[str | None, typer.Option(help="Numbers of tokens; default on a GPU: 1 to 64 and on to 8192.")] = None,
+    ops: Annotated[str, typer.Option(help="int4, int8, ...; see gemm.")] = "int4,int8",
+    dtype: Annotated[str | None, typer.Option(help="dtype of x.")] = None,
+    group_size: Annotated[int, typer.Option(help="Group size of int4; -1: per row.")] = 128,
+    replays: Annotated[int, typer.Option(help="Replays of each graph; the median counts.")] = 5,
+    resume: Annotated[Path | None, typer.Option(help="Leave out the points that this file has.")] = None,
+    device: Device = None,
+    seconds: Seconds = None,
+    json: Json = None,
+) -> None:
+    """The registry's choice against the dense product at every M: the worst ratio and the worst jump of each layer."""
+    from lq_eval.bench.shapes import parse_shapes
+    from lq_eval.bench.sweep import SWEEP_MS, SweepOptions, all_shapes, points, run_sweep, summarize
+    from lq_eval.bench.timing import COLD_BYTES
+    from lq_eval.models import default_device, default_dtype
+    from lq_eval.tables import sweep_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    chosen = parse_shapes(shapes) if shapes else all_shapes() if gpu else parse_shapes("2048x2048")
+    known = _known_points(resume) if resume is not None else {}
+    options = SweepOptions(
+        shapes=chosen,
+        ms=integers(ms) if ms else SWEEP_MS if gpu else (1, 2, 4, 16, 64),
+        ops=split(ops),
+        dtype=default_dtype(dtype or ("bfloat16" if gpu else "float32"), where),
+        group_size=group_size,
+        device=where,
+        seconds=seconds if seconds is not None else (500.0 if gpu else 60.0),
+        replays=replays,
+        cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3,
+        done=frozenset(known),
+    )
+    rows: list[dict[str, Any]] = []
+    saved = 0
+    started = time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task("timing", total=points(options))
+        try:
+            for row in run_sweep(options):
+                rows.append(row.to_dict())
+                bar.advance(task)
+                if len(rows) - saved >= _ROWS_A_RECORD:
+                    save(json, "sweep", rows[saved:])
+                    saved = len(rows)
+        finally:
+            if len(rows) > saved:
+                save(json, "sweep", rows[saved:])
+    found = summarize([*known.values(), *rows])
+    save(json, "sweep-summary", [summary.to_dict() for summary in found])
+    done = f"{len(rows)} of {points(options)} points in {time.monotonic() - started:.0f} s"
+    if known:
+        done += f", {len(known)} from {resume}"
+    console().print(sweep_table(found, f"{device_name(where)}: {done}"))
 
 
 @bench_app.command("ggml")
@@ -107,14 +175,33 @@ def bench_plot(
     output: Annotated[Path, typer.Argument(help="The figure to write (png, svg, pdf).")],
 ) -> None:
     """Draw the speedups of recorded gemm or ggml benchmarks."""
-    from lq_eval.errors import ModelLoadError
     from lq_eval.plots import plot_speedup
-    from lq_eval.results import read_records
 
-    try:
-        found = list(read_records(records))
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {str(records)!r}: {error}") from error
+    found = _records(records)
     gpus = dict.fromkeys(str(record.environment.get("gpu") or "CPU") for record in found)
     target = plot_speedup([row for record in found for row in record.rows], output, ", ".join(gpus))
     console().print(f"wrote {target}")
+
+
+def _known_points(path: Path) -> dict[Point, dict[str, Any]]:
+    """Return the measured rows of a sweep's records that were made on this GPU and from this commit."""
+    from lq_eval.bench.sweep import point_of
+    from lq_eval.results import environment
+
+    here = environment()
+    return {
+        point_of(row): dict(row)
+        for record in _records(path)
+        if record.bench == "sweep" and all(record.environment.get(key) == here[key] for key in ("gpu", "git"))
+        for row in record.rows
+        if row["us"]
+    }
+
+
+def _records(path: Path) -> list[Record]:
+    from lq_eval.errors import ModelLoadError
+
+    try:
+        return list(read_records(path))
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {str(path)!r}: {error}") from error

@@ -1,28 +1,26 @@
-"""lq's kernels against the vendor's dense product, over batch sizes and the layers of LLaMA models.
+"""lq's kernels against the vendor's dense product, over batch sizes and the layers of well-known models.
 
 A measured point is one product ``y (M, N) = x (M, K) @ w (N, K).T``. ``dense`` is ``F.linear`` with a weight of x's dtype
-(cuBLAS on an NVIDIA GPU). Weights are random bits: kernels take the same time for any. For Q4_0 the time includes the
-quantization of the activations.
+(cuBLAS on an NVIDIA GPU). Weights are random bits: kernels take the same time for any. For Q4_0 and the ``a8`` products
+the time includes the quantization of the activations.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lq_formats import LQError, NoKernelError, QuantSpec, SpecError
-from lq_kernels import Arch, Problem, explain, kernel_names, select
-from torch import Tensor
+from lq_formats import LQError, SpecError
+from lq_kernels import Arch
 
-from lq_eval.bench.operands import Operand, int4_operand, int8_operand, q4_0_operand
-from lq_eval.bench.peers import PEERS, peer_calls
+from lq_eval.bench.peers import PEERS, Calls, peer_calls
+from lq_eval.bench.products import AUTO, OPS, Product
 from lq_eval.bench.shapes import Shape
-from lq_eval.bench.timing import COLD_BYTES, Call, copies, time_us
+from lq_eval.bench.timing import COLD_BYTES, copies, time_us
 
-OPS = {"int4": "int4", "int8": "int8", "q4_0": "q4_0_q8_1"}
-AUTO, ALL, DENSE = "auto", "all", "dense"
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class GemmOptions:
         shapes: Weights.
         ms: Numbers of tokens.
         dtypes: dtypes of x.
-        ops: ``int4``, ``int8``, ``q4_0``.
+        ops: Products, see :mod:`lq_eval.bench.products`.
         kernels: Kernel names; ``auto`` is the registry's choice, ``all`` every kernel that can
             run but the reference.
         peers: Other libraries, see :mod:`lq_eval.bench.peers`.
@@ -61,20 +59,21 @@ class GemmOptions:
             for value in values:
                 if value not in known:
                     raise SpecError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-        known_kernels = {name for op in self.ops for name in kernel_names(OPS[op])}  # type: ignore[arg-type]
+        known_kernels = {name for product in self.products for name in product.kernels}
         for kernel in self.kernels:
             if kernel not in known_kernels | {AUTO, ALL}:
                 raise SpecError(f"unknown kernel {kernel!r}: expected auto, all, {', '.join(sorted(known_kernels))}")
         for m in self.ms:
             if m < 1:
                 raise SpecError(f"M={m}: expected at least one token")
-        for shape in self.shapes:
-            if "q4_0" in self.ops and shape.k % 32:
-                raise SpecError(
-                    f"{shape.label}: K={shape.k} is no multiple of 32, which q4_0 needs; leave it out of --ops"
-                )
-            if "int4" in self.ops and self.group_size != -1 and (self.group_size < 8 or shape.k % self.group_size):
-                raise SpecError(f"{shape.label}: K={shape.k} is not divisible by the group size {self.group_size}")
+        for product in self.products:
+            for shape in self.shapes:
+                product.check(shape)
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """The products to time."""
+        return tuple(Product(op, self.group_size, self.symmetric) for op in self.ops)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class GemmRow:
     """One measured point.
 
     Attributes:
-        op: ``int4``, ``int8`` or ``q4_0``.
+        op: What was multiplied, see :mod:`lq_eval.bench.products`.
         shape: Label of the weight.
         n: Out features.
         k: In features.
@@ -120,174 +119,179 @@ class GemmRow:
         """Return the row as JSON values, with its speedup."""
         return {**asdict(self), "speedup": self.speedup}
 
+    @staticmethod
+    def of(
+        product: Product,
+        shape: Shape,
+        m: int,
+        dtype: torch.dtype,
+        *,
+        kernel: str,
+        ran: str,
+        us: float | None,
+        dense_us: float,
+        nbytes: int,
+        note: str = "",
+    ) -> "GemmRow":
+        """Return the row of a point; ``nbytes`` are those of the packed weight."""
+        return GemmRow(
+            product.op,
+            shape.label,
+            shape.n,
+            shape.k,
+            m,
+            str(dtype).removeprefix("torch."),
+            product.group(shape),
+            kernel,
+            ran,
+            us,
+            dense_us,
+            nbytes / us / 1e3 if us else None,
+            note,
+        )
+
 
 def points(options: GemmOptions) -> int:
     """Return how many rows :func:`run_gemm` yields at most."""
-    per_op = sum(len(_kernels(op, options)) + (len(options.peers) if op == "int4" else 0) for op in options.ops)
-    return len(options.shapes) * len(options.dtypes) * len(options.ms) * per_op
+    per_point = sum(
+        len(_kernels(product, options)) + sum(_times(peer, product) for peer in options.peers)
+        for product in options.products
+    )
+    return len(options.shapes) * len(options.dtypes) * len(options.ms) * per_point
 
 
 def run_gemm(options: GemmOptions) -> Iterator[GemmRow]:
     """Measure every point, one at a time, until all are done or the time is up.
 
-    A kernel that was asked for by name and cannot run a point yields a row that says why.
+    A kernel that was asked for by name and cannot run a point yields a row that says why. Peers, which may spend minutes on
+    tuning, come last, beside the dense times of the same run.
     """
     deadline = time.monotonic() + options.seconds
-    arch = Arch.of(options.device)
-    for shape in options.shapes:
-        for dtype in options.dtypes:
-            dense = _dense_times(shape, dtype, options, deadline)
-            for op in options.ops:
-                operand = _operand(op, shape, dtype, options)
-                for m, dense_us in dense.items():
-                    x = torch.randn(m, shape.k, device=options.device, dtype=dtype)
-                    problem = Problem(OPS[op], m, shape.n, shape.k, _spec(op, dtype, options), _seen(op, dtype), arch)  # type: ignore[arg-type]
-                    for kernel in _kernels(op, options):
-                        if kernel not in options.kernels and _cannot(problem, kernel):
-                            continue  # it was not asked for by name, only by "all"
-                        if time.monotonic() > deadline:
-                            return
-                        yield _measure(op, shape, dtype, x, kernel, problem, operand, dense_us, options)
-                del operand
-                if op == "int4":
-                    yield from _peer_rows(shape, dtype, dense, options, deadline)
-                _release(options.device)
+    cases = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
+    dense: dict[tuple[Shape, torch.dtype], dict[int, float]] = {}
+    for shape, dtype in cases:
+        dense[shape, dtype] = _dense_times(shape, dtype, options, deadline)
+        for product in options.products:
+            yield from _lq_rows(product, shape, dtype, dense[shape, dtype], options, deadline)
+            _release(options.device)
+    for shape, dtype in cases:
+        for product in options.products:
+            for peer in options.peers:
+                if _times(peer, product) and time.monotonic() <= deadline:
+                    yield from _peer_rows(peer, product, shape, dtype, dense[shape, dtype], options, deadline)
+                    _release(options.device)
 
 
-def _measure(
-    op: str,
+def _lq_rows(
+    product: Product,
     shape: Shape,
     dtype: torch.dtype,
-    x: Tensor,
-    kernel: str,
-    problem: Problem,
-    operand: Operand,
-    dense_us: float,
+    dense: dict[int, float],
     options: GemmOptions,
-) -> GemmRow:
-    us, ran, note = None, kernel, ""
+    deadline: float,
+) -> Iterator[GemmRow]:
+    kernels = _kernels(product, options)
+    if not kernels:
+        return
+    arch = Arch.of(options.device)
+    operand, missing = None, ""
     try:
-        ran = explain(problem).chosen or "" if kernel == AUTO else select(problem, kernel).name
-        us = time_us(operand.calls(x, "" if kernel == AUTO else kernel), options.device, budget_s=_cpu_budget(options))
+        operand = product.operand(shape, dtype, options.device, options.cold_bytes)
     except (LQError, RuntimeError, ImportError) as error:
-        # One kernel that fails to compile or runs out of memory must not end the benchmark.
-        note = _last_line(error)
-    group = _group(op, shape, options)
-    rate = operand.nbytes / us / 1e3 if us else None
-    name = str(dtype).removeprefix("torch.")
-    return GemmRow(op, shape.label, shape.n, shape.k, x.shape[0], name, group, kernel, ran, us, dense_us, rate, note)
+        missing = last_line(error)
+    for m, dense_us in dense.items():
+        for kernel in kernels:
+            if kernel not in options.kernels and kernel != AUTO and product.cannot(shape, m, dtype, arch, kernel):
+                continue  # it was not asked for by name, only by "all"
+            if time.monotonic() > deadline:
+                return
+            us, ran, note = None, kernel, missing
+            if operand is not None:
+                try:
+                    ran = product.ran(shape, m, dtype, arch, kernel)
+                    x = torch.randn(m, shape.k, device=options.device, dtype=dtype)
+                    calls = operand.calls(x, "" if kernel == AUTO else kernel)
+                    us = time_us(calls, options.device, budget_s=_cpu_budget(options))
+                except (LQError, RuntimeError, ImportError) as error:
+                    # One kernel that fails to compile or runs out of memory must not end the benchmark.
+                    note = last_line(error)
+            nbytes = operand.nbytes if operand is not None else 0
+            yield GemmRow.of(
+                product, shape, m, dtype, kernel=kernel, ran=ran, us=us, dense_us=dense_us, nbytes=nbytes, note=note
+            )
 
 
 def _dense_times(shape: Shape, dtype: torch.dtype, options: GemmOptions, deadline: float) -> dict[int, float]:
-    count = copies(shape.n * shape.k * dtype.itemsize, options.cold_bytes)
-    weights = [torch.randn(shape.n, shape.k, device=options.device, dtype=dtype) for _ in range(count)]
+    calls = dense_calls(shape, dtype, options.device, options.cold_bytes)
     found: dict[int, float] = {}
     for m in options.ms:
         if time.monotonic() > deadline:
             break
         x = torch.randn(m, shape.k, device=options.device, dtype=dtype)
-        calls: list[Call] = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
-        found[m] = time_us(calls, options.device, budget_s=_cpu_budget(options))
-    del weights
+        found[m] = time_us(calls(x), options.device, budget_s=_cpu_budget(options))
+    del calls
     _release(options.device)
     return found
 
 
+def dense_calls(shape: Shape, dtype: torch.dtype, device: torch.device, cold_bytes: int) -> Calls:
+    """Return a function from x ``(M, K)`` to the dense products with enough copies of a weight."""
+    count = copies(shape.n * shape.k * dtype.itemsize, cold_bytes)
+    weights = [torch.randn(shape.n, shape.k, device=device, dtype=dtype) for _ in range(count)]
+    return lambda x: [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+
+
 def _peer_rows(
-    shape: Shape, dtype: torch.dtype, dense: dict[int, float], options: GemmOptions, deadline: float
+    peer: str,
+    product: Product,
+    shape: Shape,
+    dtype: torch.dtype,
+    dense: dict[int, float],
+    options: GemmOptions,
+    deadline: float,
 ) -> Iterator[GemmRow]:
-    name = str(dtype).removeprefix("torch.")
-    group = _group("int4", shape, options)
-    nbytes = shape.n * shape.k // 2
-    for peer in options.peers:
-        make: Callable[[Tensor], Sequence[Call]] | None = None
-        note = ""
+    make: Calls | None = None
+    missing = ""
+    try:
+        make = peer_calls(peer, product, shape, dtype, options.device, options.cold_bytes)
+    except Exception as error:  # whatever another library raises, its row says so and the benchmark goes on
+        missing = last_line(error)
+    for m, dense_us in dense.items():
         if time.monotonic() > deadline:
             return
-        try:
-            count = copies(nbytes, options.cold_bytes)
-            make = peer_calls(peer, shape, dtype, options.group_size, options.device, count)
-        except (LQError, RuntimeError, ImportError) as error:
-            note = _last_line(error)
-        for m, dense_us in dense.items():
-            if time.monotonic() > deadline:
-                return
-            us = None
+        us, note = None, missing
+        if make is not None:
             try:
-                if make is not None:
-                    calls = make(torch.randn(m, shape.k, device=options.device, dtype=dtype))
-                    us = time_us(calls, options.device)
-            except (LQError, RuntimeError) as error:
-                note = _last_line(error)
-            rate = nbytes / us / 1e3 if us else None
-            yield GemmRow(
-                "int4",
-                shape.label,
-                shape.n,
-                shape.k,
-                m,
-                name,
-                group,
-                peer,
-                peer,
-                us,
-                dense_us,
-                rate,
-                "" if us else note,
-            )
+                us = time_us(make(torch.randn(m, shape.k, device=options.device, dtype=dtype)), options.device)
+            except Exception as error:
+                note = last_line(error)
+        yield GemmRow.of(
+            product,
+            shape,
+            m,
+            dtype,
+            kernel=peer,
+            ran=peer,
+            us=us,
+            dense_us=dense_us,
+            nbytes=shape.n * shape.k * product.bits() // 8,
+            note=note,
+        )
 
 
-def _operand(op: str, shape: Shape, dtype: torch.dtype, options: GemmOptions) -> Operand:
-    n, k, device, cold = shape.n, shape.k, options.device, options.cold_bytes
-    if op == "int4":
-        group = _group(op, shape, options)
-        return int4_operand(n, k, group, dtype, device, symmetric=options.symmetric, cold_bytes=cold)
-    return int8_operand(n, k, device, cold) if op == "int8" else q4_0_operand(n, k, device, cold)
+def _times(peer: str, product: Product) -> bool:
+    return product.op in PEERS[peer].ops
 
 
-def _spec(op: str, dtype: torch.dtype, options: GemmOptions) -> QuantSpec:
-    if op == "int8":
-        return QuantSpec(8, "row", None, True, torch.float32)
-    if op == "q4_0":
-        return QuantSpec(4, "group", 32, True, torch.float16)
-    if options.group_size == -1:
-        return QuantSpec(4, "row", None, options.symmetric, dtype)
-    return QuantSpec(4, "group", options.group_size, options.symmetric, dtype)
-
-
-def _seen(op: str, dtype: torch.dtype) -> torch.dtype:
-    # The Q4_0 product sees quantized activations and returns float32, whatever x was.
-    return torch.float32 if op == "q4_0" else dtype
-
-
-def _group(op: str, shape: Shape, options: GemmOptions) -> int:
-    if op == "int8":
-        return 0
-    if op == "q4_0":
-        return 32
-    return shape.k if options.group_size == -1 else options.group_size
-
-
-def _kernels(op: str, options: GemmOptions) -> tuple[str, ...]:
-    """Return the kernels to time for an operation; ``all`` leaves out the reference, which is an oracle."""
-    every = kernel_names(OPS[op])  # type: ignore[arg-type]
+def _kernels(product: Product, options: GemmOptions) -> tuple[str, ...]:
+    """Return the kernels to time for a product; ``all`` leaves out the reference, which is an oracle."""
     chosen: list[str] = []
     for kernel in options.kernels:
         if kernel == ALL:
-            chosen += [AUTO, *(name for name in every if name != "reference")]
-        elif kernel == AUTO or kernel in every:
+            chosen += [AUTO, *(name for name in product.kernels if name != "reference")]
+        elif kernel == AUTO or kernel in product.kernels:
             chosen.append(kernel)
     return tuple(dict.fromkeys(chosen))
-
-
-def _cannot(problem: Problem, kernel: str) -> bool:
-    if kernel == AUTO:
-        return False
-    try:
-        select(problem, kernel)
-    except NoKernelError:
-        return True
-    return False
 
 
 def _cpu_budget(options: GemmOptions) -> float:
@@ -299,6 +303,7 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """Return what a row says about an error."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return lines[-1].strip()[:200]

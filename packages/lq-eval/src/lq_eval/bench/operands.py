@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from lq_formats import SpecError
 from lq_kernels import int4_linear, int8_gemm, q4_0_linear
+from lq_torch import WeightConfig
 from torch import Tensor
 
 from lq_eval.bench.timing import Call, copies
+from lq_eval.schemes import weight_nbytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,24 @@ def q4_0_operand(n: int, k: int, device: torch.device, cold_bytes: int) -> Opera
 
     def calls(x: Tensor, kernel: str) -> list[Call]:
         return [lambda b=b: q4_0_linear(x, b, kernel=kernel) for b in blocks]  # type: ignore[misc]
+
+    return Operand(nbytes, calls)
+
+
+def layer_operand(
+    n: int, k: int, dtype: torch.dtype, device: torch.device, config: WeightConfig, cold_bytes: int
+) -> Operand:
+    """Return weights that ``config`` quantized, multiplied through ``F.linear`` as a layer does; no kernel can be forced.
+
+    Raises:
+        LQError: If ``config`` does not take such a weight.
+    """
+    first = config.quantize(torch.randn(n, k, device=device, dtype=dtype))
+    nbytes = weight_nbytes(first)
+    packed = [first, *(first.clone() for _ in range(copies(nbytes, cold_bytes) - 1))]
+
+    def calls(x: Tensor, kernel: str) -> list[Call]:
+        return [lambda w=w: torch.nn.functional.linear(x, w) for w in packed]  # type: ignore[misc]
 
     return Operand(nbytes, calls)
 

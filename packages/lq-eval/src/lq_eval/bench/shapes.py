@@ -1,4 +1,4 @@
-"""The linear layers of the LLaMA models: (out features, in features) of each projection, separate and merged.
+"""The linear layers of well-known models: (out features, in features) of each projection, separate and merged.
 
 Serving engines merge q, k, v into one product and gate, up into another; training code and transformers do not. Both are
 listed, because a merged product is larger and favours other kernels.
@@ -26,37 +26,52 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class LlamaDimensions:
-    """Sizes of one LLaMA model that determine its linear layers."""
+class ModelDimensions:
+    """Sizes of one decoder model that determine its linear layers.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        intermediate: Width of the feed-forward layer (of one expert).
+        kv: Out features of k, and of v: key-value heads times their width.
+        layers: Blocks.
+        q: Out features of q: heads times their width, which need not be ``hidden``; 0 if it is.
+        experts: Feed-forward experts a block; 0 for a dense model. Their weights are called w1, w3, w2 (gate, up, down).
+    """
 
     hidden: int
     intermediate: int
     kv: int
     layers: int
+    q: int = 0
+    experts: int = 0
 
     def shapes(self, name: str, *, merged: bool) -> tuple[Shape, ...]:
-        """Return the layers of one block, with q/k/v and gate/up merged or separate."""
-        hidden, inner, kv = self.hidden, self.intermediate, self.kv
+        """Return the layers of one block (one of its experts), with q/k/v and gate/up merged or separate."""
+        hidden, inner, kv, q = self.hidden, self.intermediate, self.kv, self.q or self.hidden
+        gate, up, down, gate_up = ("w1", "w3", "w2", "w13") if self.experts else ("gate", "up", "down", "gate_up")
         if merged:
-            layers = {"qkv": (hidden + 2 * kv, hidden), "o": (hidden, hidden), "gate_up": (2 * inner, hidden)}
+            layers = {"qkv": (q + 2 * kv, hidden), "o": (hidden, q), gate_up: (2 * inner, hidden)}
         else:
             layers = {
-                "q": (hidden, hidden),
+                "q": (q, hidden),
                 "k": (kv, hidden),
                 "v": (kv, hidden),
-                "o": (hidden, hidden),
-                "gate": (inner, hidden),
-                "up": (inner, hidden),
+                "o": (hidden, q),
+                gate: (inner, hidden),
+                up: (inner, hidden),
             }
-        layers["down"] = (hidden, inner)
+        layers[down] = (hidden, inner)
         return tuple(Shape(f"{name}.{layer}", n, k) for layer, (n, k) in layers.items())
 
 
 MODELS = MappingProxyType(
     {
-        "llama-3.2-1b": LlamaDimensions(2048, 8192, 512, 16),
-        "llama-3-8b": LlamaDimensions(4096, 14336, 1024, 32),
-        "llama-3-70b": LlamaDimensions(8192, 28672, 1024, 80),
+        "llama-3.2-1b": ModelDimensions(2048, 8192, 512, 16),
+        "llama-3-8b": ModelDimensions(4096, 14336, 1024, 32),
+        "llama-3-70b": ModelDimensions(8192, 28672, 1024, 80),
+        "qwen3-8b": ModelDimensions(4096, 12288, 1024, 36),
+        "qwen3-32b": ModelDimensions(5120, 25600, 1024, 64, q=8192),
+        "mixtral-8x7b": ModelDimensions(4096, 14336, 1024, 32, experts=8),
     }
 )
 

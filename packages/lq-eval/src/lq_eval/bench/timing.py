@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 COLD_BYTES = 192 << 20
-MAX_COPIES = 48
+MAX_COPIES = 128
 
 Call = Callable[[], object]
 
 
-def copies(bytes_per_call: int, cold_bytes: int = COLD_BYTES) -> int:
-    """Return how many weight copies make a round cold: 2 to 48, ``cold_bytes`` together where that suffices."""
-    return max(2, min(MAX_COPIES, math.ceil(cold_bytes / max(1, bytes_per_call))))
+def copies(bytes_per_call: int, cold_bytes: int = COLD_BYTES, most: int = MAX_COPIES) -> int:
+    """Return how many weight copies make a round cold: 2 to ``most``, ``cold_bytes`` together where that suffices."""
+    return max(2, min(most, math.ceil(cold_bytes / max(1, bytes_per_call))))
 
 
 def time_us(calls: Sequence[Call], device: torch.device | str, *, budget_s: float = 2.0) -> float:
@@ -39,18 +39,63 @@ def time_us(calls: Sequence[Call], device: torch.device | str, *, budget_s: floa
     return cpu_us(calls, budget_s)
 
 
+def times_us(
+    competitors: Sequence[Sequence[Call]],
+    device: torch.device | str,
+    *,
+    replays: int = 7,
+    min_calls: int = 16,
+) -> list[float]:
+    """Return the median microseconds of a call of each of ``competitors``; see :func:`cuda_graphs_us`.
+
+    On a CPU every call is timed by itself, ``replays`` of them.
+    """
+    if torch.device(device).type == "cuda":
+        return cuda_graphs_us(competitors, replays=replays, min_calls=min_calls)
+    return [cpu_us(calls, 0.0, min_samples=replays) for calls in competitors]
+
+
 def cuda_graph_us(calls: Sequence[Call], *, replays: int = 7, min_calls: int = 16) -> float:
     """Time calls in a CUDA graph that holds every one of them, repeated up to at least ``min_calls``."""
-    rounds = max(1, math.ceil(min_calls / len(calls)))
+    return cuda_graphs_us([calls], replays=replays, min_calls=min_calls)[0]
+
+
+def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, min_calls: int = 16) -> list[float]:
+    """Time several ways of doing the same, each in a CUDA graph, and replay the graphs in turn.
+
+    Replayed in turn they meet the same clocks and temperatures, so that ratios hold when the times themselves drift.
+
+    Args:
+        competitors: For each of them its calls on different copies of the data.
+        replays: Replays of each graph; the median counts.
+        min_calls: The calls are repeated in a graph until it holds as many.
+
+    Returns:
+        Microseconds of one call, for each of ``competitors``.
+    """
+    graphs = [_capture(calls, max(1, math.ceil(min_calls / len(calls)))) for calls in competitors]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(replays):
+        for (graph, count), found in zip(graphs, times, strict=True):
+            start, stop = _event(), _event()
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            found.append(start.elapsed_time(stop) * 1e3 / count)
+    return [statistics.median(found) for found in times]
+
+
+def _capture(calls: Sequence[Call], rounds: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Return a graph of ``calls``, ``rounds`` times over, replayed once, and the number of calls in it."""
     warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
-        # Compilation, workspaces and what a kernel derives from each weight must exist before the capture.
+        # Compilation, tuning, workspaces and what a kernel derives from each weight must exist before the capture.
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(warm_up)
     torch.cuda.synchronize()
-
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -58,17 +103,7 @@ def cuda_graph_us(calls: Sequence[Call], *, replays: int = 7, min_calls: int = 1
                 call()
     graph.replay()
     torch.cuda.synchronize()
-
-    times: list[float] = []
-    for _ in range(replays):
-        start, stop = _event(), _event()
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(calls)))
-    del graph
-    return statistics.median(times)
+    return graph, rounds * len(calls)
 
 
 def _event() -> torch.cuda.Event:

@@ -1,0 +1,313 @@
+"""The sweep: is lq ever slower than the dense layer it replaces, and does its time ever jump with one token more?
+
+Every distinct layer of the models of :mod:`lq_eval.bench.shapes` at every M from 1 to 64 and a dozen above, the registry's
+choice against the dense product. The graphs of one point are replayed in turn (:func:`lq_eval.bench.timing.times_us`), so
+that a ratio compares like with like. Copies of a weight are made once a shape and round; the first round takes a few M of
+every shape, the second the rest: a run that is cut short has seen everything once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from lq_formats import LQError, SpecError
+from lq_kernels import Arch
+from torch import Tensor
+
+from lq_eval.bench.gemm import GemmRow, dense_calls, last_line
+from lq_eval.bench.operands import Operand
+from lq_eval.bench.products import AUTO, Product
+from lq_eval.bench.shapes import MODELS, Shape, parse_shapes
+from lq_eval.bench.timing import COLD_BYTES, Call, times_us
+
+SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+FIRST_ROUND = (1, 16, 64, 256, 1024, 4096)
+MONOTONE_UP_TO = 512
+TOLERANCE = 0.08
+
+Point: TypeAlias = tuple[str, int, int, int, str, int]
+"""op, n, k, m, dtype, group size: what makes a row the same measurement."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What to measure.
+
+    Attributes:
+        shapes: Weights.
+        ms: Numbers of tokens.
+        ops: Products, see :mod:`lq_eval.bench.products`.
+        dtype: dtype of x.
+        group_size: Group size of int4; -1 for one scale a row.
+        device: Where to run.
+        seconds: Stop starting new points after this time.
+        replays: Replays of each graph, of which the median counts.
+        cold_bytes: Bytes of weights in a round, see :mod:`lq_eval.bench.timing`.
+        done: Points to leave out.
+    """
+
+    shapes: tuple[Shape, ...]
+    ms: tuple[int, ...] = SWEEP_MS
+    ops: tuple[str, ...] = ("int4", "int8")
+    dtype: torch.dtype = torch.bfloat16
+    group_size: int = 128
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seconds: float = math.inf
+    replays: int = 5
+    cold_bytes: int = COLD_BYTES
+    done: frozenset[Point] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.replays < 1:
+            raise SpecError(f"replays={self.replays}: expected at least 1")
+        for m in self.ms:
+            if m < 1:
+                raise SpecError(f"M={m}: expected at least one token")
+        for product in self.products:
+            for shape in self.shapes:
+                product.check(shape)
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """The products to time."""
+        return tuple(Product(op, self.group_size) for op in self.ops)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """The largest drop of time as M grows: where one more token would have been cheaper than none.
+
+    Attributes:
+        excess: Time at ``slow_m`` over time at ``fast_m``, minus one; 0 if time never drops.
+        slow_m: The smaller number of tokens, which takes longer.
+        fast_m: The larger number of tokens, which is done sooner.
+    """
+
+    excess: float
+    slow_m: int
+    fast_m: int
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """What the sweep found for one weight and product.
+
+    Attributes:
+        op: The product.
+        shape: Label of the weight.
+        n: Out features.
+        k: In features.
+        dtype: dtype of x.
+        group_size: In features per scale.
+        points: Points measured.
+        failed: Points that could not run.
+        min_speedup: The smallest ratio of dense time to lq's.
+        min_m: Where it is.
+        min_ran: The kernel that ran there.
+        excess: Of the largest violation of "time grows with M" up to 512 tokens.
+        slow_m: Its smaller M.
+        fast_m: Its larger M.
+    """
+
+    op: str
+    shape: str
+    n: int
+    k: int
+    dtype: str
+    group_size: int
+    points: int
+    failed: int
+    min_speedup: float | None
+    min_m: int | None
+    min_ran: str
+    excess: float | None
+    slow_m: int | None
+    fast_m: int | None
+
+    @property
+    def monotone(self) -> bool:
+        """Whether time grows with M within the tolerance, 8%."""
+        return self.excess is not None and self.excess <= TOLERANCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return {**asdict(self), "monotone": self.monotone}
+
+
+def all_shapes() -> tuple[Shape, ...]:
+    """Return the distinct layers of all models, the models taking turns so that variety comes first."""
+    per_model = [parse_shapes(name) for name in MODELS]
+    turns = [shapes[i] for i in range(max(map(len, per_model))) for shapes in per_model if i < len(shapes)]
+    return tuple({(shape.n, shape.k): shape for shape in reversed(turns)}.values())[::-1]
+
+
+def rounds(ms: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of tokens of each round, ascending: a few over the whole range, then the rest."""
+    first = tuple(sorted(set(ms) & set(FIRST_ROUND)))
+    rest = tuple(sorted(set(ms) - set(FIRST_ROUND)))
+    return tuple(part for part in (first, rest) if part)
+
+
+def points(options: SweepOptions) -> int:
+    """Return how many rows :func:`run_sweep` yields if the time suffices."""
+    return sum(
+        _key(product, shape, m, options) not in options.done
+        for product in options.products
+        for shape in options.shapes
+        for m in set(options.ms)
+    )
+
+
+def run_sweep(options: SweepOptions) -> Iterator[GemmRow]:
+    """Measure every point that is not done yet, until the time is up."""
+    deadline = time.monotonic() + options.seconds
+    for ms in rounds(options.ms):
+        for shape in options.shapes:
+            todo = [(m, _missing(shape, m, options)) for m in ms]
+            if any(products for _, products in todo):
+                yield from _run_shape(shape, [item for item in todo if item[1]], options, deadline)
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def _run_shape(
+    shape: Shape, todo: Sequence[tuple[int, Sequence[Product]]], options: SweepOptions, deadline: float
+) -> Iterator[GemmRow]:
+    if time.monotonic() > deadline:
+        return
+    operands: dict[Product, Operand | str] = {}
+    for product in dict.fromkeys(product for _, products in todo for product in products):
+        try:
+            operands[product] = product.operand(shape, options.dtype, options.device, options.cold_bytes)
+        except (LQError, RuntimeError, ImportError) as error:
+            operands[product] = last_line(error)
+    dense = dense_calls(shape, options.dtype, options.device, options.cold_bytes)
+    arch = Arch.of(options.device)
+    for m, products in todo:
+        if time.monotonic() > deadline:
+            return
+        x = torch.randn(m, shape.k, device=options.device, dtype=options.dtype)
+        dense_us, found = _time_point(dense, {p: operands[p] for p in products}, x, shape.n, options)
+        for product, us in found.items():
+            measured = us if isinstance(us, float) else None
+            operand = operands[product]
+            yield GemmRow.of(
+                product,
+                shape,
+                m,
+                options.dtype,
+                kernel=AUTO,
+                ran=AUTO if measured is None else product.ran(shape, m, options.dtype, arch),
+                us=measured,
+                dense_us=dense_us,
+                nbytes=operand.nbytes if isinstance(operand, Operand) else 0,
+                note=us if isinstance(us, str) else "",
+            )
+
+
+def _time_point(
+    dense: Callable[[Tensor], Sequence[Call]],
+    operands: Mapping[Product, Operand | str],
+    x: Tensor,
+    n: int,
+    options: SweepOptions,
+) -> tuple[float, dict[Product, float | str]]:
+    """Return the dense time, and the time of each product or why it could not run."""
+    found: dict[Product, float | str] = {p: operand for p, operand in operands.items() if isinstance(operand, str)}
+    able = {p: operand.calls(x, "") for p, operand in operands.items() if isinstance(operand, Operand)}
+    effort = {"replays": options.replays, "min_calls": calls_per_graph(x.shape[0], n, x.shape[1])}
+    try:
+        dense_us, *times = times_us([dense(x), *able.values()], options.device, **effort)
+        return dense_us, {**found, **dict(zip(able, times, strict=True))}
+    except (LQError, RuntimeError, ImportError):
+        pass  # one of them failed: time each alone, to say which
+    (dense_us,) = times_us([dense(x)], options.device, **effort)
+    for product, calls in able.items():
+        try:
+            (found[product],) = times_us([calls], options.device, **effort)
+        except (LQError, RuntimeError, ImportError) as error:
+            found[product] = last_line(error)
+    return dense_us, found
+
+
+def calls_per_graph(m: int, n: int, k: int) -> int:
+    """Return how many calls fill half a millisecond of a large GPU (700 TFLOPS, 4 TB/s), from 1 to 16.
+
+    Short calls are repeated for the clock's resolution; a call of milliseconds needs no repetition and the sweep's time.
+    """
+    us = max(2 * m * n * k / 700e6, 2 * n * k / 4e6)
+    return max(1, min(16, math.ceil(500 / us)))
+
+
+def largest_violation(times: Mapping[int, float], last: int = MONOTONE_UP_TO) -> Violation:
+    """Return where time drops most as M grows, over all pairs of M up to ``last``.
+
+    Args:
+        times: Microseconds by M.
+        last: Larger M are left out.
+
+    Raises:
+        SpecError: If no M is up to ``last``.
+    """
+    ms = sorted(m for m in times if m <= last)
+    if not ms:
+        raise SpecError(f"no time of at most {last} tokens")
+    slow = ms[0]
+    worst = Violation(0.0, slow, slow)
+    for m in ms:
+        if times[m] > times[slow]:
+            slow = m
+        excess = times[slow] / times[m] - 1
+        if excess > worst.excess:
+            worst = Violation(excess, slow, m)
+    return worst
+
+
+def summarize(rows: Iterable[Mapping[str, Any]]) -> tuple[SweepSummary, ...]:
+    """Return a summary of each weight and product, in the order of their first rows; of a repeated point the last counts."""
+    groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        key = (row["op"], row["n"], row["k"], row["dtype"], row["group_size"])
+        groups.setdefault(key, {})[row["m"]] = row
+    return tuple(_summary(by_m) for by_m in groups.values())
+
+
+def _summary(by_m: Mapping[int, Mapping[str, Any]]) -> SweepSummary:
+    measured = {m: row for m, row in by_m.items() if row["us"]}
+    first = next(iter(by_m.values()))
+    least = min(measured.values(), key=lambda row: row["speedup"], default=None)
+    times = {m: row["us"] for m, row in measured.items() if m <= MONOTONE_UP_TO}
+    violation = largest_violation(times) if times else None
+    return SweepSummary(
+        op=first["op"],
+        shape=first["shape"],
+        n=first["n"],
+        k=first["k"],
+        dtype=first["dtype"],
+        group_size=first["group_size"],
+        points=len(measured),
+        failed=len(by_m) - len(measured),
+        min_speedup=least["speedup"] if least else None,
+        min_m=least["m"] if least else None,
+        min_ran=least["ran"] if least else "",
+        excess=violation.excess if violation else None,
+        slow_m=violation.slow_m if violation else None,
+        fast_m=violation.fast_m if violation else None,
+    )
+
+
+def point_of(row: Mapping[str, Any]) -> Point:
+    """Return which point a recorded row measured."""
+    return row["op"], row["n"], row["k"], row["m"], row["dtype"], row["group_size"]
+
+
+def _key(product: Product, shape: Shape, m: int, options: SweepOptions) -> Point:
+    name = str(options.dtype).removeprefix("torch.")
+    return product.op, shape.n, shape.k, m, name, product.group(shape)
+
+
+def _missing(shape: Shape, m: int, options: SweepOptions) -> list[Product]:
+    return [product for product in options.products if _key(product, shape, m, options) not in options.done]
