@@ -7,7 +7,7 @@ Perplexity by named protocols, KL divergence from the float model, error and siz
 from lq_eval.corpus import load_text, load_wikitext2, make_windows, tokenize
 from lq_eval.data import calibration_text_path, eval_text_path, tiny_llama_path
 from lq_eval.divergence import Comparison, Divergence, compare, kl_divergence
-from lq_eval.errors import ModelLoadError, TextTooShortError
+from lq_eval.errors import BenchError, ModelLoadError, TextTooShortError
 from lq_eval.evaluate import (
     Evaluation,
     Settings,
@@ -23,6 +23,7 @@ from lq_eval.schemes import MatrixError, measure_matrix, parse_scheme, parse_sch
 
 __all__ = [
     "PROTOCOLS",
+    "BenchError",
     "Comparison",
     "Divergence",
     "Evaluation",

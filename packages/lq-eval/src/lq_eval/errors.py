@@ -9,3 +9,7 @@ class TextTooShortError(LQError, ValueError):
 
 class ModelLoadError(LQError, OSError):
     """A model, its tokenizer or a text cannot be read."""
+
+
+class BenchError(LQError, RuntimeError):
+    """A benchmark could not be run to its end."""

@@ -7,6 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lq_eval.bench.cold import ColdRow
+from lq_eval.bench.eager import EagerRow
 from lq_eval.bench.gemm import GemmRow
 from lq_eval.bench.ggml import GGMLRow
 from lq_eval.bench.sweep import SweepSummary
@@ -128,6 +130,40 @@ def sweep_table(rows: Sequence[SweepSummary], title: str) -> Table:
 
 def _least(row: SweepSummary) -> float:
     return -1.0 if row.min_speedup is None else row.min_speedup
+
+
+def eager_table(rows: Iterable[EagerRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench eager``."""
+    columns = ("call", "weight", "M", "CPU us", "of F.linear")
+    table = _table(title, columns, "calls launched back to back, without waiting for the device", left=2)
+    for row in rows:
+        table.add_row(
+            Text(f"{row.call}: {row.note}" if row.note else row.call),
+            f"{row.n}x{row.k} {_SHORT.get(row.dtype, row.dtype)}",
+            str(row.m),
+            "-" if row.cpu_us is None else f"{row.cpu_us:.2f}",
+            "-" if row.ratio is None else f"{row.ratio:.2f}x",
+        )
+    return table
+
+
+def cold_table(rows: Iterable[ColdRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench cold``."""
+    columns = ("model", "scheme", "cache", "layers", "quantize s", "warmup s", "again s", "slowest call ms", "at M")
+    caption = "again: the same warmup once more; slowest call: of the first calls at other M, after the warmup"
+    table = _table(title, columns, caption, left=3)
+    for row in rows:
+        seconds = (f"{value:.3f}" for value in (row.quantize_s, row.warmup_s, row.rerun_s))
+        table.add_row(
+            f"{row.shapes} {_SHORT.get(row.dtype, row.dtype)}",
+            row.scheme,
+            row.cache,
+            str(row.layers),
+            *seconds,
+            f"{row.first_call_s * 1e3:.2f}",
+            str(row.first_call_m),
+        )
+    return table
 
 
 def ggml_table(rows: Iterable[GGMLRow], title: str) -> Table:

@@ -137,6 +137,70 @@ def bench_sweep(
     console().print(sweep_table(found, f"{device_name(where)}: {done}"))
 
 
+@bench_app.command("eager")
+def bench_eager(
+    shapes: Annotated[str | None, typer.Option(help="As for gemm.")] = None,
+    m: Annotated[int, typer.Option("--m", help="Tokens.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="dtype of x.")] = None,
+    group_size: Annotated[int, typer.Option(help="Group size of int4; -1: per row.")] = 128,
+    batches: Annotated[int, typer.Option(help="Batches of calls; the median counts.")] = 41,
+    calls: Annotated[int, typer.Option(help="Calls in a batch, launched back to back.")] = 50,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """What an eager call costs the CPU: a dense layer, layers with int4 and int8 weights, lq's functions."""
+    from lq_eval.bench.eager import run_eager
+    from lq_eval.bench.shapes import parse_shapes
+    from lq_eval.models import default_device, default_dtype
+    from lq_eval.tables import eager_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    precision = default_dtype(dtype or ("bfloat16" if gpu else "float32"), where)
+    found = []
+    for shape in parse_shapes(shapes or ("4096x4096" if gpu else "256x256")):
+        rows = list(run_eager(shape, precision, where, m=m, group_size=group_size, batches=batches, calls=calls))
+        save(json, "eager", [row.to_dict() for row in rows])
+        found += rows
+    console().print(eager_table(found, f"CPU time of an eager call, {device_name(where)}"))
+
+
+@bench_app.command("cold")
+def bench_cold(
+    shapes: Annotated[str | None, typer.Option(help="Layers of the model, as for gemm.")] = None,
+    schemes: Annotated[str, typer.Option(help="How they are quantized, one start after another.")] = "int4-g128,int8",
+    batch_sizes: Annotated[str, typer.Option(help="Numbers of tokens given to warmup.")] = "1,16,64,256,2048",
+    new_ms: Annotated[str | None, typer.Option(help="Numbers of tokens of the calls after it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype of x.")] = None,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """Seconds until a model's kernels are there, in fresh processes: with empty caches, then with full ones."""
+    from lq_eval.bench.cold import NEW_MS, STATES, ColdOptions, run_cold
+    from lq_eval.bench.shapes import parse_shapes
+    from lq_eval.models import default_device, default_dtype
+    from lq_eval.schemes import parse_schemes
+    from lq_eval.tables import cold_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    chosen = shapes or ("llama-3-8b" if gpu else "256x256")
+    parse_shapes(chosen)
+    precision = str(default_dtype(dtype or ("bfloat16" if gpu else "float32"), where)).removeprefix("torch.")
+    found = []
+    with progress_bar() as bar:
+        names = tuple(parse_schemes(schemes))
+        task = bar.add_task("starting", total=len(STATES) * len(names))
+        for scheme in names:
+            tokens = integers(new_ms) if new_ms else NEW_MS
+            options = ColdOptions(chosen, scheme, precision, str(where), integers(batch_sizes), tokens)
+            for row in run_cold(options):
+                found.append(row)
+                save(json, "cold", [row.to_dict()])
+                bar.advance(task)
+    console().print(cold_table(found, f"Cold start, {device_name(where)}"))
+
+
 @bench_app.command("ggml")
 def bench_ggml(
     n: Annotated[int, typer.Option("--n", help="Out features.")] = 4096,
