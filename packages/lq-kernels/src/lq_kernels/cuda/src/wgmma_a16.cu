@@ -17,7 +17,7 @@
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // 128 in features: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_ROWS (128, 256) of a tile.
 
-#include "lq/wgmma.cuh"
+#include "lq/wgmma_rs.cuh"
 
 using namespace lq;
 
@@ -37,7 +37,9 @@ static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symme
 
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = kConsumerWarps * 32;
-constexpr int kThreads = kConsumers + 32;
+constexpr int kThreads = kConsumers + 128;  // a whole warpgroup gives its registers to the consumers, but one warp works
+constexpr int kCtas = kTokens <= 64 && kRows == 128 ? 2 : 1;  // of an SM: while one ends, the other (or the next kernel's) loads
+constexpr int kConsumerRegisters = kCtas == 2 ? 104 : 240;
 constexpr int kMaxStages = 16;
 constexpr int kBlockRows = 16;
 constexpr int kBlockBytes = 1024;                  // of codes in a K step
@@ -46,7 +48,7 @@ constexpr int kParts = kRows / 128;                // of 64 rows, of a warpgroup
 constexpr int kBlocks = kRows / kBlockRows;        // of a tile
 constexpr int kSums = kTokens / 2;                 // a thread and part
 constexpr int kSlices = kStep / 16;                // k16 steps of a stage
-constexpr int kBatch = kTokens <= 64 ? 4 : kTokens * kParts <= 128 ? 2 : 1;  // ... in a group of wgmmas; two groups are in flight
+constexpr int kBatch = kTokens * kParts <= 32 ? 4 : kTokens * kParts <= 128 ? 2 : 1;  // ... in a group of wgmmas; two groups are in flight
 constexpr int kBatches = kSlices / kBatch;
 constexpr int kBoxBytes = kTokens * 128;           // of x: 64 in features
 constexpr int kXBytes = kStep / 64 * kBoxBytes;
@@ -90,6 +92,11 @@ struct Tiles {
   }
 };
 
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+
 // Scales (or zeros) of rows g and g + 8 as a pair in x's dtype.
 __device__ __forceinline__ u32 load_scales(const u8* from) {
   if constexpr (sizeof(ScaleBits) == 4) {
@@ -97,8 +104,10 @@ __device__ __forceinline__ u32 load_scales(const u8* from) {
     return from_floats(X{}, pair.x, pair.y);
   } else {
     const u32 pair = *reinterpret_cast<const u32*>(from);
-    if constexpr (__is_same(X, Scale)) return pair;
-    return from_floats(X{}, to_float(Scale{}, static_cast<u16>(pair)), to_float(Scale{}, static_cast<u16>(pair >> 16)));
+    if constexpr (kSame<X, Scale>)
+      return pair;
+    else
+      return from_floats(X{}, to_float(Scale{}, static_cast<u16>(pair)), to_float(Scale{}, static_cast<u16>(pair >> 16)));
   }
 }
 
@@ -158,7 +167,7 @@ __device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 lef
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     wgmma_a16(const __grid_constant__ TensorMap x_map, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m,
               i64 n, i64 k, i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster) {
   const Arguments p{packed, scales, zeros, bias, y, m, n, k, all_blocks, group_size, ring_stages, raster};
@@ -195,7 +204,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (ranks > 1) cluster_arrive();
   let_next_kernel_start();
 
-  if (warp == kConsumerWarps) {
+  if (warp >= kConsumerWarps) {
+    decrease_registers<24>();
+    if (warp > kConsumerWarps) {
+      wait_for_previous_kernel();
+      return;
+    }
     // The producer. What is read once must not push out what is read again.
     const u64 weight_policy = tiles.tokens == 1 ? policy_evict_first() : policy_evict_normal();
     const u64 x_policy = tiles.rows == 1 ? policy_evict_first() : policy_evict_normal();
@@ -259,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  // The consumers.
+  increase_registers<kConsumerRegisters>();
   const int warpgroup = warp / 4, g = lane / 4, t = lane % 4;
   const int first_block = warpgroup * 4 * kParts + warp % 4;  // of this warp in a tile; parts are 4 blocks apart
   const bool whole = p.n % 8 == 0;
