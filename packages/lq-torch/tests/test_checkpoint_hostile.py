@@ -128,7 +128,7 @@ def test_files_of_others_are_refused(saved):
     header, data = header_and_data(saved)
     write(saved, {**header, "__metadata__": {"format": "pt"}}, data)
     refused(saved, message="not written by lq")
-    write(saved, {**header, "__metadata__": {"lq_format_version": "2"}}, data)
+    write(saved, {**header, "__metadata__": {"lq_format_version": "3"}}, data)
     refused(saved, UnknownVersionError, "upgrade")
     write(saved, {**header, "__metadata__": {"lq_format_version": "9" * 9000}}, data)
     refused(saved, UnknownVersionError)
@@ -141,7 +141,7 @@ def test_files_of_others_are_refused(saved):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda index: index.update(format_version="1"), UnknownVersionError),
+        (lambda index: index.update(format_version="2"), UnknownVersionError),
         (lambda index: index.update(format_version=True), UnknownVersionError),
         (lambda index: index.update(format_version=None), UnknownVersionError),
         (lambda index: index.update(files=[]), FormatError),

@@ -16,6 +16,7 @@ from lq_formats import (
     SpecError,
     UnknownVersionError,
     UnsupportedError,
+    pack_bits,
 )
 from lq_formats.layouts import GEMLITE
 from lq_torch import (
@@ -23,6 +24,7 @@ from lq_torch import (
     GemliteTensor,
     Int4GemliteTensor,
     Int4Tensor,
+    Int8Tensor,
     LowBitTensor,
     force_kernel,
     load_kernel_cache,
@@ -98,12 +100,50 @@ def test_integers_are_those_of_gemlites_pack(bits, group, dtype, expected):
     assert Int4GemliteTensor.from_hp(torch.randn(8, 256).to(dtype), group, bits).meta_args() == expected
 
 
+def same_bits(a, b):
+    assert (type(a), a.spec_json()) == (type(b), b.spec_json())
+    assert a.inner_tensors().keys() == b.inner_tensors().keys()
+    for name, tensor in a.inner_tensors().items():
+        other = b.inner_tensors()[name]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
+        assert tensor.is_contiguous() == other.is_contiguous()
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [16, 128, -1])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_saves_canonical_codes(bits, group, rows):
+    w = torch.randn(rows, 256)
+    t = Int4GemliteTensor.from_hp(w, group, bits)
+    saved = t.to_tensors()
+    assert torch.equal(saved["qdata"], pack_bits(GEMLITE.unpack(t.qdata, bits), bits, torch.int32))
+    assert torch.equal(saved["scale"], t.scale.t())
+    same_bits(LowBitTensor.from_tensors(saved, t.spec_json()), t)
+    if bits == 4:
+        plain = Int4Tensor.from_hp(w, group).to_tensors()
+        assert saved.keys() == plain.keys()
+        assert all(torch.equal(saved[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 1e30])
+def test_int4_and_int8_for_low_bit_activations_save_canonical_codes(size):
+    w = torch.randn(8, 256) * size
+    int4 = GemliteTensor.from_hp(w, "int4", "fp8", 128)
+    for name, tensor in Int4Tensor.from_hp(w, 128).to_tensors().items():
+        assert torch.equal(int4.to_tensors()[name], tensor)
+    same_bits(LowBitTensor.from_tensors(int4.to_tensors(), int4.spec_json()), int4)
+    int8 = GemliteTensor.from_hp(w, "int8", "int8")
+    plain = Int8Tensor(int8.to_tensors(), {}, w.shape, w.dtype)
+    assert torch.equal(plain.dequantize(), int8.dequantize())
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("group", [16, 128, -1])
 def test_round_trips_through_tensors_and_json(bits, group):
     t = Int4GemliteTensor.from_hp(torch.randn(8, 256), group, bits)
     back = LowBitTensor.from_tensors(t.to_tensors(), json.loads(json.dumps(t.spec_json())))
-    assert torch.equal(back.dequantize(), t.dequantize())
+    same_bits(back, t)
     x = torch.randn(3, 256)
     torch.testing.assert_close(nn.functional.linear(x, back), x @ t.dequantize().t())
 
@@ -128,8 +168,7 @@ def test_dynamic_formats_round_trip(weight, activation, bound):
     w = torch.randn(8, 256, dtype=torch.bfloat16)
     t = GemliteConfig(weight, activation).quantize(w)
     back = LowBitTensor.from_tensors(t.to_tensors(), json.loads(json.dumps(t.spec_json())))
-    assert isinstance(back, GemliteTensor)
-    assert torch.equal(back.dequantize(), t.dequantize())
+    same_bits(back, t)
     assert (t.dequantize(torch.float32) - w).norm() / w.float().norm() < bound
 
 
@@ -202,10 +241,14 @@ def test_refuses_what_gemlite_cannot_take():
 
 def test_check_names_what_does_not_fit():
     t = Int4GemliteTensor.from_hp(torch.randn(8, 256), 64)
+    tensors = t.to_tensors()
     with pytest.raises(FormatError, match="zero"):
-        LowBitTensor.from_tensors({**t.to_tensors(), "zero": torch.tensor(7, dtype=torch.int32)}, t.spec_json())
-    with pytest.raises(FormatError, match="qdata"):
-        LowBitTensor.from_tensors({**t.to_tensors(), "qdata": t.qdata[:-1]}, t.spec_json())
+        LowBitTensor.from_tensors({**tensors, "zero": t.zero}, t.spec_json())
+    for wrong in (t.qdata, tensors["qdata"][:-1], tensors["qdata"].float()):
+        with pytest.raises(FormatError, match="qdata"):
+            LowBitTensor.from_tensors({**tensors, "qdata": wrong}, t.spec_json())
+    with pytest.raises(FormatError, match="scale"):
+        LowBitTensor.from_tensors({**tensors, "scale": t.scale}, t.spec_json())
 
 
 def test_calls_gemlite_with_four_tensors_and_integers(gemlite):

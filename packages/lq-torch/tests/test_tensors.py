@@ -199,6 +199,28 @@ def test_serialization_round_trips_without_trusting_code(weight):
         assert torch.equal(twin.dequantize(), weight.dequantize())
 
 
+@pytest.mark.parametrize("rows", [8, 136, 4104], ids=["one-tile", "one-chunk", "chunks"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_tinygemm_weights_are_saved_as_the_plain_format_and_come_back(rows, symmetric):
+    w = dense(rows, 1024) * torch.logspace(-38, 30, rows).unsqueeze(1)
+    w[0] = w[0].abs()
+    w[1] = -w[1].abs()
+    weight = Int4TilePackedTensor.from_hp(w.bfloat16(), 64, symmetric=symmetric)
+    plain, saved = Int4Tensor.from_hp(w.bfloat16(), 64, symmetric=symmetric), weight.to_tensors()
+    assert saved.keys() == plain.to_tensors().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in plain.to_tensors().items())
+    back = LowBitTensor.from_tensors(saved, weight.spec_json())
+    assert torch.equal(back.qdata, weight.qdata)
+    assert torch.equal(back.scale_and_zero, weight.scale_and_zero)
+
+
+def test_tinygemm_offsets_that_no_integer_zero_gives_are_not_saved():
+    weight = Int4TilePackedTensor.from_hp(dense(), 64, symmetric=False)
+    weight.scale_and_zero[0, 0, 1] = weight.scale_and_zero[0, 0, 0] * 0.5
+    with pytest.raises(UnsupportedError, match="integer zeros"):
+        weight.to_tensors()
+
+
 def test_flattening_names_every_inner_tensor(weight):
     names, context = weight.__tensor_flatten__()
     inner = {name: getattr(weight, name) for name in names}
@@ -355,8 +377,11 @@ def test_weights_that_do_not_fit_a_format_are_named(make, error, message):
         ("int4-g32-sym", {"kind": {}}),
         ("int4-g32-sym", {"kind": ""}),
         ("int4-g32-sym", {"kind": "int8", "attributes": {}}),
-        ("int4-tile-g64", {"attributes": {"group_size": 48}}),
-        ("int4-tile-g64", {"attributes": {"group_size": [64]}}),
+        ("int4-tile-g64", {"attributes": {"group_size": 48, "symmetric": True}}),
+        ("int4-tile-g64", {"attributes": {"group_size": [64], "symmetric": True}}),
+        ("int4-tile-g64", {"attributes": {"group_size": 64, "symmetric": False}}),
+        ("int4-tile-g64", {"attributes": {"group_size": 64, "symmetric": 1}}),
+        ("int4-tile-g64", {"attributes": {"group_size": 64}}),
         ("int4-tile-g64", {"shape": [64, 256]}),
         ("int8-row", {"shape": [256, 72]}),
         ("q4_0", {"attributes": {"ggml_type": "q9"}}),
@@ -369,3 +394,7 @@ def test_specs_that_lie_are_refused(name, change):
     weight = CONFIGS[name].quantize(dense())
     with pytest.raises(FormatError):
         LowBitTensor.from_tensors(weight.to_tensors(), weight.spec_json() | change)
+    meta = {name: tensor.to("meta") for name, tensor in weight.to_tensors().items()}
+    with pytest.raises(FormatError):
+        LowBitTensor.check_tensors(meta, weight.spec_json() | change)
+    assert LowBitTensor.check_tensors(meta, weight.spec_json()) == weight.shape

@@ -193,14 +193,14 @@ def _stream(folder: Path, index: CheckpointIndex, device: torch.device) -> Itera
     for file, names in sorted(by_file.items()):
         with (folder / file).open("rb") as handle:
             for name in names:
-                tensor = read_tensor(handle, index.headers[file].tensors[name]).to(device)
                 path, separator, inner = name.partition(SEPARATOR)
+                entry = index.headers[file].tensors[name]
                 if not separator:
-                    yield path, tensor
+                    yield path, read_tensor(handle, entry).to(device)
                     continue
-                parts = waiting.setdefault(path, {})
-                parts[inner] = tensor
-                if sorted(parts) == index.weights[path]["tensors"]:
+                # No local name may hold a part: it would outlive the repacking, and the peak would grow by a weight.
+                waiting.setdefault(path, {})[inner] = read_tensor(handle, entry).to(device)
+                if sorted(waiting[path]) == index.weights[path]["tensors"]:
                     yield path, LowBitTensor.from_tensors(waiting.pop(path), index.weights[path])
 
 

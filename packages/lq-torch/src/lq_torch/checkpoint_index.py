@@ -18,7 +18,7 @@ from torch import nn
 from lq_torch.safetensors_header import DTYPES, SafetensorsHeader, check_safetensors
 from lq_torch.tensors import LowBitTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "lq.json"
 MAX_INDEX_BYTES = 256 << 20
 SEPARATOR = ":"
@@ -163,6 +163,8 @@ def _read_header(folder: Path, file: str) -> SafetensorsHeader:
 
 def _check_version(path: Path, version: object) -> None:
     if type(version) is not int or version != FORMAT_VERSION:
+        old = type(version) is int and version < FORMAT_VERSION
+        advice = "save the model again with this release" if old else "upgrade lq-torch"
         raise UnknownVersionError(
-            f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}: upgrade lq-torch"
+            f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}: {advice}"
         )

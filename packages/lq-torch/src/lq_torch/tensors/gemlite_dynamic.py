@@ -15,6 +15,7 @@ from lq_formats import (
     check_finite,
     choose_qparams,
     pack_bits,
+    pack_int4,
     quantize_affine,
     unpack_bits,
 )
@@ -47,6 +48,9 @@ class GemliteTensor(LowBitTensor):
     """A weight ``(N, K)`` for gemlite's products with low-bit activations.
 
     On the CPU, and where x requires a gradient, the weight is dequantized and x is used as it is, without quantizing it.
+
+    Files hold the canonical codes and scales of int4 (``(N, K / 8) int32``, ``(N, G)``) and int8 (``(N, K)``, ``(N,)``), as
+    :class:`Int4Tensor` and :class:`Int8Tensor` do. lq has no canonical form of fp8 and mxfp: those are saved as they are here.
 
     Attributes:
         qdata: int8 and fp8 ``(N, K)``; int4 ``(K / 8, N) int32``; mxfp8 ``(N, K)``; mxfp4 ``(N, K / 2) uint8``, the
@@ -98,9 +102,10 @@ class GemliteTensor(LowBitTensor):
         elif weight == "int4":
             spec = QuantSpec(4, "group", size, True, torch.float32)
             scale, _ = choose_qparams(w, spec)
-            qdata = GEMLITE.pack(quantize_affine(w, scale, None, spec), 4, 32)
+            qdata = meta.from_canonical(pack_int4(quantize_affine(w, scale, None, spec)), 32)
             if size < columns:
-                exponent = 1 - math.frexp(8 * float(scale.max()))[1]
+                # Within the exponents of float32, so that it is undone exactly.
+                exponent = min(max(1 - math.frexp(8 * float(scale.max()))[1], -126), 126)
                 scale = scale * 2.0**exponent
         else:
             qdata, scale = _quantize_mx(values, weight)
@@ -208,11 +213,31 @@ class GemliteTensor(LowBitTensor):
             raise FormatError(f"exponent={exponent!r}: expected an integer from -126 to 126, 0 but for int4 groups")
         shape, dtype = {
             "int8": ((rows, columns), torch.int8),
-            "int4": ((columns // 8, rows), torch.int32),
+            "int4": ((rows, columns // 8), torch.int32),
             "mxfp4": ((rows, columns // 2), torch.uint8),
         }.get(weight, ((rows, columns), torch.float8_e4m3fn))
         saved.expect("qdata", shape, dtype)
-        saved.expect("scale", (columns // size, rows), torch.uint8 if weight.startswith("mx") else torch.float32)
+        groups = {"int8": (rows,), "int4": (rows, columns // size)}.get(weight, (columns // size, rows))
+        saved.expect("scale", groups, torch.uint8 if weight.startswith("mx") else torch.float32)
+
+    @classmethod
+    def from_saved(cls, saved: SavedWeight) -> Self:
+        """Put canonical int4 and int8 in gemlite's order; other formats are saved in it."""
+        qdata, scale = saved.tensors["qdata"], saved.tensors["scale"]
+        if saved.attributes["weight"] == "int4":
+            qdata = meta.from_canonical(qdata, 32)
+            scale = scale.t().contiguous() * 2.0 ** saved.attributes["exponent"]
+        elif saved.attributes["weight"] == "int8":
+            scale = scale.unsqueeze(0)
+        return cls({"qdata": qdata, "scale": scale}, saved.attributes, saved.shape, saved.dtype)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return what files hold; see the class."""
+        if self.weight == "int4":
+            # Exact: the exponent put the largest scale between 1/8 and 1/4.
+            scale = self.scale.t().contiguous() * 2.0**-self.exponent
+            return {"qdata": meta.to_canonical(self.qdata), "scale": scale}
+        return {"qdata": self.qdata, "scale": self.scale.squeeze(0) if self.weight == "int8" else self.scale}
 
 
 def check_combination(weight: str, activation: str) -> None:

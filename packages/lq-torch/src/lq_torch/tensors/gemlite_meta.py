@@ -1,10 +1,11 @@
-"""gemlite's integers, restated so that weights are packed, saved and loaded without importing gemlite.
+"""gemlite's integers and its order of words, restated so that weights are packed, saved and loaded without importing gemlite.
 
 Source: ``gemlite.dtypes.DType`` and ``GemLiteLinearTriton.get_meta_args`` (gemlite 0.6).
 """
 
 import torch
 from lq_formats import GroupSizeError
+from torch import Tensor
 
 FP32, FP16, BF16, FP8, INT8, UINT8, INT32 = 0, 1, 2, 3, 4, 5, 6
 MXFP16, MXBF16, MXFP8, MXFP4 = 14, 15, 16, 17
@@ -102,3 +103,19 @@ def packing_bitwidth(bits: int, size: int) -> int:
     GEMV_REVSPLITK reads two tiles a scale and a tile holds at least one item, so two items must fit a group.
     """
     return next((width for width in (32, 16) if 2 * width // bits <= size), 8)
+
+
+def from_canonical(words: Tensor, width: int) -> Tensor:
+    """Return canonical codes ``(N, words) int32`` in gemlite's order, ``(items, N)``, in items of ``width`` bits.
+
+    Both pack along the in features, low bits first (:data:`lq_formats.layouts.GEMLITE`): the bits stay, words are cut
+    into items and transposed.
+    """
+    return words.contiguous().view(ITEM_DTYPES[width]).t().contiguous()
+
+
+def to_canonical(items: Tensor) -> Tensor:
+    """Undo :func:`from_canonical`."""
+    rows = items.shape[1]
+    # Flat, because a wider view refuses the odd strides that a dimension of size 1 may have.
+    return items.t().contiguous().view(-1).view(torch.int32).view(rows, -1)

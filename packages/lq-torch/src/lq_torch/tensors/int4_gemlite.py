@@ -12,6 +12,7 @@ from lq_formats import (
     SpecError,
     check_finite,
     choose_qparams,
+    pack_bits,
     quantize_affine,
 )
 from lq_formats.layouts import GEMLITE
@@ -37,6 +38,9 @@ class Int4GemliteTensor(LowBitTensor):
     Some of gemlite's kernels compute some weights wrongly (:mod:`lq_torch.tensors.gemlite_meta` says which): those run by
     another, so groups of 16 always by GEMV_REVSPLITK, and forcing a wrong one raises GroupSizeError.
 
+    Files hold lq's canonical codes ``(N, K * bits / 32) int32`` (:func:`lq_formats.pack_bits`) and scales ``(N, K //
+    group_size)``: for 4 bits what an :class:`Int4Tensor` of the same weight holds.
+
     Attributes:
         qdata: ``(K * bits / 32, N) int32`` (:data:`lq_formats.layouts.GEMLITE`); int16 or uint8 items for 1 and 2 bits
             in groups too small for two int32.
@@ -51,6 +55,7 @@ class Int4GemliteTensor(LowBitTensor):
 
     tensor_names: ClassVar = ("qdata", "scale", "zero")
     attribute_names: ClassVar = ("bits", "group_size", "kernel")
+    saved_names: ClassVar = ("qdata", "scale")
     kind: ClassVar = "int4_gemlite"
     qdata: Tensor
     scale: Tensor
@@ -82,15 +87,13 @@ class Int4GemliteTensor(LowBitTensor):
             scale = (groups.abs().mean(-1) * 2).to(scale_dtype)
             check_finite(scale, "the scale in w's dtype")
             codes = (groups >= 0).to(torch.uint8).reshape(rows, columns)
-            zero = torch.tensor(0.5, device=w.device) if size == columns else (-scale / 2).t().contiguous()
         else:
             spec = QuantSpec(bits, "group", size, True, scale_dtype)
             scale, _ = choose_qparams(w, spec)
             codes = quantize_affine(w, scale, None, spec)
-            zero = torch.tensor(2 ** (bits - 1), dtype=torch.int32, device=w.device)
-        qdata = GEMLITE.pack(codes, bits, meta.packing_bitwidth(bits, size))
-        tensors = {"qdata": qdata, "scale": scale.t().contiguous(), "zero": zero}
-        return cls(tensors, {"bits": bits, "group_size": size, "kernel": None}, w.shape, w.dtype)
+        tensors = {"qdata": pack_bits(codes, bits, torch.int32), "scale": scale}
+        attributes = {"bits": bits, "group_size": size, "kernel": None}
+        return cls.from_saved(SavedWeight(tensors, attributes, (rows, columns), w.dtype))
 
     @staticmethod
     def check_shape(w: Tensor, group_size: int, bits: int = 4) -> None:
@@ -164,13 +167,21 @@ class Int4GemliteTensor(LowBitTensor):
             check_kernel(kernel)
         except SpecError as error:
             raise FormatError(str(error)) from None
-        width = meta.packing_bitwidth(bits, size)
-        saved.expect("qdata", (columns * bits // width, rows), meta.ITEM_DTYPES[width])
-        scale = saved.expect("scale", (columns // size, rows), *SCALE_DTYPES)
-        if bits == 1 and size < columns:
-            saved.expect("zero", (columns // size, rows), scale.dtype)
+        saved.expect("qdata", (rows, columns * bits // 32), torch.int32)
+        saved.expect("scale", (rows, columns // size), *SCALE_DTYPES)
+
+    @classmethod
+    def from_saved(cls, saved: SavedWeight) -> Self:
+        """Transpose for gemlite, and put its zeros beside."""
+        bits, size = saved.attributes["bits"], saved.attributes["group_size"]
+        scale = saved.tensors["scale"].t().contiguous()
+        if bits > 1:
+            zero = torch.tensor(2 ** (bits - 1), dtype=torch.int32, device=scale.device)
         else:
-            midpoint = 2.0 ** (bits - 1) if bits > 1 else 0.5
-            zero = saved.expect("zero", (), torch.int32 if bits > 1 else torch.float32)
-            if zero.device.type != "meta" and float(zero) != midpoint:
-                raise FormatError(f"tensor 'zero' is {float(zero)}: expected the midpoint {midpoint}")
+            zero = torch.tensor(0.5, device=scale.device) if size == saved.shape[1] else -scale / 2
+        qdata = meta.from_canonical(saved.tensors["qdata"], meta.packing_bitwidth(bits, size))
+        return cls({"qdata": qdata, "scale": scale, "zero": zero}, saved.attributes, saved.shape, saved.dtype)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the canonical codes and scales; the zeros follow from them."""
+        return {"qdata": meta.to_canonical(self.qdata), "scale": self.scale.t().contiguous()}

@@ -9,20 +9,34 @@ that packing, unpacking and checkpoints need no GPU. The packed tensor is ``(N/8
     column   | +25   | +17   | +9    | +1    | +24   | +16   | +8    | +0    |
 
 The product is ``(u - 8) * scale + offset`` in bf16; an integer zero becomes ``offset = (8 - zero) * scale``, rounded to bf16.
+It comes back from there exactly, because ``|8 - zero| <= 8`` and bf16 rounds by less than 1/256. So files hold canonical
+codes, scales and zeros, those of an :class:`Int4Tensor` of the same weight.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Self
 
 import torch
-from lq_formats import DTypeError, FormatError, GroupSizeError, ShapeError, choose_qparams, quantize_affine
+from lq_formats import (
+    DTypeError,
+    FormatError,
+    GroupSizeError,
+    ShapeError,
+    UnsupportedError,
+    choose_qparams,
+    pack_int4,
+    quantize_affine,
+    unpack_int4,
+)
 from torch import Tensor
 
 from lq_torch.tensors.base import LowBitTensor
-from lq_torch.tensors.int4 import int4_spec
+from lq_torch.tensors.int4 import check_canonical, int4_spec
 from lq_torch.tensors.saved import SavedWeight
 
 INNER_K_TILES = 8
 _GROUP_SIZES = (32, 64, 128, 256)
+_CHUNK_CODES = 1 << 18
 
 
 def pack_tile_4d(codes: Tensor) -> Tensor:
@@ -47,6 +61,29 @@ def unpack_tile_4d(packed: Tensor) -> Tensor:
     return parts.reshape(row_tiles * 8, column_tiles * 128)
 
 
+def from_canonical(words: Tensor) -> Tensor:
+    """Repack canonical codes ``(N, K/8) int32``, a few rows at a time, so that all codes are never unpacked at once."""
+    rows, columns = words.shape[0], words.shape[1] * 8
+    packed = torch.empty((rows // 8, columns // 128, 32, 4), dtype=torch.int32, device=words.device)
+    for start, stop in _chunks(rows, columns):
+        packed[start // 8 : stop // 8] = pack_tile_4d(unpack_int4(words[start:stop], columns))
+    return packed
+
+
+def to_canonical(packed: Tensor) -> Tensor:
+    """Undo :func:`from_canonical`."""
+    rows, columns = packed.shape[0] * 8, packed.shape[1] * 128
+    words = torch.empty((rows, columns // 8), dtype=torch.int32, device=packed.device)
+    for start, stop in _chunks(rows, columns):
+        words[start:stop] = pack_int4(unpack_tile_4d(packed[start // 8 : stop // 8]))
+    return words
+
+
+def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(_CHUNK_CODES // columns // 8 * 8, 8)
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 class Int4TilePackedTensor(LowBitTensor):
     """A 4-bit weight ``(N, K)`` in ATen's tinygemm layout, bf16 only.
 
@@ -56,14 +93,17 @@ class Int4TilePackedTensor(LowBitTensor):
         qdata: ``(N/8, K/128, 32, 4) int32``.
         scale_and_zero: ``(K // group_size, N, 2) bfloat16``: scale and offset.
         group_size: 32, 64, 128 or 256.
+        symmetric: Whether every zero is 8, and none is saved.
     """
 
     tensor_names: ClassVar = ("qdata", "scale_and_zero")
-    attribute_names: ClassVar = ("group_size",)
+    attribute_names: ClassVar = ("group_size", "symmetric")
+    saved_names: ClassVar = ("qdata", "scale", "zero")
     kind: ClassVar = "int4_tile_packed"
     qdata: Tensor
     scale_and_zero: Tensor
     group_size: int
+    symmetric: bool
 
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int = 128, *, symmetric: bool = True) -> Self:
@@ -78,11 +118,8 @@ class Int4TilePackedTensor(LowBitTensor):
         spec = int4_spec(group_size, symmetric, torch.bfloat16)
         scale, zero = choose_qparams(w, spec)
         codes = quantize_affine(w, scale, zero, spec)
-        wide = scale.to(torch.float32)
-        offset = torch.zeros_like(wide) if zero is None else (8 - zero.to(torch.float32)) * wide
-        scale_and_zero = torch.stack((wide.t(), offset.t()), dim=-1).to(torch.bfloat16).contiguous()
-        tensors = {"qdata": pack_tile_4d(codes), "scale_and_zero": scale_and_zero}
-        return cls(tensors, {"group_size": group_size}, w.shape, w.dtype)
+        tensors = {"qdata": pack_tile_4d(codes), "scale_and_zero": _with_offset(scale, zero)}
+        return cls(tensors, {"group_size": group_size, "symmetric": symmetric}, w.shape, w.dtype)
 
     @staticmethod
     def check_shape(w: Tensor, group_size: int) -> None:
@@ -122,12 +159,52 @@ class Int4TilePackedTensor(LowBitTensor):
     def check_saved(cls, saved: SavedWeight) -> None:
         """Raise FormatError unless the tensors fit the shape and the group size."""
         rows, columns = saved.matrix()
-        size = saved.attributes["group_size"]
+        size, symmetric = saved.attributes["group_size"], saved.attributes["symmetric"]
         known = type(size) is int and size in _GROUP_SIZES and columns % size == 0
         if not known or rows % 8 or columns % 128:
             raise FormatError(f"shape {saved.shape} with group_size={size!r} is not a tinygemm weight")
-        saved.expect("qdata", (rows // 8, columns // 128, 32, 4), torch.int32)
-        saved.expect("scale_and_zero", (columns // size, rows, 2), torch.bfloat16)
+        check_canonical(saved, size)
+        groups = (rows, columns // size)
+        saved.expect("scale", groups, torch.bfloat16)
+        if type(symmetric) is not bool or symmetric is ("zero" in saved.tensors):
+            raise FormatError(
+                f"symmetric={symmetric!r}: expected a boolean, and a tensor 'zero' exactly where it is false"
+            )
+        if not symmetric:
+            saved.expect("zero", groups, torch.uint8)
+
+    @classmethod
+    def from_saved(cls, saved: SavedWeight) -> Self:
+        """Repack canonical bits."""
+        scale_and_zero = _with_offset(saved.tensors["scale"], saved.tensors.get("zero"))
+        tensors = {"qdata": from_canonical(saved.tensors["qdata"]), "scale_and_zero": scale_and_zero}
+        return cls(tensors, saved.attributes, saved.shape, saved.dtype)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return canonical codes, scales and, unless symmetric, integer zeros.
+
+        Raises:
+            UnsupportedError: If an offset is none that an integer zero gives.
+        """
+        scale, offset = self.scale_and_zero.permute(2, 1, 0)
+        tensors = {"qdata": to_canonical(self.qdata), "scale": scale.contiguous()}
+        if not self.symmetric:
+            wide = scale.to(torch.float32)
+            steps = torch.where(wide != 0, offset.to(torch.float32) / wide, 0)
+            tensors["zero"] = (8 - steps.round()).clamp(0, 255).to(torch.uint8).contiguous()
+        if not torch.equal(_with_offset(scale, tensors.get("zero")), self.scale_and_zero):
+            raise UnsupportedError(
+                "the offsets of this tile-packed weight are not (8 - zero) * scale of integer zeros, so it has no "
+                "canonical form to save; dequantize it and quantize again"
+            )
+        return tensors
+
+
+def _with_offset(scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Return ``(G, N, 2) bfloat16``: scales ``(N, G)`` and the offsets ``(8 - zero) * scale``, 0 without zeros."""
+    wide = scale.to(torch.float32)
+    offset = torch.zeros_like(wide) if zero is None else (8 - zero.to(torch.float32)) * wide
+    return torch.stack((wide.t(), offset.t()), dim=-1).to(torch.bfloat16).contiguous()
 
 
 def _runs_tinygemm(x: Tensor) -> bool:
