@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,20 +26,25 @@ needs_nvrtc = pytest.mark.skipif(
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 INT4 = Variant(BF16, BF16, 4, 1, False)
-CASES = [(INT4, tile) for tile in TILES] + [
-    (Variant(BF16, FP32, 4, 4, True), (64, 128)),
-    (Variant(FP16, BF16, 4, 2, True), (128, 256)),
-    (Variant(FP16, FP32, 4, 0, True), (256, 128)),
-    (Variant(BF16, FP32, 8, 0, False), (128, 256)),
-    (Variant(FP16, FP32, 8, 0, False), (32, 128)),
-]
+CASES = (
+    [(INT4, tile) for tile in TILES]
+    + [(INT4, (*tile, "multicast")) for tile in ((64, 128), (128, 256), (256, 128))]
+    + [
+        (Variant(BF16, FP32, 4, 4, True), (64, 128)),
+        (Variant(FP16, BF16, 4, 2, True), (128, 256)),
+        (Variant(FP16, FP32, 4, 0, True), (256, 128)),
+        (Variant(BF16, FP32, 8, 0, False), (128, 256)),
+        (Variant(FP16, FP32, 8, 0, False), (32, 128)),
+    ]
+)
 
 
 def case_id(case):
-    variant, (tokens, rows) = case
+    variant, (tokens, rows, *multicast) = case
     names = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
     zero = "asym" if variant.zero else "sym"
-    return f"int{variant.bits}-{names[variant.x]}-{names[variant.scale]}-g{variant.groups}-{zero}-{tokens}x{rows}"
+    tile = f"{tokens}x{rows}" + "-multicast" * len(multicast)
+    return f"int{variant.bits}-{names[variant.x]}-{names[variant.scale]}-g{variant.groups}-{zero}-{tile}"
 
 
 # ---- without a GPU ----
@@ -47,15 +53,16 @@ def case_id(case):
 @needs_nvrtc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_path):
-    variant, (tokens, rows) = case
-    defines = (*variant.defines, *WgmmaConfig(tokens, rows, 1, 1, 1).defines)
+    variant, (tokens, rows, *multicast) = case
+    config = WgmmaConfig(tokens, rows, 1, 1, 1, bool(multicast))
+    defines = (*variant.defines, *config.defines)
     result = compiler.compile_source(compiler.source("wgmma_a16"), "sm_90a", "wgmma_a16", defines)
     usage = result.usage()
     assert set(usage) == {"wgmma_a16"}
     assert usage["wgmma_a16"].spills == 0
     assert usage["wgmma_a16"].stack == 0
     # So many registers a thread at launch that all CTAs of an SM fit; consumers then take the producer's.
-    assert usage["wgmma_a16"].registers * THREADS * WgmmaConfig(tokens, rows, 1, 1, 1).ctas <= 65536
+    assert usage["wgmma_a16"].registers * THREADS * config.ctas <= 65536
     # "Potential performance loss: wgmma.mma_async instructions are serialized".
     assert "C75" not in result.log
 
@@ -71,6 +78,7 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_pa
     assert kind in products[0]
     assert len(products) == rows // 128 * (512 // variant.bits // 16)  # a stage, once
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert bool(re.search(r"UTMALDG\.2D\.MULTICAST", sass)) is config.multicast
     assert not re.search(r"\bI2FP?\b|\bI2F\b", sass.split("HGMMA", 1)[1].rsplit("HGMMA", 1)[0])
 
 
@@ -99,18 +107,22 @@ def test_every_cut_covers_the_product_once(m, n, k, bits):
     for config in candidates(m, n, k, bits, 132):
         assert (config.tokens, config.rows) in TILES
         assert config.cluster in CLUSTERS
-        assert config.cluster <= -(-k * bits // 512), "a CTA without a K step"
-        tiles = -(-m // config.tokens) * -(-n // config.rows)
-        assert 1 <= config.clusters <= tiles
+        assert config.k_parts <= -(-k * bits // 512), "a CTA without a K step"
+        row_tiles, token_tiles = config.tiles(m, n)
+        assert row_tiles * config.cluster_rows >= n
+        assert token_tiles * config.tokens >= m
+        assert 1 <= config.clusters <= row_tiles * token_tiles
         assert config.clusters * config.cluster <= 132 * config.ctas
-        assert 1 <= config.raster <= -(-n // config.rows)
+        assert 1 <= config.raster <= row_tiles
+        assert config.cluster == 2 or not config.multicast
     assert wgmma_config(m, n, k, bits, 132) in set(candidates(m, n, k, bits, 132))
 
 
 def test_cuts_follow_the_size():
     assert wgmma_config(64, 4096, 4096, 4, 132).cluster > 1, "32 tiles do not fill 132 multiprocessors"
     large = wgmma_config(4096, 4096, 4096, 4, 132)
-    assert (large.cluster, large.clusters) == (1, 132)
+    assert large.k_parts == 1
+    assert large.clusters * large.cluster == 132
     assert large.tokens * large.rows == 32768, "the largest tile reads least"
 
 
@@ -153,7 +165,7 @@ class Case:
             zeros = (torch.rand(n, groups, generator=generator, device="cuda") * 15).to(scale)
         self.bias = torch.randn(n, generator=generator, device="cuda").to(x) if bias else None
         layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
-        padded = groups if self.group_size >= 128 or groups == 1 else -(-k // 128) * (128 // self.group_size)
+        padded = groups if self.group_size >= 128 or self.group_size == k else -(-k // 128) * (128 // self.group_size)
         self.packed = layout.pack(codes)
         self.scales = layout.arrange_scales(scales, padded)
         self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
@@ -164,7 +176,7 @@ class Case:
         middle = 1 << (bits - 1)
         difference = codes.double() - (middle if zeros is None else spread(zeros.to(x)).double())
         difference = difference.to(x).double()  # exact where zeros are integers
-        if groups == 1:
+        if self.group_size == k:  # not rounded: it multiplies the sum
             self.weight, factor = difference, scales.double().T
         else:
             self.weight, factor = (difference * spread(scales.to(x)).double()).to(x).double(), 1.0
@@ -189,11 +201,11 @@ class Case:
 
 
 def config_of(tile, cluster, m, n, clusters=10**6, raster=3):
-    tokens, rows = tile
-    row_tiles, token_tiles = -(-n // rows), -(-m // tokens)
-    config = WgmmaConfig(tokens, rows, cluster, 1, 1)
-    fit = max(1, 128 * config.ctas // cluster)
-    return WgmmaConfig(tokens, rows, cluster, min(row_tiles * token_tiles, fit, clusters), min(raster, row_tiles))
+    """Return a cut; cluster "multicast" is two CTAs that share tokens."""
+    config = WgmmaConfig(*tile, 2 if cluster == "multicast" else cluster, 1, 1, cluster == "multicast")
+    row_tiles, token_tiles = config.tiles(m, n)
+    fit = 128 * config.ctas // config.cluster
+    return replace(config, clusters=min(row_tiles * token_tiles, fit, clusters), raster=min(raster, row_tiles))
 
 
 hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")]
@@ -202,7 +214,7 @@ hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs com
 class TestOnHopper:
     pytestmark = hopper
 
-    @pytest.mark.parametrize("cluster", CLUSTERS)
+    @pytest.mark.parametrize("cluster", [*CLUSTERS, "multicast"])
     @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
     def test_every_tile_and_cluster(self, tile, cluster):
         m, n, k = tile[0] + tile[0] // 2 + 1, 2 * tile[1] + 40, 2176
@@ -217,14 +229,14 @@ class TestOnHopper:
     @pytest.mark.parametrize(("x", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, BF16)])
     def test_int4(self, tile, group_size, zero, x, scale):
         case = Case(100, 264, 1024, 4, group_size, x, scale, zero)
-        for cluster in (1, 4):
+        for cluster in (1, 4, "multicast"):
             case.check(case.run(config_of(tile, cluster, 100, 264)))
 
     @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
     @pytest.mark.parametrize("x", [BF16, FP16])
     def test_int8(self, tile, x):
         case = Case(100, 264, 1000, 8, -1, x, FP32, bias=True)
-        for cluster in (1, 2, 8):
+        for cluster in (1, 2, 8, "multicast"):
             case.check(case.run(config_of(tile, cluster, 100, 264)))
 
     @pytest.mark.parametrize(

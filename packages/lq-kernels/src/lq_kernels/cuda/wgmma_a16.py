@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lq_formats import ShapeError
@@ -30,6 +30,7 @@ _MAX_TILES = 1 << 30
 _L2 = 24.0
 _DRAM = 17.0
 _UNPACK = 20.0  # a fragment of 64 x 16 weights, on all four schedulers
+_CONTENTION = 0.1  # of the time of loading that products lose to it
 _START = 1500.0  # until the first product
 _EXCHANGE = 1500.0  # synchronizing a cluster
 
@@ -41,9 +42,11 @@ class WgmmaConfig:
     Attributes:
         tokens: Tokens of a tile.
         rows: Out features of a tile.
-        cluster: CTAs that share K.
+        cluster: CTAs in a cluster.
         clusters: Clusters in the grid; each takes tile after tile.
-        raster: Row tiles in a band; a band's tiles are taken for all tokens before the next band's.
+        raster: Row tiles (or pairs) in a band; a band's tiles are taken for all tokens before the next band's.
+        multicast: The two CTAs of a cluster have neighbouring rows and load their tokens for each other. Otherwise a
+            cluster has one tile, and its CTAs share K.
     """
 
     tokens: int
@@ -51,6 +54,21 @@ class WgmmaConfig:
     cluster: int
     clusters: int
     raster: int
+    multicast: bool = False
+
+    @property
+    def cluster_rows(self) -> int:
+        """Out features of a cluster."""
+        return self.rows * (self.cluster if self.multicast else 1)
+
+    @property
+    def k_parts(self) -> int:
+        """CTAs that share K."""
+        return 1 if self.multicast else self.cluster
+
+    def tiles(self, m: int, n: int) -> tuple[int, int]:
+        """Return how many clusters' tiles of rows and of tokens there are."""
+        return -(-n // self.cluster_rows), -(-m // self.tokens)
 
     @property
     def ctas(self) -> int:
@@ -60,7 +78,7 @@ class WgmmaConfig:
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
-        return (f"LQ_TOKENS={self.tokens}", f"LQ_ROWS={self.rows}")
+        return (f"LQ_TOKENS={self.tokens}", f"LQ_ROWS={self.rows}", f"LQ_MULTICAST={int(self.multicast)}")
 
 
 def ring(config: WgmmaConfig, bits: int, scale_bytes: int) -> tuple[int, int]:
@@ -95,7 +113,8 @@ def wgmma_config(m: int, n: int, k: int, bits: int, sm_count: int) -> WgmmaConfi
         ShapeError: If there are too many tiles to count.
     """
     best = min(candidates(m, n, k, bits, sm_count), key=lambda config: cost(config, m, n, k, bits, sm_count))
-    if -(-m // best.tokens) * -(-n // best.rows) > _MAX_TILES:
+    row_tiles, token_tiles = best.tiles(m, n)
+    if row_tiles * token_tiles > _MAX_TILES:
         raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
     return best
 
@@ -106,36 +125,35 @@ def candidates(m: int, n: int, k: int, bits: int, sm_count: int) -> Iterator[Wgm
         # Half-empty tiles only waste.
         if tokens > 16 and 2 * m <= tokens:
             continue
-        row_tiles, token_tiles = -(-n // rows), -(-m // tokens)
-        for cluster in CLUSTERS:
-            if cluster > _steps(k, bits):
+        for cluster, multicast in [(cluster, False) for cluster in CLUSTERS] + [(2, True)]:
+            shape = WgmmaConfig(tokens, rows, cluster, 1, 1, multicast)
+            if shape.k_parts > _steps(k, bits) or (multicast and n <= rows):
                 continue
-            config = WgmmaConfig(tokens, rows, cluster, 1, 1)
-            clusters = min(row_tiles * token_tiles, _clusters(sm_count, cluster) * config.ctas)
+            row_tiles, token_tiles = shape.tiles(m, n)
+            clusters = min(row_tiles * token_tiles, _clusters(sm_count, cluster) * shape.ctas)
             # What runs at once reads `height` strips of weights and clusters / height strips of x: least where both are equal.
-            height = math.sqrt(clusters * tokens * 16 / (rows * bits))
+            height = math.sqrt(clusters * tokens * 16 / (shape.cluster_rows * bits))
             bands = max(1, round(row_tiles / height))
-            yield WgmmaConfig(tokens, rows, cluster, clusters, -(-row_tiles // bands))
+            yield replace(shape, clusters=clusters, raster=-(-row_tiles // bands))
 
 
 def cost(config: WgmmaConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
     """Return the clocks that a product takes by a model: only the order of its answers matters."""
-    row_tiles, token_tiles = -(-n // config.rows), -(-m // config.tokens)
-    tiles = row_tiles * token_tiles
-    slices = -(-_steps(k, bits) // config.cluster) * (32 // bits)  # of 16 in features, of a CTA
-    waves = -(-tiles // config.clusters)
+    row_tiles, token_tiles = config.tiles(m, n)
+    waves = -(-row_tiles * token_tiles // config.clusters)
     # CTAs that share a multiprocessor also share its time.
     share = min(config.ctas, -(-config.clusters * config.cluster // sm_count))
+    slices = -(-_steps(k, bits) // config.k_parts) * (32 // bits)  # of 16 in features, of a CTA
     products = config.rows * config.tokens / 128
     unpacking = config.rows / 64 * _UNPACK
-    loading = (config.tokens * 32 + config.rows * bits * 2) / _L2
-    weights = n * k * bits / 8 / (sm_count * _DRAM)
-    tile = slices * share * max(products, unpacking, loading)
-    if config.cluster > 1:
+    loading = (config.tokens * 32 / (2 if config.multicast else 1) + config.rows * bits * 2) / _L2
+    tile = slices * share * (max(products, unpacking, loading) + _CONTENTION * loading)
+    if config.k_parts > 1:
         # Every CTA reads its share of the partial sums of all.
         out = _EXCHANGE + share * config.tokens * config.rows * 4 / _L2
     else:
         out = 500.0 + 8.0 * config.tokens * config.rows / 128
+    weights = n * k * bits / 8 / (sm_count * _DRAM)
     return _START + max(waves * (tile + out), weights)
 
 
@@ -194,7 +212,7 @@ def linear(
         THREADS,
         shared,
         x.device,
-        tensor_map(x, config.tokens, 64),
+        tensor_map(x, config.tokens // (2 if config.multicast else 1), 64),
         packed,
         scale,
         0 if zero is None else zero,

@@ -11,11 +11,14 @@
 //   the fp32 sum instead.
 // - CTAs are persistent. Tiles are taken so that those running at once share rows and tokens in L2: `raster` row tiles for all tokens,
 //   then the next ones.
+// - Where there are many tiles, two CTAs may share their tokens (LQ_MULTICAST): each loads half of x for both, which halves what L2
+//   has to serve. A stage is then free when the consumers of both have released it.
 // - Where there are few tiles, the CTAs of a cluster share K. Partial sums are exchanged through distributed shared memory, each CTA
 //   finishing its share of the tokens, and added in the order of K. No atomics, no workspace: results are bitwise reproducible.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
-// 128 in features: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_ROWS (128, 256) of a tile.
+// 128 in features: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_ROWS (128, 256) of a tile,
+// LQ_MULTICAST (0: a cluster, if any, shares K; 1: clusters of two that share tokens).
 
 #include "lq/wgmma_rs.cuh"
 
@@ -33,6 +36,8 @@ constexpr bool kZero = LQ_ZERO != 0;
 constexpr bool kPerRow = kGroups == 0;
 constexpr int kTokens = LQ_TOKENS;
 constexpr int kRows = LQ_ROWS;
+constexpr bool kMulticast = LQ_MULTICAST != 0;
+constexpr int kSharers = kMulticast ? 2 : 1;  // CTAs that have the same tokens
 static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symmetric");
 
 constexpr int kConsumerWarps = 8;
@@ -51,6 +56,7 @@ constexpr int kSlices = kStep / 16;                // k16 steps of a stage
 constexpr int kBatch = kTokens * kParts <= 32 ? 4 : kTokens * kParts <= 128 ? 2 : 1;  // ... in a group of wgmmas; two groups are in flight
 constexpr int kBatches = kSlices / kBatch;
 constexpr int kBoxBytes = kTokens * 128;           // of x: 64 in features
+constexpr int kShareTokens = kTokens / kSharers;   // that one of them loads
 constexpr int kXBytes = kStep / 64 * kBoxBytes;
 constexpr int kStage = kXBytes + kBlocks * kBlockBytes;
 constexpr int kGroupBytes = kRows * static_cast<int>(sizeof(ScaleBits));  // scales of a group
@@ -73,7 +79,7 @@ struct Arguments {
   i64 blocks;      // of 16 rows
   i64 group_size;  // used where a group is a whole number of steps
   i64 stages;
-  i64 raster;  // row tiles in a band
+  i64 raster;  // row tiles (pairs of them with multicast) in a band
 };
 
 // The tiles of this cluster, one after the other.
@@ -181,17 +187,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
   u64* const taken = ready + 1;           // every CTA has read what it needs of them
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
+  const int cta = static_cast<int>(cluster_rank()), ctas = static_cast<int>(cluster_size());
+  const int rank = kMulticast ? 0 : cta, ranks = kMulticast ? 1 : ctas;  // among those that share K
   const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
   const int first_step = steps_all * rank / ranks, steps = steps_all * (rank + 1) / ranks - first_step;
   const int blocks = static_cast<int>(p.blocks);
-  Tiles tiles{(blocks + kBlocks - 1) / kBlocks, static_cast<int>((p.m + kTokens - 1) / kTokens), static_cast<int>(p.raster),
-              static_cast<int>(blockIdx.x) / ranks, static_cast<int>(gridDim.x) / ranks};
+  Tiles tiles{(blocks + kSharers * kBlocks - 1) / (kSharers * kBlocks), static_cast<int>((p.m + kTokens - 1) / kTokens),
+              static_cast<int>(p.raster), static_cast<int>(blockIdx.x) / ctas, static_cast<int>(gridDim.x) / ctas};
 
   if (warp == kConsumerWarps) {
     if (lane < stages) {
       mbarrier_init(full + lane, 1);
-      mbarrier_init(empty + lane, kConsumerWarps);
+      mbarrier_init(empty + lane, kSharers * kConsumerWarps);
     }
     if (lane == 0) {
       prefetch_tensor_map(&x_map);
@@ -201,8 +208,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     mbarrier_init_fence();
   }
   __syncthreads();
-  if (ranks > 1) cluster_arrive();
+  if (ctas > 1) cluster_arrive();
   let_next_kernel_start();
+
+  const auto row_tile = [&](const Tiles& tile) { return kMulticast ? tile.row * kSharers + cta : tile.row; };
 
   if (warp >= kConsumerWarps) {
     decrease_registers<24>();
@@ -215,9 +224,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     const u64 x_policy = tiles.rows == 1 ? policy_evict_first() : policy_evict_normal();
     const int steps_per_group = static_cast<int>(p.group_size / kStep);
 
+    auto wait_until_empty = [&](int stage, u32 parity) {
+      if constexpr (kMulticast)
+        mbarrier_wait_cluster(empty + stage, parity);
+      else
+        mbarrier_wait(empty + stage, parity);
+    };
     auto fill_weights = [&](int stage, const Tiles& tile, int step) {
       if (elect_one()) {
-        const int block = tile.row * kBlocks, here = blocks - block < kBlocks ? blocks - block : kBlocks;
+        const int wanted = row_tile(tile) * kBlocks;
+        const int block = wanted < blocks ? wanted : blocks - 1;  // the second of two CTAs may have no rows: it reads any, and stores none
+        const int here = blocks - block < kBlocks ? blocks - block : kBlocks;
         const int k_step = first_step + step;
         const int scale_bytes = here * kBlockRows * static_cast<int>(sizeof(ScaleBits));
         mbarrier_arrive_expect(full + stage, kXBytes + here * kBlockBytes + kGroups * (kZero ? 2 : 1) * scale_bytes);
@@ -240,9 +257,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     auto fill_x = [&](int stage, const Tiles& tile, int step) {
       if (elect_one()) {
 #pragma unroll
-        for (int i = 0; i < kStep / 64; ++i)
-          tensor_copy_2d(ring + stage * kStage + i * kBoxBytes, &x_map, (first_step + step) * kStep + i * 64, tile.token * kTokens,
-                         full + stage, x_policy);
+        for (int i = 0; i < kStep / 64; ++i) {
+          u8* to = ring + stage * kStage + i * kBoxBytes;
+          const int column = (first_step + step) * kStep + i * 64;
+          if constexpr (kMulticast)
+            tensor_copy_2d_multicast(to + cta * kShareTokens * 128, &x_map, column, tile.token * kTokens + cta * kShareTokens, full + stage,
+                                     (1 << kSharers) - 1, x_policy);
+          else
+            tensor_copy_2d(to, &x_map, column, tile.token * kTokens, full + stage, x_policy);
+        }
       }
       __syncwarp();
     };
@@ -253,13 +276,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     if (any)
       for (int step = 0; step < early; ++step) fill_weights(step, tiles, step);
     wait_for_previous_kernel();
+    if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
     if (any) {
       for (int step = 0; step < early; ++step) fill_x(step, tiles, step);
       int stage = early == stages ? 0 : early, step = early;
       u32 parity = early == stages ? 0 : 1, tile_parity = 0;
       do {
         for (; step < steps; ++step) {
-          mbarrier_wait(empty + stage, parity);
+          wait_until_empty(stage, parity);
           fill_weights(stage, tiles, step);
           fill_x(stage, tiles, step);
           if (++stage == stages) stage = 0, parity ^= 1;
@@ -269,6 +293,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
         if (ranks > 1) mbarrier_wait_cluster(taken, tile_parity);
         tile_parity ^= 1;
       } while (tiles.advance());
+      // Nor goes a CTA whose barriers the other still arrives at.
+      if constexpr (kMulticast)
+        for (int i = 0; i < stages; ++i) {
+          wait_until_empty(stage, parity);
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
     }
     return;
   }
@@ -300,8 +330,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     }
   };
 
+  auto release = [&](int stage) {
+    if constexpr (kMulticast) {
+      if (lane < kSharers) mbarrier_arrive_remote(empty + stage, lane);
+    } else {
+      if (lane == 0) mbarrier_arrive(empty + stage);
+    }
+  };
+
   while (tiles.advance()) {
-    const int tile_block = tiles.row * kBlocks + first_block;
+    const int tile_block = row_tile(tiles) * kBlocks + first_block;
     float acc[kParts][kSums];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -344,11 +382,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
           }
         }
         wgmma_wait<1>();
-        if (batch == 0 && step > 0 && lane == 0) mbarrier_arrive(empty + before);
+        if (batch == 0 && step > 0) release(before);
       }
     }
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(empty + last);
+    release(last);
     __syncwarp();
 
     if (first_tile) {
@@ -377,7 +415,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
       }
     }
 
-    const i64 token0 = static_cast<i64>(tiles.token) * kTokens, row0 = static_cast<i64>(tiles.row) * kRows;
+    const i64 token0 = static_cast<i64>(tiles.token) * kTokens, row0 = static_cast<i64>(row_tile(tiles)) * kRows;
     const int tokens = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
     if (ranks == 1) {
       const i64 first_row = row0 + warpgroup * kRows / 2;
