@@ -8,7 +8,6 @@ from lq_eval.bench.model import decode_tokens_per_second
 from lq_eval.bench.operands import random_q4_0
 from lq_eval.bench.shapes import MODELS, parse_shapes
 from lq_eval.bench.timing import copies, cpu_us, time_us
-from lq_eval.plots import plot_speedup
 from lq_formats import SpecError, dequantize_q4_0
 
 CPU = torch.device("cpu")
@@ -178,21 +177,6 @@ def test_decoding_runs_token_by_token(tiny, windows):
     assert decode_tokens_per_second(tiny.model, windows[:1, :8], 2) > 0
     with pytest.raises(SpecError):
         decode_tokens_per_second(tiny.model, windows[:1, :8], 1)
-
-
-def test_plots_are_written_and_need_rows(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [
-        {"op": "int4", "shape": s, "n": 8, "k": 8, "m": m, "kernel": "auto", "dtype": "float32", "speedup": m / 2}
-        for s in ("a", "b", "c", "d")
-        for m in (1, 16)
-    ]
-    target = plot_speedup(rows, tmp_path / "figures" / "speedup.svg", "a GPU")
-    assert target.read_text(encoding="utf-8").startswith("<?xml")
-    with pytest.raises(SpecError, match="nothing to plot"):
-        plot_speedup([{"speedup": None}], tmp_path / "empty.png")
-    with pytest.raises(SpecError, match="cannot write"):
-        plot_speedup(rows, tmp_path / "speedup.unknown")
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from lq_eval.data import eval_text_path, tiny_llama_path
+from lq_eval.errors import BenchError
 from lq_eval.evaluate import quantized_copy
 from lq_eval.results import read_records
 from lq_eval.schemes import parse_scheme
@@ -148,6 +149,29 @@ def test_bench_ggml_records_every_point(lq_eval, tmp_path):
     assert json.loads(record.read_text())["rows"][0]["m"] == 1
 
 
+def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
+    """Without the fresh processes of ``cold``, which its own test starts."""
+
+    def broken(options, **limits):
+        raise BenchError("no process today")
+
+    monkeypatch.setattr("lq_eval.bench.cold.run_cold", broken)
+    common = ("bench", "record", tmp_path, "--shapes", "128x128", "--device", "cpu", "--seconds", 8)
+    result = lq_eval(*common, "--peers", "humming")
+    assert result.exit_code == 1
+    assert "BenchError: cold failed" in result.stderr
+    assert "no process today" in result.output
+    recorded = {name: list(read_records(tmp_path / f"{name}.jsonl")) for name in ("eager", "sweep", "gemm")}
+    assert [record.bench for record in recorded["sweep"]] == ["sweep", "sweep-summary"]
+    notes = {row["kernel"]: row["note"] for record in recorded["gemm"] for row in record.rows}
+    assert notes["auto"] == ""
+    assert "CUDA GPU" in notes["humming"]
+    assert "lq" in (tmp_path / "speedup.svg").read_text(encoding="utf-8")
+    again = lq_eval(*common, "--steps", "sweep")
+    assert again.exit_code == 0, again.output
+    assert "0 of 0 points" in again.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -164,6 +188,9 @@ def test_bench_ggml_records_every_point(lq_eval, tmp_path):
         (("bench", "gemm", "--shapes", "big"), "SpecError"),
         (("bench", "gemm", "--ms", "one"), "SpecError"),
         (("bench", "plot", "/no/such/file", "x.png"), "ModelLoadError"),
+        (("bench", "sweep", "--resume", "/no/such/file"), "ModelLoadError"),
+        (("bench", "record", "x", "--steps", "everything"), "SpecError"),
+        (("bench", "eager", "--calls", "0"), "SpecError"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

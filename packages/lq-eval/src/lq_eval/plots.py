@@ -1,23 +1,117 @@
-"""Figures drawn from records. matplotlib is imported when the first one is drawn."""
+"""Figures drawn from records. matplotlib is imported when the first one is drawn.
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+The background is transparent and every colour stands out from white and from a dark page alike, so that one file serves a
+page in light and in dark mode.
+"""
+
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lq_formats import MissingPackageError, SpecError
 
-_PANEL = (4.2, 3.2)
-_COLUMNS = 3
+INK = "#777777"
+LQ_COLOR = "#e8590c"
+PEER_COLORS: Mapping[str, str] = MappingProxyType({"gemlite": "#2f81f7", "humming": "#1a9850", "tinygemm": "#a371f7"})
+OTHER_COLORS = ("#c2549d", "#0f8f9c", "#8a7a1f", "#6f77c9")
+
+_PANEL = (3.0, 2.6)
+_COLUMNS = 4
+_FONT_SIZE = 9
+_MOST_MARKERS = 20
+# Text stays text, and the same records give the same bytes.
+_STYLE = MappingProxyType({"svg.fonttype": "none", "svg.hashsalt": "lq", "font.size": _FONT_SIZE})
 
 
-def plot_speedup(rows: Iterable[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
-    """Draw the speedup over the dense product against the number of tokens, one panel a shape.
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel.
+
+    Attributes:
+        label: For the legend.
+        ours: Whether it is the registry's choice, which is drawn thick.
+        speedups: By number of tokens, ascending.
+    """
+
+    label: str
+    ours: bool
+    speedups: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: a product and a shape.
+
+    Attributes:
+        title: The shape and the product.
+        series: lq first.
+    """
+
+    title: str
+    series: tuple[Series, ...]
+
+
+def panels(
+    rows: Iterable[Mapping[str, Any]], ops: Collection[str] = (), sizes: Collection[tuple[int, int]] = ()
+) -> tuple[Panel, ...]:
+    """Group rows into panels by product and shape, in the order of their first rows.
 
     Args:
-        rows: Rows of the ``gemm`` or ``ggml`` benchmark; rows without a time are left out.
-        path: File to write; its ending says the format (png, svg, pdf).
+        rows: Rows of the ``gemm``, ``sweep`` or ``ggml`` benchmark; rows without a time are left out, and of a repeated
+            point the last counts.
+        ops: Keep these products; all if empty.
+        sizes: Keep these ``(N, K)``; all if empty.
+    """
+    kept = [row for row in rows if row.get("speedup")]
+    kept = [row for row in kept if (not ops or _op(row) in ops) and (not sizes or (row["n"], row["k"]) in sizes)]
+    dtypes = {row.get("dtype", "") for row in kept}
+    found: dict[tuple[str, int, int], dict[tuple[bool, str], dict[int, float]]] = {}
+    names: dict[tuple[int, int], str] = {}
+    for row in kept:
+        size = (row["n"], row["k"])
+        names.setdefault(size, _shape(row))
+        kernel = row.get("kernel") or "auto"
+        ours = kernel == "auto"
+        label = "lq" if ours else kernel
+        if len(dtypes) > 1:
+            label += f" {row.get('dtype', '')}"
+        lines = found.setdefault((_op(row), *size), {})
+        lines.setdefault((not ours, label), {})[row["m"]] = row["speedup"]
+    order = list(dict.fromkeys(op for op, _, _ in found))
+    return tuple(
+        Panel(
+            f"{names[n, k]}, {op}",
+            tuple(
+                Series(label, not other, dict(sorted(lines[other, label].items()))) for other, label in sorted(lines)
+            ),
+        )
+        for (op, n, k), lines in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+    )
+
+
+def plot_speedup(
+    rows: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    title: str = "",
+    *,
+    ops: Collection[str] = (),
+    sizes: Collection[tuple[int, int]] = (),
+    baseline: str = "dense",
+) -> Path:
+    """Draw the speedup over the dense product against the number of tokens, one panel a shape and product.
+
+    lq is a thick line, other libraries and forced kernels are thin ones, and the dense product is a line at 1.
+
+    Args:
+        rows: Rows of the ``gemm``, ``sweep`` or ``ggml`` benchmark; rows without a time are left out.
+        path: File to write; its ending says the format (svg, png, pdf).
         title: Above the panels, for example the GPU's name.
+        ops: Draw these products; all if empty.
+        sizes: Draw these ``(N, K)``; all if empty.
+        baseline: What the dense product was, for example ``"cuBLAS"``.
 
     Returns:
         The path.
@@ -26,44 +120,98 @@ def plot_speedup(rows: Iterable[Mapping[str, Any]], path: str | Path, title: str
         SpecError: If no row has a time, or the file format is unknown.
         MissingPackageError: If matplotlib is not installed.
     """
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row.get("speedup"):
-            shape = f"{row.get('shape') or 'q4_0 x q8_1'} ({row['n']}x{row['k']})"
-            parts = (row.get("op", "q4_0"), row.get("kernel", ""), row.get("dtype", ""))
-            panels[shape][" ".join(filter(None, parts))].append((row["m"], row["speedup"]))
-    if not panels:
+    chosen = panels(rows, ops, sizes)
+    if not chosen:
         raise SpecError("there is nothing to plot: no row has a time")
     try:
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError("matplotlib", "a plot", "pip install matplotlib") from error
 
-    columns = min(_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for axis, (shape, series) in zip(axes.flat, panels.items(), strict=False):
-        for label, values in series.items():
-            ordered = sorted(values)
-            axis.plot([m for m, _ in ordered], [s for _, s in ordered], marker="o", markersize=3, label=label)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_title(shape, fontsize="small")
-        axis.set_xlabel("tokens (M)")
-        axis.set_ylabel("speedup over dense")
-        axis.grid(visible=True, alpha=0.3)
-        axis.legend(fontsize="x-small")
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    if title:
-        figure.suptitle(title)
+    colors = _colors(chosen)
+    columns = min(_COLUMNS, len(chosen))
+    lines = -(-len(chosen) // columns)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(target, dpi=150)
-    except ValueError as error:
-        raise SpecError(f"cannot write {target.name!r}: {error}") from error
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines + 0.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(lines, columns, squeeze=False)
+        for index, (axis, panel) in enumerate(zip(axes.flat, chosen, strict=False)):
+            _draw(axis, panel, colors, baseline)
+            if index % columns == 0:
+                axis.set_ylabel(f"speedup over {baseline}", color=INK)
+        for axis in list(axes.flat)[len(chosen) :]:
+            axis.set_visible(False)
+        handles = {
+            label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        ordered = [label for label in (*colors, baseline) if label in handles]
+        figure.legend(
+            [handles[label] for label in ordered],
+            ordered,
+            loc="outside lower center",
+            ncols=len(ordered),
+            frameon=False,
+            labelcolor=INK,
+        )
+        if title:
+            figure.suptitle(title, color=INK)
+        metadata = {"metadata": {"Date": None}} if target.suffix == ".svg" else {}
+        try:
+            figure.savefig(target, dpi=150, transparent=True, **metadata)
+        except ValueError as error:
+            raise SpecError(f"cannot write {target.name!r}: {error}") from error
     return target
+
+
+def _draw(axis: Any, panel: Panel, colors: Mapping[str, str], baseline: str) -> None:
+    for series in reversed(panel.series):  # lq last, on top
+        axis.plot(
+            list(series.speedups),
+            list(series.speedups.values()),
+            color=colors[series.label],
+            linewidth=2.6 if series.ours else 1.1,
+            marker="o" if len(series.speedups) <= _MOST_MARKERS else "",
+            markersize=3.0 if series.ours else 2.0,
+            label=series.label,
+        )
+    axis.axhline(1, color=INK, linewidth=1.0, linestyle="--", label=baseline)
+    axis.set_xscale("log", base=2)
+    ms = [m for series in panel.series for m in series.speedups]
+    ticks = [8**power for power in range(6) if min(ms) <= 8**power <= max(ms)] or sorted(set(ms))
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_title(panel.title, fontsize=_FONT_SIZE, color=INK)
+    axis.set_xlabel("tokens (M)", color=INK)
+    axis.grid(visible=True, color=INK, alpha=0.25, linewidth=0.6)
+    axis.tick_params(colors=INK)
+    for spine in axis.spines.values():
+        spine.set_color(INK)
+
+
+def _colors(chosen: Sequence[Panel]) -> dict[str, str]:
+    """Return a colour for each label, lq's first; a library has the same one in every figure."""
+    labels = dict.fromkeys((not series.ours, series.label) for panel in chosen for series in panel.series)
+    ours = [label for other, label in labels if not other]
+    rest = [label for other, label in labels if other]
+    spare = itertools.cycle(OTHER_COLORS)
+    colors: dict[str, str] = {}
+    for index, label in enumerate(ours):
+        colors[label] = LQ_COLOR if index == 0 else next(spare)
+    for label in rest:
+        colors[label] = PEER_COLORS.get(label.split()[0]) or next(spare)
+    return colors
+
+
+def _op(row: Mapping[str, Any]) -> str:
+    return str(row.get("op") or "q4_0")
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    size = f"{row['n']}x{row['k']}"
+    name = row.get("shape") or size
+    return size if name == size else f"{name} {size}"

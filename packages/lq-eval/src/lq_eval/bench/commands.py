@@ -1,18 +1,24 @@
-"""The commands ``lq-eval bench gemm``, ``sweep``, ``eager``, ``cold``, ``ggml`` and ``plot``."""
+"""The commands ``lq-eval bench gemm``, ``sweep``, ``eager``, ``cold``, ``ggml``, ``plot`` and ``record``."""
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lq_formats import LQError, SpecError
 
 from lq_eval.bench.sweep import Point
+from lq_eval.errors import BenchError, ModelLoadError
 from lq_eval.results import Record, read_records
 from lq_eval.terminal import Device, Json, Seconds, console, device_name, integers, progress_bar, save, split
 
 # A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
 _ROWS_A_RECORD = 64
+_STEPS = ("eager", "cold", "sweep", "gemm", "plot")
+_SWEEP_SHARE = 0.6
+_FIGURE_MS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 
 bench_app = typer.Typer(help="Time kernels; results go to a table, a JSONL file and a plot.", no_args_is_help=True)
 
@@ -235,16 +241,90 @@ def bench_ggml(
 
 @bench_app.command("plot")
 def bench_plot(
-    records: Annotated[Path, typer.Argument(help="A JSONL file that a benchmark wrote.")],
-    output: Annotated[Path, typer.Argument(help="The figure to write (png, svg, pdf).")],
+    records: Annotated[list[Path], typer.Argument(help="JSONL files that benchmarks wrote.")],
+    output: Annotated[Path, typer.Argument(help="The figure to write (svg, png, pdf).")],
+    ops: Annotated[str, typer.Option(help="Draw these products; default: all that were recorded.")] = "",
+    shapes: Annotated[str | None, typer.Option(help="Draw these weights, as for gemm; default: all.")] = None,
 ) -> None:
-    """Draw the speedups of recorded gemm or ggml benchmarks."""
+    """Draw the speedups of recorded gemm, sweep or ggml benchmarks, one panel a weight and product."""
+    from lq_eval.bench.shapes import parse_shapes
     from lq_eval.plots import plot_speedup
 
-    found = _records(records)
+    found = [record for path in records for record in _records(path) if record.bench in ("gemm", "sweep", "ggml")]
     gpus = dict.fromkeys(str(record.environment.get("gpu") or "CPU") for record in found)
-    target = plot_speedup([row for record in found for row in record.rows], output, ", ".join(gpus))
+    sizes = {(shape.n, shape.k) for shape in parse_shapes(shapes)} if shapes else set()
+    rows = [row for record in found for row in record.rows]
+    baseline = "cuBLAS" if all("NVIDIA" in gpu for gpu in gpus) else "dense"
+    target = plot_speedup(rows, output, ", ".join(gpus), ops=split(ops), sizes=sizes, baseline=baseline)
     console().print(f"wrote {target}")
+
+
+@bench_app.command("record")
+def bench_record(
+    folder: Annotated[Path, typer.Argument(help="Where the records and the figure go; a second run adds to them.")],
+    steps: Annotated[str, typer.Option(help="Which of them, in this order.")] = ",".join(_STEPS),
+    peers: Annotated[
+        str, typer.Option(help="Other libraries; those that are not installed say so.")
+    ] = "humming,gemlite",
+    shapes: Annotated[str | None, typer.Option(help="Weights of the figure.")] = None,
+    device: Device = None,
+    seconds: Annotated[
+        float, typer.Option(help="For all steps together; the figure's peers get what is left.")
+    ] = 560.0,
+) -> None:
+    """Everything that the documentation shows, by one command: eager, cold, sweep, gemm beside its peers, and the figure."""
+    from lq_eval.models import default_device
+
+    names = split(steps)
+    for name in names:
+        if name not in _STEPS:
+            raise SpecError(f"unknown step {name!r}: expected one of {', '.join(_STEPS)}")
+    gpu = default_device(device).type == "cuda"
+    chosen = shapes or ("4096x4096,14336x4096,4096x14336,8192x8192" if gpu else "256x256")
+    deadline = time.monotonic() + seconds
+    files = {name: folder / f"{name}.jsonl" for name in _STEPS}
+
+    def left() -> float:
+        return max(0.0, deadline - time.monotonic())
+
+    def sweep() -> None:
+        # Without a GPU the sweep of one small weight shows that it works.
+        bench_sweep(
+            shapes=None if gpu else chosen,
+            ms=None if gpu else "1,2,16",
+            resume=files["sweep"] if files["sweep"].exists() else None,
+            device=device,
+            seconds=_SWEEP_SHARE * left(),
+            json=files["sweep"],
+        )
+
+    def gemm() -> None:
+        bench_gemm(
+            shapes=chosen,
+            ms=_FIGURE_MS if gpu else "1,16",
+            ops="int4,int8,w4a8-fp8,w8a8-int8" if gpu else "int4,int8",
+            peers=peers,
+            device=device,
+            seconds=left(),
+            json=files["gemm"],
+        )
+
+    actions: dict[str, Callable[[], None]] = {
+        "eager": lambda: bench_eager(device=device, json=files["eager"]),
+        "cold": lambda: bench_cold(device=device, json=files["cold"]),
+        "sweep": sweep,
+        "gemm": gemm,
+        "plot": lambda: bench_plot([files["gemm"]], folder / "speedup.svg", ops="int4,int8"),
+    }
+    failed: dict[str, Exception] = {}
+    for name in names:
+        try:
+            actions[name]()
+        except (LQError, RuntimeError, ImportError) as error:  # the other steps are worth recording all the same
+            failed[name] = error
+            console().print(f"{name} failed: {type(error).__name__}: {error}", style="red", markup=False)
+    if failed:
+        raise BenchError(f"{', '.join(failed)} failed; the records of the other steps are in {str(folder)!r}")
 
 
 def _known_points(path: Path) -> dict[Point, dict[str, Any]]:
@@ -263,8 +343,6 @@ def _known_points(path: Path) -> dict[Point, dict[str, Any]]:
 
 
 def _records(path: Path) -> list[Record]:
-    from lq_eval.errors import ModelLoadError
-
     try:
         return list(read_records(path))
     except OSError as error:

@@ -174,9 +174,9 @@ def run_gemm(options: GemmOptions) -> Iterator[GemmRow]:
         for product in options.products:
             yield from _lq_rows(product, shape, dtype, dense[shape, dtype], options, deadline)
             _release(options.device)
-    for shape, dtype in cases:
-        for product in options.products:
-            for peer in options.peers:
+    for peer in options.peers:
+        for shape, dtype in cases:
+            for product in options.products:
                 if _times(peer, product) and time.monotonic() <= deadline:
                     yield from _peer_rows(peer, product, shape, dtype, dense[shape, dtype], options, deadline)
                     _release(options.device)

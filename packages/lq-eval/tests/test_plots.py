@@ -1,0 +1,143 @@
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from lq_eval.plots import INK, LQ_COLOR, OTHER_COLORS, PEER_COLORS, panels, plot_speedup
+from lq_eval.results import append_record
+from lq_formats import SpecError
+
+PAGES = {"light": "#ffffff", "dark": "#0d1117"}
+
+
+def row(m, speedup, kernel="auto", op="int4", n=4096, k=4096, **changes):
+    return {
+        "op": op,
+        "shape": f"{n}x{k}",
+        "n": n,
+        "k": k,
+        "m": m,
+        "dtype": "bfloat16",
+        "kernel": kernel,
+        "speedup": speedup,
+        **changes,
+    }
+
+
+@pytest.fixture
+def rows():
+    """Two shapes, lq and two peers, one of which is not installed."""
+    return [
+        row(m, factor / m, kernel, n=n)
+        for n in (4096, 14336)
+        for kernel, factor in (("auto", 3.0), ("humming", 2.0), ("gemlite", None))
+        if factor
+        for m in (1, 16, 256)
+    ] + [row(1, None, "gemlite")]
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a, b):
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_rows_become_panels_by_shape_with_lq_first(rows):
+    found = panels(rows)
+    assert [panel.title for panel in found] == ["4096x4096, int4", "14336x4096, int4"]
+    assert [(series.label, series.ours) for series in found[0].series] == [("lq", True), ("humming", False)]
+    assert found[0].series[0].speedups == {1: 3.0, 16: 3 / 16, 256: 3 / 256}
+
+
+def test_of_a_repeated_point_the_last_counts_and_points_are_in_order():
+    (panel,) = panels([row(16, 1.0), row(1, 2.0), row(16, 3.0, shape="llama-3-8b.q")])
+    assert list(panel.series[0].speedups.items()) == [(1, 2.0), (16, 3.0)]
+
+
+def test_products_and_shapes_can_be_chosen(rows):
+    more = [*rows, row(1, 1.5, op="int8"), row(1, 1.5, op="int8", n=14336)]
+    assert [panel.title for panel in panels(more)] == [
+        "4096x4096, int4",
+        "14336x4096, int4",
+        "4096x4096, int8",
+        "14336x4096, int8",
+    ]
+    assert [panel.title for panel in panels(more, ops=("int8",), sizes={(14336, 4096)})] == ["14336x4096, int8"]
+
+
+def test_dtypes_are_named_where_there_are_several():
+    (panel,) = panels([row(1, 1.0), row(1, 2.0, dtype="float16")])
+    assert [series.label for series in panel.series] == ["lq bfloat16", "lq float16"]
+
+
+def test_rows_of_the_ggml_benchmark_are_drawn():
+    (panel,) = panels([{"n": 8, "k": 32, "m": 1, "speedup": 2.0}])
+    assert (panel.title, panel.series[0].label) == ("8x32, q4_0", "lq")
+
+
+def test_every_color_stands_out_from_both_pages():
+    for color in (INK, LQ_COLOR, *PEER_COLORS.values(), *OTHER_COLORS):
+        for page, background in PAGES.items():
+            assert contrast(color, background) >= 3, f"{color} on a {page} page"
+
+
+def test_the_figure_is_readable_in_both_modes(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = plot_speedup(rows, tmp_path / "figures" / "speedup.svg", "a GPU", baseline="cuBLAS")
+    text = target.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    words = {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {
+        "a GPU",
+        "4096x4096, int4",
+        "lq",
+        "humming",
+        "cuBLAS",
+        "speedup over cuBLAS",
+        "tokens (M)",
+        "1",
+        "8",
+        "64",
+    } <= words
+    assert "gemlite" not in words
+    # Nothing is painted behind the lines, and nothing in black or white.
+    used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", text))
+    assert used <= {INK, LQ_COLOR, *PEER_COLORS.values()}, used
+    assert {INK, LQ_COLOR, PEER_COLORS["humming"]} <= used
+    lines = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: ([0-9.]+)", text)
+    widths = {color: max(float(width) for c, width in lines if c == color) for color, _ in lines}
+    assert widths[LQ_COLOR] > 2 * widths[PEER_COLORS["humming"]]
+
+
+def test_the_same_records_give_the_same_file(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    first, second = (plot_speedup(rows, tmp_path / name) for name in ("a.svg", "b.svg"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_figure_needs_rows_and_a_known_format(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SpecError, match="nothing to plot"):
+        plot_speedup([{"speedup": None}], tmp_path / "empty.png")
+    with pytest.raises(SpecError, match="nothing to plot"):
+        plot_speedup(rows, tmp_path / "none.png", ops=("int8",))
+    with pytest.raises(SpecError, match="cannot write"):
+        plot_speedup(rows, tmp_path / "speedup.unknown")
+
+
+def test_records_of_several_files_are_drawn_together(lq_eval, rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    lq, peers = tmp_path / "lq.jsonl", tmp_path / "peers.jsonl"
+    append_record(lq, "sweep", [r for r in rows if r["kernel"] == "auto"])
+    append_record(lq, "sweep-summary", [{"op": "int4", "shape": "a", "min_speedup": 1.0}])
+    append_record(peers, "gemm", [r for r in rows if r["kernel"] != "auto"])
+    figure = tmp_path / "speedup.svg"
+    result = lq_eval("bench", "plot", lq, peers, figure, "--shapes", "4096x4096", "--ops", "int4")
+    assert result.exit_code == 0, result.output
+    text = figure.read_text(encoding="utf-8")
+    assert "humming" in text
+    assert "14336x4096" not in text
