@@ -215,10 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
 
   if (warp >= kConsumerWarps) {
     decrease_registers<24>();
-    if (warp > kConsumerWarps) {
-      wait_for_previous_kernel();
-      return;
-    }
+    if (warp > kConsumerWarps) return;
     // The producer. What is read once must not push out what is read again.
     const u64 weight_policy = tiles.tokens == 1 ? policy_evict_first() : policy_evict_normal();
     const u64 x_policy = tiles.rows == 1 ? policy_evict_first() : policy_evict_normal();
