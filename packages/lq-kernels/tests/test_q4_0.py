@@ -7,7 +7,7 @@ from lq_kernels import gemm_q4_0_q8_1, kernel_names, q4_0_linear, quantize_activ
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 64, 100, 128, 256, 600]
+TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 64, 100, 128, 256, 600, 1000]
 ROWS = [1, 15, 16, 17, 100, 1032]
 # K = 256 * odd is copied in 16-byte pieces; the others exercise the unaligned copies and K tails within a chunk.
 DEPTHS = [32, 64, 96, 256, 512, 768, 1056, 4096]

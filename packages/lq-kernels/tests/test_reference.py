@@ -2,8 +2,10 @@
 
 import struct
 
+import pytest
 import torch
 from lq_formats import quantize_q4_0, quantize_q8_1
+from lq_kernels import int8_gemm_torch
 from lq_kernels.reference import gemm_q4_0_q8_1_reference, int4_linear_reference, int8_linear_reference
 
 
@@ -34,6 +36,21 @@ def test_int8_is_the_sum_over_codes():
             total = sum(float(x[token, j]) * int(q[row, j]) * float(scale[row]) for j in range(5))
             assert abs(float(y[token, row]) - total) <= 1e-5 * max(1, abs(total))
     assert torch.equal(int8_linear_reference(x, q, scale[0]), int8_linear_reference(x, q, scale[:1].expand(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_int8_gemm_torch_is_the_reference_in_any_leading_shape(dtype, bias):
+    torch.manual_seed(2)
+    q, scale = torch.randint(-128, 128, (6, 40), dtype=torch.int8), torch.rand(6)
+    x, b = torch.randn(2, 3, 40).to(dtype), torch.randn(6) if bias else None
+    y = int8_gemm_torch(x, q, scale, b)
+    exact = x.double() @ (q.double() * scale.double()[:, None]).t() + (b.double() if bias else 0)
+    assert (y.shape, y.dtype) == ((2, 3, 6), dtype)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    assert (y.double() - exact).norm() <= tolerance * exact.norm()
+    assert int8_gemm_torch(x[:0], q, scale, b).shape == (0, 3, 6)
+    assert torch.equal(int8_gemm_torch(x, q, scale[0]), int8_gemm_torch(x, q, scale[:1].expand(6)))
 
 
 def test_q4_0_q8_1_is_the_block_formula_on_raw_bytes():

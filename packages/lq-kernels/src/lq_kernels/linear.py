@@ -164,7 +164,8 @@ def gemm_q4_0_q8_1(
         ShapeError, DTypeError, DeviceError: If bytes and sizes do not agree.
         NoKernelError: If the forced kernel cannot run this problem.
     """
-    if not all(isinstance(size, _INTEGERS) for size in (M, N, K)):
+    # A bool is an int to Python; here it is a mistake.
+    if not all(isinstance(size, _INTEGERS) and not isinstance(size, bool) for size in (M, N, K)):
         raise ShapeError(f"M={M!r}, N={N!r}, K={K!r}: expected integers")
     if M < 0 or N < 0 or K <= 0 or K % 32:
         raise ShapeError(f"M={M}, N={N}, K={K}: expected M, N >= 0 and K a positive multiple of 32")

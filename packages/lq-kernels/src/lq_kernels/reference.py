@@ -6,7 +6,11 @@ registry falls back on them where nothing faster can run.
 
 import torch
 from lq_formats import (
+    DeviceError,
+    DTypeError,
     QuantSpec,
+    ShapeError,
+    check_matrix,
     dequantize_affine,
     dequantize_weight_int8,
     unpack_int4,
@@ -52,7 +56,20 @@ def int8_gemm_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 
     Returns:
         ``(..., N)`` in x's dtype.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
     """
+    rows, columns = check_matrix(weight, "weight")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ShapeError(f"x has shape {tuple(x.shape)}: a weight of shape {(rows, columns)} needs (..., {columns})")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({rows},)")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise DTypeError(f"{name} has dtype {tensor.dtype}: expected floating point")
+        if tensor is not None and tensor.device != weight.device:
+            raise DeviceError(f"{name} is on {tensor.device} and weight on {weight.device}; move one of them")
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = dequantize_weight_int8(weight, scale, compute)
     y = torch.nn.functional.linear(x.to(compute), w, None if bias is None else bias.to(compute))
