@@ -7,7 +7,7 @@ from lq_eval.bench.ggml import run_ggml
 from lq_eval.bench.model import decode_tokens_per_second
 from lq_eval.bench.operands import random_q4_0
 from lq_eval.bench.shapes import MODELS, parse_shapes
-from lq_eval.bench.timing import copies, cpu_us, time_us
+from lq_eval.bench.timing import copies, cpu_us, time_us, times_or_reasons
 from lq_formats import SpecError, dequantize_q4_0
 
 CPU = torch.device("cpu")
@@ -39,6 +39,17 @@ def test_cpu_timing_touches_every_copy():
     assert cpu_us([lambda i=i: seen.append(i) for i in range(3)], 0.0, min_samples=4) >= 0
     assert seen == [0, 1, 2, 0, 1, 2, 0]
     assert time_us([lambda: None], "cpu", budget_s=0) >= 0
+
+
+def test_of_several_competitors_the_broken_one_is_named():
+    def broken():
+        raise RuntimeError("first line\nno such kernel")
+
+    found = times_or_reasons({"a": [lambda: None], "b": [broken], "c": [lambda: None]}, CPU, replays=1)
+    assert list(found) == ["a", "b", "c"]
+    assert found["b"] == "no such kernel"
+    assert all(isinstance(found[name], float) for name in "ac")
+    assert times_or_reasons({}, CPU) == {}
 
 
 def test_layers_of_the_llama_models():

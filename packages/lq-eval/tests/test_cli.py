@@ -161,7 +161,7 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "BenchError: cold failed" in result.stderr
     assert "no process today" in result.output
-    recorded = {name: list(read_records(tmp_path / f"{name}.jsonl")) for name in ("eager", "sweep", "gemm")}
+    recorded = {name: list(read_records(tmp_path / f"{name}.jsonl")) for name in ("eager", "variants", "sweep", "gemm")}
     assert [record.bench for record in recorded["sweep"]] == ["sweep", "sweep-summary"]
     notes = {row["kernel"]: row["note"] for record in recorded["gemm"] for row in record.rows}
     assert notes["auto"] == ""
@@ -191,6 +191,7 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
         (("bench", "sweep", "--resume", "/no/such/file"), "ModelLoadError"),
         (("bench", "record", "x", "--steps", "everything"), "SpecError"),
         (("bench", "eager", "--calls", "0"), "SpecError"),
+        (("bench", "variants", "--ops", "q4_0"), "SpecError"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

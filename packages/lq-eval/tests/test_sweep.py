@@ -8,6 +8,7 @@ from lq_eval.bench.sweep import (
     SweepOptions,
     all_shapes,
     calls_per_graph,
+    known_points,
     largest_violation,
     point_of,
     points,
@@ -15,7 +16,7 @@ from lq_eval.bench.sweep import (
     run_sweep,
     summarize,
 )
-from lq_eval.results import read_records
+from lq_eval.results import Record, read_records
 from lq_formats import SpecError
 
 
@@ -28,7 +29,7 @@ def no_waiting(monkeypatch):
             calls[0]()
         return [3.0, *(2.0 for _ in competitors[1:])] if len(competitors) > 1 else [3.0]
 
-    monkeypatch.setattr("lq_eval.bench.sweep.times_us", times)
+    monkeypatch.setattr("lq_eval.bench.timing.times_us", times)
 
 
 def options(**changes):
@@ -143,6 +144,17 @@ def test_what_is_done_is_not_measured_again():
     assert not {point_of(r.to_dict()) for r in rows} & chosen.done
 
 
+def test_only_measured_points_of_this_gpu_and_commit_are_known():
+    here = {"gpu": "NVIDIA H200", "git": "0123", "date": "today"}
+    records = [
+        Record("sweep", {**here, "date": "yesterday"}, [row(1, 5.0), row(2, None)]),
+        Record("sweep", {**here, "gpu": "NVIDIA L4"}, [row(3, 5.0)]),
+        Record("sweep", {**here, "git": "4567"}, [row(4, 5.0)]),
+        Record("gemm", here, [row(5, 5.0)]),
+    ]
+    assert [r["m"] for r in known_points(records, here).values()] == [1]
+
+
 @pytest.mark.usefixtures("no_waiting")
 def test_the_time_limit_ends_the_sweep():
     assert list(run_sweep(options(seconds=-1.0))) == []
@@ -154,7 +166,7 @@ def test_one_product_that_fails_does_not_hide_the_others(monkeypatch):
             raise RuntimeError("one of them failed")
         return [4.0]
 
-    monkeypatch.setattr("lq_eval.bench.sweep.times_us", times)
+    monkeypatch.setattr("lq_eval.bench.timing.times_us", times)
     rows = list(run_sweep(options(ms=(1,), shapes=parse_shapes("64x128"))))
     assert [(r.op, r.us, r.dense_us) for r in rows] == [("int4", 4.0, 4.0), ("int8", 4.0, 4.0)]
 

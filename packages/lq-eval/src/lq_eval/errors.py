@@ -13,3 +13,9 @@ class ModelLoadError(LQError, OSError):
 
 class BenchError(LQError, RuntimeError):
     """A benchmark could not be run to its end."""
+
+
+def last_line(error: BaseException) -> str:
+    """Return what a row of results says about an error: the last line of its message, at most 200 characters."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1].strip()[:200]

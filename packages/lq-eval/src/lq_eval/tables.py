@@ -12,6 +12,7 @@ from lq_eval.bench.eager import EagerRow
 from lq_eval.bench.gemm import GemmRow
 from lq_eval.bench.ggml import GGMLRow
 from lq_eval.bench.sweep import SweepSummary
+from lq_eval.bench.variants import VariantRow
 from lq_eval.doctor import Fact
 from lq_eval.evaluate import Evaluation
 from lq_eval.schemes import MatrixError
@@ -130,6 +131,25 @@ def sweep_table(rows: Sequence[SweepSummary], title: str) -> Table:
 
 def _least(row: SweepSummary) -> float:
     return -1.0 if row.min_speedup is None else row.min_speedup
+
+
+def variants_table(rows: Iterable[VariantRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench variants``."""
+    columns = ("variant", "weight", "M", "us", "usual us", "ratio")
+    caption = "usual: bf16, symmetric, groups of 128 (int4) or one scale a row (int8); ratio = us / usual us"
+    table = _table(title, columns, caption, left=2)
+    for row in rows:
+        group = "row" if row.group_size in (0, row.k) else f"g{row.group_size}"
+        parts = (row.op, group, "" if row.symmetric else "asym", _SHORT.get(row.dtype, row.dtype))
+        name = " ".join(filter(None, (*parts, "batch-invariant" if row.batch_invariant else "")))
+        table.add_row(
+            Text(f"{name}: {row.note}" if row.note else name),
+            f"{row.n}x{row.k}",
+            str(row.m),
+            *("-" if value is None else f"{value:.1f}" for value in (row.us, row.usual_us)),
+            "-" if row.ratio is None else f"{row.ratio:.2f}x",
+        )
+    return table
 
 
 def eager_table(rows: Iterable[EagerRow], title: str) -> Table:

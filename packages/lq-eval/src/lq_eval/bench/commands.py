@@ -1,4 +1,4 @@
-"""The commands ``lq-eval bench gemm``, ``sweep``, ``eager``, ``cold``, ``ggml``, ``plot`` and ``record``."""
+"""The commands ``lq-eval bench gemm``, ``sweep``, ``variants``, ``eager``, ``cold``, ``ggml``, ``plot`` and ``record``."""
 
 import math
 import time
@@ -9,15 +9,14 @@ from typing import Annotated, Any
 import typer
 from lq_formats import LQError, SpecError
 
-from lq_eval.bench.sweep import Point
 from lq_eval.errors import BenchError, ModelLoadError
-from lq_eval.results import Record, read_records
+from lq_eval.results import Record, environment, read_records
 from lq_eval.terminal import Device, Json, Seconds, console, device_name, integers, progress_bar, save, split
 
 # A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
 _ROWS_A_RECORD = 64
-_STEPS = ("eager", "cold", "sweep", "gemm", "plot")
-_SWEEP_SHARE = 0.6
+_STEPS = ("eager", "cold", "variants", "sweep", "gemm", "plot")
+_VARIANTS_SHARE, _SWEEP_SHARE = 0.1, 0.65
 _FIGURE_MS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 
 bench_app = typer.Typer(help="Time kernels; results go to a table, a JSONL file and a plot.", no_args_is_help=True)
@@ -99,7 +98,7 @@ def bench_sweep(
 ) -> None:
     """The registry's choice against the dense product at every M: the worst ratio and the worst jump of each layer."""
     from lq_eval.bench.shapes import parse_shapes
-    from lq_eval.bench.sweep import SWEEP_MS, SweepOptions, all_shapes, points, run_sweep, summarize
+    from lq_eval.bench.sweep import SWEEP_MS, SweepOptions, all_shapes, known_points, points, run_sweep, summarize
     from lq_eval.bench.timing import COLD_BYTES
     from lq_eval.models import default_device, default_dtype
     from lq_eval.tables import sweep_table
@@ -107,7 +106,7 @@ def bench_sweep(
     where = default_device(device)
     gpu = where.type == "cuda"
     chosen = parse_shapes(shapes) if shapes else all_shapes() if gpu else parse_shapes("2048x2048")
-    known = _known_points(resume) if resume is not None else {}
+    known = known_points(_records(resume), environment()) if resume is not None else {}
     options = SweepOptions(
         shapes=chosen,
         ms=integers(ms) if ms else SWEEP_MS if gpu else (1, 2, 4, 16, 64),
@@ -141,6 +140,48 @@ def bench_sweep(
     if known:
         done += f", {len(known)} from {resume}"
     console().print(sweep_table(found, f"{device_name(where)}: {done}"))
+
+
+@bench_app.command("variants")
+def bench_variants(
+    shapes: Annotated[str | None, typer.Option(help="As for gemm.")] = None,
+    ms: Annotated[str | None, typer.Option(help="Numbers of tokens.")] = None,
+    ops: Annotated[str, typer.Option(help="int4, int8.")] = "int4,int8",
+    replays: Annotated[int, typer.Option(help="Replays of each graph; the median counts.")] = 7,
+    device: Device = None,
+    seconds: Seconds = None,
+    json: Json = None,
+) -> None:
+    """Other dtypes, group sizes and zeros, and the batch-invariant mode, each beside the usual form of int4 and int8."""
+    from lq_eval.bench.shapes import parse_shapes
+    from lq_eval.bench.timing import COLD_BYTES
+    from lq_eval.bench.variants import VARIANTS, run_variants
+    from lq_eval.models import default_device
+    from lq_eval.tables import variants_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    formats = split(ops)
+    for op in formats:
+        if op not in VARIANTS:
+            raise SpecError(f"unknown op {op!r}: expected one of {', '.join(VARIANTS)}")
+    deadline = time.monotonic() + (seconds if seconds is not None else 300.0)
+    found = []
+    for shape in parse_shapes(shapes or ("4096x4096,14336x4096" if gpu else "256x256")):
+        rows = list(
+            run_variants(
+                shape,
+                integers(ms or ("1,16,64,256,1024,4096" if gpu else "1,16")),
+                where,
+                ops=formats,
+                replays=replays,
+                seconds=deadline - time.monotonic(),
+                cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3,
+            )
+        )
+        save(json, "variants", [row.to_dict() for row in rows])
+        found += rows
+    console().print(variants_table(found, device_name(where)))
 
 
 @bench_app.command("eager")
@@ -272,7 +313,7 @@ def bench_record(
         float, typer.Option(help="For all steps together; the figure's peers get what is left.")
     ] = 560.0,
 ) -> None:
-    """Everything that the documentation shows, by one command: eager, cold, sweep, gemm beside its peers, and the figure."""
+    """Everything that the documentation shows, by one command: eager, cold, variants, sweep, gemm beside peers, the figure."""
     from lq_eval.models import default_device
 
     names = split(steps)
@@ -312,6 +353,7 @@ def bench_record(
     actions: dict[str, Callable[[], None]] = {
         "eager": lambda: bench_eager(device=device, json=files["eager"]),
         "cold": lambda: bench_cold(device=device, json=files["cold"]),
+        "variants": lambda: bench_variants(device=device, json=files["variants"], seconds=_VARIANTS_SHARE * left()),
         "sweep": sweep,
         "gemm": gemm,
         "plot": lambda: bench_plot([files["gemm"]], folder / "speedup.svg", ops="int4,int8"),
@@ -325,21 +367,6 @@ def bench_record(
             console().print(f"{name} failed: {type(error).__name__}: {error}", style="red", markup=False)
     if failed:
         raise BenchError(f"{', '.join(failed)} failed; the records of the other steps are in {str(folder)!r}")
-
-
-def _known_points(path: Path) -> dict[Point, dict[str, Any]]:
-    """Return the measured rows of a sweep's records that were made on this GPU and from this commit."""
-    from lq_eval.bench.sweep import point_of
-    from lq_eval.results import environment
-
-    here = environment()
-    return {
-        point_of(row): dict(row)
-        for record in _records(path)
-        if record.bench == "sweep" and all(record.environment.get(key) == here[key] for key in ("gpu", "git"))
-        for row in record.rows
-        if row["us"]
-    }
 
 
 def _records(path: Path) -> list[Record]:

@@ -18,9 +18,9 @@ from lq_kernels import int4_linear, int8_gemm
 from lq_torch import Int4Tensor, Int8Tensor, quantize_
 from torch import Tensor, nn
 
-from lq_eval.bench.gemm import last_line
 from lq_eval.bench.shapes import Shape
 from lq_eval.bench.timing import Call
+from lq_eval.errors import last_line
 from lq_eval.schemes import parse_scheme
 
 BASELINE = "F.linear"

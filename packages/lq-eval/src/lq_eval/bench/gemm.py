@@ -19,6 +19,7 @@ from lq_eval.bench.peers import PEERS, Calls, peer_calls
 from lq_eval.bench.products import AUTO, OPS, Product
 from lq_eval.bench.shapes import Shape
 from lq_eval.bench.timing import COLD_BYTES, copies, time_us
+from lq_eval.errors import last_line
 
 ALL = "all"
 
@@ -301,9 +302,3 @@ def _cpu_budget(options: GemmOptions) -> float:
 def _release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def last_line(error: BaseException) -> str:
-    """Return what a row says about an error."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return lines[-1].strip()[:200]

@@ -1,32 +1,34 @@
 """The sweep: is lq ever slower than the dense layer it replaces, and does its time ever jump with one token more?
 
 Every distinct layer of the models of :mod:`lq_eval.bench.shapes` at every M from 1 to 64 and a dozen above, the registry's
-choice against the dense product. The graphs of one point are replayed in turn (:func:`lq_eval.bench.timing.times_us`), so
-that a ratio compares like with like. Copies of a weight are made once a shape and round; the first round takes a few M of
-every shape, the second the rest: a run that is cut short has seen everything once.
+choice against the dense product. The graphs of one point are replayed in turn, so that a ratio compares like with like.
+Copies of a weight are made once a shape and round; the first round takes a few M of every shape, the second the rest: a
+run that is cut short has seen everything once.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from lq_formats import LQError, SpecError
 from lq_kernels import Arch
-from torch import Tensor
 
-from lq_eval.bench.gemm import GemmRow, dense_calls, last_line
+from lq_eval.bench.gemm import GemmRow, dense_calls
 from lq_eval.bench.operands import Operand
 from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, parse_shapes
-from lq_eval.bench.timing import COLD_BYTES, Call, times_us
+from lq_eval.bench.timing import COLD_BYTES, Call, times_or_reasons
+from lq_eval.errors import BenchError, last_line
+from lq_eval.results import Record
 
 SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 FIRST_ROUND = (1, 16, 64, 256, 1024, 4096)
 MONOTONE_UP_TO = 512
 TOLERANCE = 0.08
+DENSE = "dense"
 
 Point: TypeAlias = tuple[str, int, int, int, str, int]
 """op, n, k, m, dtype, group size: what makes a row the same measurement."""
@@ -190,10 +192,20 @@ def _run_shape(
         if time.monotonic() > deadline:
             return
         x = torch.randn(m, shape.k, device=options.device, dtype=options.dtype)
-        dense_us, found = _time_point(dense, {p: operands[p] for p in products}, x, shape.n, options)
-        for product, us in found.items():
-            measured = us if isinstance(us, float) else None
+        calls: dict[Product | str, Sequence[Call]] = {DENSE: dense(x)}
+        for product in products:
             operand = operands[product]
+            if isinstance(operand, Operand):
+                calls[product] = operand.calls(x, "")
+        repeat = calls_per_graph(m, shape.n, shape.k)
+        found = times_or_reasons(calls, options.device, replays=options.replays, min_calls=repeat)
+        dense_us = found[DENSE]
+        if isinstance(dense_us, str):
+            raise BenchError(f"the dense product of {shape.label} failed for {m} tokens: {dense_us}")
+        for product in products:
+            operand = operands[product]
+            us = operand if isinstance(operand, str) else found[product]
+            measured = us if isinstance(us, float) else None
             yield GemmRow.of(
                 product,
                 shape,
@@ -206,31 +218,6 @@ def _run_shape(
                 nbytes=operand.nbytes if isinstance(operand, Operand) else 0,
                 note=us if isinstance(us, str) else "",
             )
-
-
-def _time_point(
-    dense: Callable[[Tensor], Sequence[Call]],
-    operands: Mapping[Product, Operand | str],
-    x: Tensor,
-    n: int,
-    options: SweepOptions,
-) -> tuple[float, dict[Product, float | str]]:
-    """Return the dense time, and the time of each product or why it could not run."""
-    found: dict[Product, float | str] = {p: operand for p, operand in operands.items() if isinstance(operand, str)}
-    able = {p: operand.calls(x, "") for p, operand in operands.items() if isinstance(operand, Operand)}
-    effort = {"replays": options.replays, "min_calls": calls_per_graph(x.shape[0], n, x.shape[1])}
-    try:
-        dense_us, *times = times_us([dense(x), *able.values()], options.device, **effort)
-        return dense_us, {**found, **dict(zip(able, times, strict=True))}
-    except (LQError, RuntimeError, ImportError):
-        pass  # one of them failed: time each alone, to say which
-    (dense_us,) = times_us([dense(x)], options.device, **effort)
-    for product, calls in able.items():
-        try:
-            (found[product],) = times_us([calls], options.device, **effort)
-        except (LQError, RuntimeError, ImportError) as error:
-            found[product] = last_line(error)
-    return dense_us, found
 
 
 def calls_per_graph(m: int, n: int, k: int) -> int:
@@ -302,6 +289,22 @@ def _summary(by_m: Mapping[int, Mapping[str, Any]]) -> SweepSummary:
 def point_of(row: Mapping[str, Any]) -> Point:
     """Return which point a recorded row measured."""
     return row["op"], row["n"], row["k"], row["m"], row["dtype"], row["group_size"]
+
+
+def known_points(records: Iterable[Record], here: Mapping[str, Any]) -> dict[Point, dict[str, Any]]:
+    """Return the measured rows of earlier sweeps that ``here`` need not measure again.
+
+    Args:
+        records: Of any benchmarks.
+        here: This environment; records of another GPU or another commit are measured again.
+    """
+    return {
+        point_of(row): dict(row)
+        for record in records
+        if record.bench == "sweep" and all(record.environment.get(key) == here[key] for key in ("gpu", "git"))
+        for row in record.rows
+        if row["us"]
+    }
 
 
 def _key(product: Product, shape: Shape, m: int, options: SweepOptions) -> Point:

@@ -11,14 +11,19 @@ serving engine. It is the median over replays, divided by the calls in one.
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
+from lq_formats import LQError
+
+from lq_eval.errors import last_line
 
 COLD_BYTES = 192 << 20
 MAX_COPIES = 128
 
 Call = Callable[[], object]
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 def copies(bytes_per_call: int, cold_bytes: int = COLD_BYTES, most: int = MAX_COPIES) -> int:
@@ -53,6 +58,24 @@ def times_us(
     if torch.device(device).type == "cuda":
         return cuda_graphs_us(competitors, replays=replays, min_calls=min_calls)
     return [cpu_us(calls, 0.0, min_samples=replays) for calls in competitors]
+
+
+def times_or_reasons(
+    competitors: Mapping[_Name, Sequence[Call]], device: torch.device | str, *, replays: int = 7, min_calls: int = 16
+) -> dict[_Name, float | str]:
+    """Return what :func:`times_us` does by name; of a competitor that fails, why."""
+    if not competitors:
+        return {}
+    try:
+        times = times_us(list(competitors.values()), device, replays=replays, min_calls=min_calls)
+        return dict(zip(competitors, times, strict=True))
+    except (LQError, RuntimeError, ImportError) as error:
+        if len(competitors) == 1:
+            return {name: last_line(error) for name in competitors}
+    found: dict[_Name, float | str] = {}
+    for name, calls in competitors.items():  # each alone, to learn which it was
+        found |= times_or_reasons({name: calls}, device, replays=replays, min_calls=min_calls)
+    return found
 
 
 def cuda_graph_us(calls: Sequence[Call], *, replays: int = 7, min_calls: int = 16) -> float:

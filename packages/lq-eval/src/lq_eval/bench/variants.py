@@ -1,0 +1,173 @@
+"""Variants of one format beside its usual form: other dtypes, groups and zeros, and results that do not depend on the batch.
+
+All variants of a weight are replayed in turn at each M, so that a ratio compares like with like. The usual form is bf16,
+symmetric, groups of 128 (int4) or one scale a row (int8).
+"""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+import lq_kernels
+import torch
+from lq_formats import LQError, UnsupportedError
+
+from lq_eval.bench.products import Product
+from lq_eval.bench.shapes import Shape
+from lq_eval.bench.timing import COLD_BYTES, Call, times_or_reasons
+from lq_eval.errors import last_line
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a format.
+
+    Attributes:
+        product: What is multiplied.
+        dtype: dtype of x.
+        batch_invariant: Whether under ``lq_kernels.batch_invariant()``.
+    """
+
+    product: Product
+    dtype: torch.dtype = torch.bfloat16
+    batch_invariant: bool = False
+
+
+_INT4, _INT8 = Product("int4"), Product("int8")
+VARIANTS = MappingProxyType(
+    {
+        "int4": (
+            Variant(_INT4),
+            Variant(_INT4, torch.float16),
+            *(Variant(Product("int4", group)) for group in (32, 64, 256, -1)),
+            *(Variant(Product("int4", group, symmetric=False)) for group in (32, 128)),
+            Variant(_INT4, batch_invariant=True),
+        ),
+        "int8": (Variant(_INT8), Variant(_INT8, torch.float16), Variant(_INT8, batch_invariant=True)),
+    }
+)
+"""By format, the usual form first."""
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One variant at one number of tokens.
+
+    Attributes:
+        op: The product.
+        shape: Label of the weight.
+        n: Out features.
+        k: In features.
+        m: Tokens.
+        dtype: dtype of x.
+        group_size: In features per scale; 0 for per row int8.
+        symmetric: Whether there are no zeros.
+        batch_invariant: Whether in the batch-invariant mode.
+        us: Median microseconds; None if it could not run.
+        usual_us: Those of the usual form.
+        ratio: ``us`` over ``usual_us``.
+        note: Why it could not run.
+    """
+
+    op: str
+    shape: str
+    n: int
+    k: int
+    m: int
+    dtype: str
+    group_size: int
+    symmetric: bool
+    batch_invariant: bool
+    us: float | None
+    usual_us: float | None
+    ratio: float | None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        return asdict(self)
+
+
+def run_variants(
+    shape: Shape,
+    ms: Sequence[int],
+    device: torch.device,
+    *,
+    ops: Sequence[str] = tuple(VARIANTS),
+    replays: int = 7,
+    seconds: float = math.inf,
+    cold_bytes: int = COLD_BYTES,
+) -> Iterator[VariantRow]:
+    """Measure every variant of every format at every number of tokens, until the time is up.
+
+    Args:
+        shape: The weight.
+        ms: Numbers of tokens.
+        device: Where to run.
+        ops: Formats, of ``VARIANTS``.
+        replays: Replays of each graph, of which the median counts.
+        seconds: Stop starting new points after this time.
+        cold_bytes: Bytes of weights in a round.
+    """
+    deadline = time.monotonic() + seconds
+    for op in ops:
+        reasons: dict[Variant, float | str] = {}
+        operands = {}
+        for variant in VARIANTS[op]:
+            try:
+                variant.product.check(shape)
+                _mode(variant)
+                operands[variant] = variant.product.operand(shape, variant.dtype, device, cold_bytes)
+            except (LQError, RuntimeError, ImportError) as error:
+                reasons[variant] = last_line(error)
+        for m in ms:
+            if time.monotonic() > deadline:
+                return
+            x = torch.randn(m, shape.k, device=device)
+            calls = {
+                variant: [functools.partial(_run, variant, call) for call in operand.calls(x.to(variant.dtype), "")]
+                for variant, operand in operands.items()
+            }
+            found = reasons | times_or_reasons(calls, device, replays=replays)
+            usual = found[VARIANTS[op][0]]
+            for variant in VARIANTS[op]:
+                yield _row(variant, shape, m, found[variant], usual)
+
+
+def _row(variant: Variant, shape: Shape, m: int, found: float | str, usual: float | str) -> VariantRow:
+    us, usual_us = (value if isinstance(value, float) else None for value in (found, usual))
+    return VariantRow(
+        op=variant.product.op,
+        shape=shape.label,
+        n=shape.n,
+        k=shape.k,
+        m=m,
+        dtype=str(variant.dtype).removeprefix("torch."),
+        group_size=variant.product.group(shape),
+        symmetric=variant.product.symmetric,
+        batch_invariant=variant.batch_invariant,
+        us=us,
+        usual_us=usual_us,
+        ratio=us / usual_us if us and usual_us else None,
+        note=found if isinstance(found, str) else "",
+    )
+
+
+def _run(variant: Variant, call: Call) -> object:
+    with _mode(variant):
+        return call()
+
+
+def _mode(variant: Variant) -> contextlib.AbstractContextManager[object]:
+    if not variant.batch_invariant:
+        return contextlib.nullcontext()
+    mode = getattr(lq_kernels, "batch_invariant", None)
+    if mode is None:
+        raise UnsupportedError("this lq_kernels has no batch_invariant()")
+    found: contextlib.AbstractContextManager[object] = mode()
+    return found
