@@ -10,6 +10,7 @@ BUILTIN = {
     "DeviceError": RuntimeError,
     "FormatError": ValueError,
     "GroupSizeError": ValueError,
+    "LaunchError": RuntimeError,
     "MissingPackageError": ImportError,
     "NoKernelError": RuntimeError,
     "NonFiniteError": ValueError,

@@ -35,6 +35,7 @@ def test_every_variable_that_the_package_reads_is_documented():
     import lq_kernels
 
     root = Path(lq_kernels.__file__).parent
-    read = {name for path in root.rglob("*.py") for name in re.findall(r"LQ_[A-Z_]+", path.read_text())}
+    # A name before "=" is a macro that a CUDA source is compiled with.
+    read = {name for path in root.rglob("*.py") for name in re.findall(r"LQ_[A-Z_]+(?!\w*=)", path.read_text())}
     assert read
     assert all(f"``{name}``" in (env.__doc__ or "") for name in read)

@@ -27,7 +27,7 @@ def compiled(monkeypatch):
     """Replace the compiler by one that notes what it was asked for."""
     calls = []
 
-    def compile_source(text, arch, name):
+    def compile_source(text, arch, name, defines=()):
         calls.append((name, arch))
         return Compiled(BODY, "")
 

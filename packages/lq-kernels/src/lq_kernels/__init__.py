@@ -13,6 +13,14 @@ from lq_kernels.linear import (
     q4_0_linear,
     quantize_activation_q8_1,
 )
+from lq_kernels.preshuffled import (
+    preshuffle_int4,
+    preshuffle_int8,
+    preshuffled_dequantize,
+    preshuffled_linear,
+    restore_int4,
+    restore_int8,
+)
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int8_gemm_torch
 from lq_kernels.registry import Explanation, Kernel, explain, kernel_names, select
@@ -30,7 +38,13 @@ __all__ = [
     "int8_gemm_torch",
     "kernel_names",
     "matmul_bf16_i4",
+    "preshuffle_int4",
+    "preshuffle_int8",
+    "preshuffled_dequantize",
+    "preshuffled_linear",
     "q4_0_linear",
     "quantize_activation_q8_1",
+    "restore_int4",
+    "restore_int8",
     "select",
 ]

@@ -45,7 +45,7 @@ def machine(arch: Arch) -> Machine:
 
 def weight_bytes(problem: Problem) -> float:
     """Return the bytes of the packed weight with its scales and zeros."""
-    bits = 8 if problem.op == "int8" else 4
+    bits = problem.spec.bits
     if problem.op == "q4_0_q8_1":
         return problem.n * problem.k / 32 * 18
     scales = problem.n * problem.k / problem.group_size
@@ -127,3 +127,20 @@ def q4_0_us(problem: Problem) -> float:
     limits = machine(problem.arch)
     stream = weight_bytes(problem) / (limits.bandwidth * 0.38)
     return limits.launch + max(stream, 2 * problem.m * problem.n * problem.k / (limits.rate * 0.15))
+
+
+def decode_us(problem: Problem) -> float:
+    """Predict the Hopper decode kernel: 2.2 us, the weight at 3.3 TB/s, more for each tile of tokens, and x itself (H200)."""
+    tiles = -(-problem.m // 8)
+    work = 1.0 if problem.m <= 4 else 1.05 if tiles == 1 else 1.3 if tiles == 2 else 2.1 * -(-tiles // 4)
+    share = _H200.bandwidth / machine(problem.arch).bandwidth
+    return 2.2 + share * (weight_bytes(problem) / 3.3e6 * work + 2.8e-5 * problem.m * problem.k)
+
+
+def prefill_us(problem: Problem) -> float:
+    """Predict the Hopper prefill kernel from its cut: 2.5 us and 1560 clocks a microsecond (H200)."""
+    from lq_kernels.cuda.prefill_a16 import prefill_clocks
+
+    blocks = -(-problem.n // 16)
+    clocks = prefill_clocks(problem.m, blocks, problem.k, problem.spec.bits, max(problem.arch.sm_count, 1))
+    return 2.5 + clocks / 1560

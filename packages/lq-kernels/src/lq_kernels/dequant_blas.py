@@ -7,11 +7,13 @@ Error: the weight is rounded once to x's dtype (relative 2**-9 for bf16, 2**-12 
 """
 
 import torch
+from lq_formats.layouts import FRAGMENT_INT4
 from torch import Tensor
 
 from lq_kernels import cost
-from lq_kernels.problem import Problem
-from lq_kernels.reference import int4_dequantize_reference
+from lq_kernels.cuda.constraints import why_not_compile
+from lq_kernels.problem import Arch, Problem
+from lq_kernels.reference import int4_dequantize_reference, preshuffled_dequantize_reference
 from lq_kernels.triton.constraints import why_not_dequantize
 
 
@@ -36,6 +38,44 @@ def int8_dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
         return w
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return (qweight.to(compute) * scale.to(compute).reshape(-1, 1)).to(dtype)
+
+
+def preshuffled_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the ``(N, K)`` weight of bits in fragment order, by the fastest kernel of the device."""
+    arch = Arch.of(packed.device)
+    size, step = group_size, FRAGMENT_INT4.step
+    whole = size == in_features or size in (32, 64) or size % step == 0
+    narrow = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if arch.kind == "cuda" and whole and narrow and why_not_compile() is None and out_features:
+        from lq_kernels.cuda.dequantize_fragment import dequantize
+
+        w: Tensor = dequantize(packed, scale, zero, out_features, in_features, group_size, bits, dtype)
+        return w
+    return preshuffled_dequantize_reference(packed, scale, zero, bits, group_size, out_features, in_features, dtype)
+
+
+def preshuffled_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """Return ``x (M, K) @ w.T + bias`` in x's dtype."""
+    w = preshuffled_dequantize(packed, scale, zero, bits, group_size, out_features, x.shape[1], x.dtype)
+    return torch.nn.functional.linear(x, w, bias)
 
 
 def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:

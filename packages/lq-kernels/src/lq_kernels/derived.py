@@ -48,6 +48,15 @@ def derived(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
     return result
 
 
+def has_derived(weight: Tensor, key: str) -> bool:
+    """Return whether :func:`derived` would find what it made before."""
+    where = (key, weight.dtype, weight.storage_offset(), weight.shape, weight.stride())
+    with _lock:
+        entries = _cache.get(weight.untyped_storage())  # type: ignore[no-untyped-call]
+        found = None if entries is None else entries.get(where)
+    return found is not None and _unchanged(weight, found[0])
+
+
 def _unchanged(weight: Tensor, stamp: _Stamp) -> bool:
     if isinstance(stamp, Tensor):
         return weight.is_inference() and torch.equal(weight, stamp)

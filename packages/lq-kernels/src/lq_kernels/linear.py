@@ -5,14 +5,11 @@ leading dimensions, returns an empty result for no tokens, is differentiable in 
 """
 
 import torch
-from lq_formats import DeviceError, DTypeError, GroupSizeError, ShapeError, dequantize_q4_0
+from lq_formats import DTypeError, ShapeError, dequantize_q4_0
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
-
-_ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
-_INTEGERS = (int, torch.SymInt)
-_MIN_GROUP_SIZE = 8
+from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices, check_int4
 
 
 def int4_linear(
@@ -43,9 +40,9 @@ def int4_linear(
         ShapeError, GroupSizeError, DTypeError, DeviceError: If the arguments do not fit each other.
         NoKernelError: If the forced kernel cannot run this problem.
     """
-    k = _check_activations(x)
-    _check_int4(qweight, scale, zero, group_size, k)
-    _check_devices(x, qweight=qweight, scale=scale, zero=zero, bias=bias)
+    k = check_activations(x)
+    check_int4(qweight, scale, zero, group_size, k)
+    check_devices(x, qweight=qweight, scale=scale, zero=zero, bias=bias)
     y = torch.ops.lq.int4_linear(x.reshape(-1, k), qweight, scale, zero, group_size, kernel or "")
     return _finish(y, x, bias)
 
@@ -108,18 +105,18 @@ def int8_gemm(
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
         NoKernelError: If the forced kernel cannot run this problem.
     """
-    k = _check_activations(x)
+    k = check_activations(x)
     if weight.dtype != torch.int8:
         raise DTypeError(f"weight has dtype {weight.dtype}: expected int8")
     if weight.dim() != 2 or weight.shape[1] != k:
         raise ShapeError(f"weight has shape {tuple(weight.shape)}: x with {k} in features needs (N, {k})")
-    if scale.dtype not in _ACTIVATIONS:
+    if scale.dtype not in ACTIVATIONS:
         raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
     if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != weight.shape[0]):
         raise ShapeError(
             f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
         )
-    _check_devices(x, weight=weight, scale=scale, bias=bias)
+    check_devices(x, weight=weight, scale=scale, bias=bias)
     return _finish(torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, kernel or ""), x, bias)
 
 
@@ -136,10 +133,10 @@ def int4_dequantize(
 
     Arguments and errors are those of :func:`int4_linear`.
     """
-    if not isinstance(in_features, _INTEGERS) or in_features < 1:
+    if not isinstance(in_features, INTEGERS) or in_features < 1:
         raise ShapeError(f"in_features={in_features!r}: expected a positive integer")
-    _check_int4(qweight, scale, zero, group_size, in_features)
-    _check_devices(qweight, scale=scale, zero=zero)
+    check_int4(qweight, scale, zero, group_size, in_features)
+    check_devices(qweight, scale=scale, zero=zero)
     w: Tensor = torch.ops.lq.int4_dequantize(qweight, scale, zero, group_size, in_features, dtype)
     return w
 
@@ -165,7 +162,7 @@ def gemm_q4_0_q8_1(
         NoKernelError: If the forced kernel cannot run this problem.
     """
     # A bool is an int to Python; here it is a mistake.
-    if not all(isinstance(size, _INTEGERS) and not isinstance(size, bool) for size in (M, N, K)):
+    if not all(isinstance(size, INTEGERS) and not isinstance(size, bool) for size in (M, N, K)):
         raise ShapeError(f"M={M!r}, N={N!r}, K={K!r}: expected integers")
     if M < 0 or N < 0 or K <= 0 or K % 32:
         raise ShapeError(f"M={M}, N={N}, K={K}: expected M, N >= 0 and K a positive multiple of 32")
@@ -177,7 +174,7 @@ def gemm_q4_0_q8_1(
                 f"{name} has {tensor.numel()} bytes: {rows} rows of K={K} need {rows * (K // 32) * size} "
                 f"({size} bytes for 32 elements)"
             )
-    _check_devices(weight_q, activation_q=activation_q)
+    check_devices(weight_q, activation_q=activation_q)
     y: Tensor = torch.ops.lq.gemm_q4_0_q8_1(
         weight_q.reshape(M, K // 32, 18).contiguous(), activation_q.reshape(N, K // 32, 36).contiguous(), kernel or ""
     )
@@ -199,7 +196,7 @@ def quantize_activation_q8_1(x: Tensor) -> Tensor:
     Raises:
         ShapeError, DTypeError: If ``x`` is not floats with K a multiple of 32.
     """
-    k = _check_activations(x)
+    k = check_activations(x)
     if k % 32:
         raise ShapeError(f"x has {k} in features: Q8_1 needs a multiple of 32")
     blocks: Tensor = torch.ops.lq.quantize_q8_1(x)
@@ -224,12 +221,12 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
     Raises:
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
     """
-    k = _check_activations(x)
+    k = check_activations(x)
     if weight_q.dtype != torch.uint8:
         raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
     if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:
         raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: x with {k} in features needs (M, {k} / 32, 18)")
-    _check_devices(x, weight_q=weight_q, bias=bias)
+    check_devices(x, weight_q=weight_q, bias=bias)
     y = _Q4_0Linear.apply(x.reshape(-1, k), weight_q, kernel or "")
     return _finish(y, x, bias)
 
@@ -255,55 +252,9 @@ class _Q4_0Linear(torch.autograd.Function):  # noqa: N801
         return grad @ dequantize_q4_0(weight_q, ctx.dtype), None, None
 
 
-def _check_activations(x: Tensor) -> int:
-    if x.dtype not in _ACTIVATIONS:
-        raise DTypeError(f"x has dtype {x.dtype}: expected float16, bfloat16 or float32")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ShapeError(f"x has shape {tuple(x.shape)}: expected (..., in_features)")
-    return x.shape[-1]
-
-
-def _check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, k: int) -> None:
-    if qweight.dtype != torch.int32:
-        raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
-    words = -(-k // 8)
-    if qweight.dim() != 2:
-        raise ShapeError(f"qweight has shape {tuple(qweight.shape)}: {k} in features need (N, {words})")
-    if qweight.shape[1] != words:
-        raise ShapeError(
-            f"qweight has shape {tuple(qweight.shape)}, at most {8 * qweight.shape[1]} in features, and the activations "
-            f"have {k}: expected (N, {words})"
-        )
-    if not isinstance(group_size, _INTEGERS):
-        raise GroupSizeError(f"group_size={group_size!r}: expected an integer")
-    if group_size < 1 or k % group_size:
-        raise GroupSizeError(f"group_size={group_size} does not divide the {k} in features")
-    if group_size < _MIN_GROUP_SIZE and group_size != k:
-        raise GroupSizeError(f"group_size={group_size}: expected at least {_MIN_GROUP_SIZE}")
-    expected = (qweight.shape[0], k // group_size)
-    if tuple(scale.shape) != expected:
-        raise ShapeError(f"scale has shape {tuple(scale.shape)}: expected {expected} for group_size={group_size}")
-    if scale.dtype not in _ACTIVATIONS:
-        raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
-    if zero is not None:
-        if tuple(zero.shape) != expected:
-            raise ShapeError(f"zero has shape {tuple(zero.shape)}: expected {expected} for group_size={group_size}")
-        if zero.dtype not in (torch.uint8, scale.dtype):
-            raise DTypeError(f"zero has dtype {zero.dtype}: expected uint8 or the scales' {scale.dtype}")
-
-
-def _check_devices(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise DeviceError(f"{name} is on {tensor.device} and the other tensors on {x.device}; move one of them")
-
-
 def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     y = y.view(*x.shape[:-1], y.shape[-1])
     if bias is None:
         return y
-    if tuple(bias.shape) != (y.shape[-1],):
-        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({y.shape[-1]},)")
-    if bias.dtype != x.dtype:
-        raise DTypeError(f"bias has dtype {bias.dtype} and x {x.dtype}: convert one of them")
+    check_bias(bias, y.shape[-1], x.dtype)
     return y + bias

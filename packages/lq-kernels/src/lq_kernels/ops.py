@@ -27,6 +27,14 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.define("int8_dequantize(Tensor qweight, Tensor scale, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "preshuffled_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
+    "SymInt out_features, str kernel) -> Tensor"
+)
+_LIBRARY.define(
+    "preshuffled_dequantize(Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, SymInt out_features, "
+    "SymInt in_features, ScalarType dtype) -> Tensor"
+)
 _LIBRARY.define("gemm_q4_0_q8_1(Tensor weight_q, Tensor activation_q, str kernel) -> Tensor")
 _LIBRARY.define("quantize_q8_1(Tensor x) -> Tensor")
 
@@ -65,6 +73,32 @@ def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tens
     return select(problem, kernel).run(x, qweight, scale)
 
 
+@functools.lru_cache(maxsize=1024)
+def _preshuffled_spec(bits: int, group_size: int, in_features: int, symmetric: bool, dtype: torch.dtype) -> QuantSpec:
+    if group_size == in_features:
+        return QuantSpec(bits, "row", None, symmetric, dtype)
+    return QuantSpec(bits, "group", group_size, symmetric, dtype)
+
+
+def _preshuffled_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    m, k = x.shape
+    if m == 0 or out_features == 0:
+        return x.new_empty((m, out_features))
+    spec = _preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
+    problem = Problem("preshuffled", m, out_features, k, spec, x.dtype, Arch.of(x.device))
+    return select(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
+
+
 def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
     n, blocks, _ = weight_q.shape
     m = activation_q.shape[0]
@@ -90,6 +124,8 @@ for _name, _implementation in (
     ("int8_linear", _int8_linear),
     ("int4_dequantize", dequant_blas.int4_dequantize),
     ("int8_dequantize", dequant_blas.int8_dequantize),
+    ("preshuffled_linear", _preshuffled_linear),
+    ("preshuffled_dequantize", dequant_blas.preshuffled_dequantize),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("quantize_q8_1", _quantize_q8_1),
 ):
@@ -117,6 +153,35 @@ def _(
 @torch.library.register_fake("lq::int8_dequantize", lib=_LIBRARY)
 def _(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(qweight, dtype=dtype)
+
+
+@torch.library.register_fake("lq::preshuffled_linear", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("lq::preshuffled_dequantize", lib=_LIBRARY)
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=dtype)
 
 
 @torch.library.register_fake("lq::gemm_q4_0_q8_1", lib=_LIBRARY)
@@ -154,3 +219,21 @@ def _int8_backward(ctx, grad):
 
 torch.library.register_autograd("lq::int4_linear", _int4_backward, setup_context=_int4_setup, lib=_LIBRARY)
 torch.library.register_autograd("lq::int8_linear", _int8_backward, setup_context=_int8_setup, lib=_LIBRARY)
+
+
+def _preshuffled_setup(ctx, inputs, output) -> None:
+    x, packed, scale, zero, _, bits, group_size, out_features, _ = inputs
+    ctx.save_for_backward(packed, scale, zero)
+    ctx.sizes, ctx.dtype = (bits, group_size, out_features, x.shape[1]), x.dtype
+
+
+def _preshuffled_backward(ctx, grad):
+    packed, scale, zero = ctx.saved_tensors
+    w = torch.ops.lq.preshuffled_dequantize(packed, scale, zero, *ctx.sizes, ctx.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+    return grad @ w, None, None, None, bias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lq::preshuffled_linear", _preshuffled_backward, setup_context=_preshuffled_setup, lib=_LIBRARY
+)

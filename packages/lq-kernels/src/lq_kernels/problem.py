@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from lq_formats import QuantSpec
 
-Op: TypeAlias = Literal["int4", "int8", "q4_0_q8_1"]
+Op: TypeAlias = Literal["int4", "int8", "preshuffled", "q4_0_q8_1"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lq_formats import (
     dequantize_weight_int8,
     unpack_int4,
 )
+from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
 from torch import Tensor
 
 
@@ -43,6 +44,45 @@ def int8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     """Return ``x (M, K) @ (q * scale).T`` in float64, rounded once to x's dtype."""
     w = dequantize_weight_int8(qweight, scale, torch.float64)
     return (x.to(torch.float64) @ w.t()).to(x.dtype)
+
+
+def preshuffled_dequantize_reference(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the ``(N, K)`` weight of bits in fragment order, rounded once to ``dtype``."""
+    layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
+    codes = layout.unpack(packed, out_features, in_features)
+    groups = in_features // group_size
+    scales = layout.restore_scales(scale, out_features, groups)
+    zeros = None if zero is None else layout.restore_scales(zero, out_features, groups)
+    if groups == 1:
+        spec = QuantSpec(bits, "row", None, zero is None, scale.dtype)
+    else:
+        spec = QuantSpec(bits, "group", group_size, zero is None, scale.dtype)
+    return dequantize_affine(codes, scales, zeros, spec, dtype)
+
+
+def preshuffled_linear_reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """Return ``x (M, K) @ w.T + bias`` in float64, rounded once to x's dtype."""
+    w = preshuffled_dequantize_reference(packed, scale, zero, bits, group_size, out_features, x.shape[1], torch.float64)
+    y = x.to(torch.float64) @ w.t()
+    return (y if bias is None else y + bias.to(torch.float64)).to(x.dtype)
 
 
 def int8_gemm_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,8 +24,9 @@ class Kernel:
         op: The operation it computes.
         why_not: Why it cannot run a problem, or None.
         predict_us: Predicted microseconds.
-        run: The launcher. int4: ``(x, qweight, scale, zero, group_size)``; int8: ``(x, qweight, scale)``;
-            q4_0_q8_1: ``(weight_q, activation_q)``. All tensors valid and not empty.
+        run: The launcher. int4: ``(x, qweight, scale, zero, group_size)``; int8: ``(x, qweight, scale)``; preshuffled:
+            ``(x, packed, scale, zero, bias, out_features, group_size, bits)``; q4_0_q8_1: ``(weight_q, activation_q)``.
+            All tensors valid and not empty.
     """
 
     name: str

@@ -34,7 +34,6 @@ class PrefillConfig:
     ctas: int
 
 
-@functools.lru_cache(maxsize=4096)
 def prefill_config(m: int, blocks: int, k: int, bits: int, sm_count: int) -> PrefillConfig:
     """Return the fastest cut by a model in clocks.
 
@@ -48,6 +47,11 @@ def prefill_config(m: int, blocks: int, k: int, bits: int, sm_count: int) -> Pre
         bits: 4 or 8.
         sm_count: Multiprocessors.
     """
+    return _best(m, blocks, k, bits, sm_count)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(m: int, blocks: int, k: int, bits: int, sm_count: int) -> tuple[float, PrefillConfig]:
     steps = -(-k // (512 // bits))
     best: tuple[float, PrefillConfig] | None = None
     for tokens in TOKEN_TILES:
@@ -62,7 +66,12 @@ def prefill_config(m: int, blocks: int, k: int, bits: int, sm_count: int) -> Pre
             if best is None or cost < best[0]:
                 best = (cost, PrefillConfig(tokens, cluster, min(tiles, sm_count) if cluster == 1 else tiles * cluster))
     assert best is not None
-    return best[1]
+    return best
+
+
+def prefill_clocks(m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
+    """Return the clocks that the model gives the fastest cut."""
+    return _best(m, blocks, k, bits, sm_count)[0]
 
 
 def shared_bytes(tokens: int, variant: Variant, scale_size: int) -> int:

@@ -2,6 +2,10 @@
 
 from types import MappingProxyType
 
+import torch
+
+from lq_kernels.cuda.variant import Variant
+
 COLUMN_TILES = (1, 2, 4, 8)
 
 SOURCES = MappingProxyType(
@@ -12,3 +16,18 @@ SOURCES = MappingProxyType(
         "quantize_q8_1": tuple(f"quantize_q8_1_{dtype}" for dtype in ("float32", "float16", "bfloat16")),
     }
 )
+
+VARIANTS = tuple(
+    Variant(x, scale, bits, groups, zero)
+    for x, scale, bits, groups, zero in (
+        (torch.bfloat16, torch.bfloat16, 4, 1, False),
+        (torch.float16, torch.float16, 4, 1, False),
+        (torch.bfloat16, torch.bfloat16, 4, 1, True),
+        (torch.bfloat16, torch.bfloat16, 4, 2, False),
+        (torch.float16, torch.float32, 4, 4, True),
+        (torch.bfloat16, torch.float32, 4, 0, True),
+        (torch.bfloat16, torch.float32, 8, 0, False),
+        (torch.float16, torch.float32, 8, 0, False),
+    )
+)
+"""What the lint compiles of the sources that are compiled for a weight; between them every choice is taken."""

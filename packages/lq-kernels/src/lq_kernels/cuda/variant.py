@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from lq_formats.layouts import FRAGMENT_INT4
 
-_TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
+TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
+"""Names of dtypes in the sources."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,8 @@ class Variant:
         """``NAME=VALUE`` of the macros."""
         return (
             f"LQ_BITS={self.bits}",
-            f"LQ_X={_TYPES[self.x]}",
-            f"LQ_SCALE={_TYPES[self.scale]}",
+            f"LQ_X={TYPES[self.x]}",
+            f"LQ_SCALE={TYPES[self.scale]}",
             f"LQ_GROUPS={self.groups}",
             f"LQ_ZERO={int(self.zero)}",
         )
-
-
-def why_not_group(group_size: int, k: int) -> str | None:
-    """Return why groups of this size cannot be read in fragment order, or None."""
-    if group_size == k or group_size in (32, 64) or group_size % FRAGMENT_INT4.step == 0:
-        return None
-    return f"groups of {group_size}: takes 32, 64, multiples of {FRAGMENT_INT4.step}, or one scale a row"

@@ -146,7 +146,7 @@ def launch(
         prepared = _Launch(int(function.handle), label, grid, threads, shared, cluster, dependent, arguments)
         launches[key] = prepared
     # What torch.compile's generated code calls as well: 0.1 us, where torch.cuda.current_stream takes 1 us.
-    stream = torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]
+    stream = torch._C._cuda_getCurrentRawStream(index)
     if index == torch.cuda.current_device():
         prepared(stream, arguments)
     else:

@@ -82,5 +82,7 @@ def _encode(address: int, rows: int, columns: int, pitch: int, size: int, box_ro
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise LaunchError(f"the driver refuses a tensor map of {rows} x {columns} with a pitch of {pitch} bytes: {status}")
+        raise LaunchError(
+            f"the driver refuses a tensor map of {rows} x {columns} with a pitch of {pitch} bytes: {status}"
+        )
     return TensorMap(encoded)

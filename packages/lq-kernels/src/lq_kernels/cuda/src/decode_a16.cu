@@ -72,19 +72,6 @@ struct Arguments {
   i64 pitch;  // bytes from token to token of x in shared memory
 };
 
-// Two values as they lie together in shared memory.
-template <typename T>
-__device__ __forceinline__ void load_pair(float (&to)[2], u32 address) {
-  if constexpr (sizeof(typename T::Bits) == 2) {
-    u32 pair;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");
-    to[0] = to_float(T{}, static_cast<u16>(pair));
-    to[1] = to_float(T{}, static_cast<u16>(pair >> 16));
-  } else {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
-  }
-}
-
 // Sums of a group of in features, not scaled yet; two chains where few tokens would leave the tensor cores waiting.
 template <int kTokenTiles>
 struct Sums {

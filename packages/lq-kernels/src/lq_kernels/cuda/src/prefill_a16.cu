@@ -68,10 +68,11 @@ __device__ __forceinline__ u32 pair_of(float value) {
 }
 
 // Values of a lane's two rows, g and g + 8, less `minus`, as pairs in x's dtype.
-__device__ __forceinline__ void load_pairs(u32 (&to)[2], const u8* at, float minus) {
-  const ScaleBits* values = reinterpret_cast<const ScaleBits*>(at);
-  to[0] = pair_of(to_float(Scale{}, values[0]) - minus);
-  to[1] = pair_of(to_float(Scale{}, values[1]) - minus);
+__device__ __forceinline__ void load_pairs(u32 (&to)[2], u32 address, float minus) {
+  float values[2];
+  load_pair<Scale>(values, address);
+  to[0] = pair_of(values[0] - minus);
+  to[1] = pair_of(values[1] - minus);
 }
 
 __device__ __forceinline__ void prefill(const TensorMap* map, const Arguments& p) {
@@ -125,7 +126,7 @@ __device__ __forceinline__ void prefill(const TensorMap* map, const Arguments& p
             if constexpr (!kPerRow) {
               const int group = kGroups > 1 ? step * kGroups : steps_per_group == 1 ? step : step / steps_per_group;
               u8* scale = to + kBlocks * kBlockBytes;
-#pragma unroll
+#pragma unroll 1
               for (int i = 0; i < kGroups; ++i) {
                 const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
                 bulk_copy(scale + i * kBlocks * kScaleBytes, p.scales + from, here * kScaleBytes, weights_full + stage, policy);
@@ -169,7 +170,7 @@ __device__ __forceinline__ void prefill(const TensorMap* map, const Arguments& p
   increase_registers<232>();
   const int group_of_warps = warp / 4 - 1, block = warp - 4, g = lane / 4, t = lane % 4;
   const u8* my_codes = weight_ring + block * kBlockBytes + lane * 16;
-  const u8* my_scales = weight_ring + kBlocks * kBlockBytes + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
+  const u32 my_scales = shared_address(weight_ring) + kBlocks * kBlockBytes + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u32 tokens_at = shared_address(token_ring);
   int weight_stage = 0, token_stage = 0, held = -1;  // `held`: the token stage that wgmmas in flight may still read
   u32 weight_parity = 0, token_parity = 0;
@@ -195,8 +196,8 @@ __device__ __forceinline__ void prefill(const TensorMap* map, const Arguments& p
     for (int step = 0; step < steps; ++step) {
       mbarrier_wait(weights_full + weight_stage, weight_parity);
       const u8* codes = my_codes + weight_stage * kWeightStage;
-      const u8* scales = my_scales + weight_stage * kWeightStage;
-#pragma unroll
+      u32 scales = my_scales + weight_stage * kWeightStage;  // of the group that comes next
+#pragma unroll 1
       for (int sub = 0; sub < kSubs; ++sub) {
         mbarrier_wait(tokens_full + token_stage, token_parity);
         const u64 tokens = token_descriptor(tokens_at + token_stage * kTokenStage);
@@ -212,10 +213,10 @@ __device__ __forceinline__ void prefill(const TensorMap* map, const Arguments& p
           if constexpr (!kPerRow) {
             // Groups of 32 and 64 begin within the step.
             constexpr int kPerGroup = kGroups > 1 ? 8 / kGroups : 8;
-            if (j % kPerGroup == 0 || j == 0) {
-              const u8* at = scales + (sub * 4 + j) / kPerGroup * kBlocks * kScaleBytes;
-              load_pairs(scale, at, 0.0f);
-              if constexpr (kZero) load_pairs(zero, at + kGroups * kBlocks * kScaleBytes, 8.0f);
+            if (j % kPerGroup == 0) {
+              load_pairs(scale, scales, 0.0f);
+              if constexpr (kZero) load_pairs(zero, scales + kGroups * kBlocks * kScaleBytes, 8.0f);
+              if constexpr (kGroups > 1) scales += kBlocks * kScaleBytes;
             }
           }
           u32 a[4];

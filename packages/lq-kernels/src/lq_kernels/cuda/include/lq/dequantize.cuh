@@ -141,6 +141,19 @@ __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 address) {
       : "r"(address));
 }
 
+// Two values as they lie together in shared memory, in place: the compiler does not move it.
+template <typename T>
+__device__ __forceinline__ void load_pair(float (&to)[2], u32 address) {
+  if constexpr (sizeof(typename T::Bits) == 2) {
+    u32 pair;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");
+    to[0] = to_float(T{}, static_cast<u16>(pair));
+    to[1] = to_float(T{}, static_cast<u16>(pair >> 16));
+  } else {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
+  }
+}
+
 // Makes everything computed from `value` follow what comes before.
 __device__ __forceinline__ void order_after(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
 

@@ -1,0 +1,172 @@
+"""Weights in fragment order: the form that the Hopper kernels read, made once from canonical bits and as large.
+
+A layer that keeps its weight so stores it once, for decoding and prefill alike. Nothing is lost: ``restore_int4`` and
+``restore_int8`` give the canonical bits back, on any device.
+"""
+
+import torch
+from lq_formats import DTypeError, ShapeError, pack_int4, unpack_int4
+from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, INT8, FragmentLayout
+from torch import Tensor
+
+from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
+
+_LAYOUTS = {4: FRAGMENT_INT4, 8: FRAGMENT_INT8}
+
+
+def preshuffle_int4(
+    qweight: Tensor, scale: Tensor, zero: Tensor | None = None, *, group_size: int, in_features: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring a canonical int4 weight into fragment order.
+
+    Args:
+        qweight: ``(N, ceil(K / 8)) int32``, the packing of :func:`lq_formats.pack_int4`.
+        scale: ``(N, K // group_size)`` fp16, bf16 or fp32.
+        zero: ``(N, K // group_size)``, uint8 or of scale's dtype; None for symmetric weights.
+        group_size: In features per scale; K for one scale a row.
+        in_features: K.
+
+    Returns:
+        packed (:class:`lq_formats.layouts.FragmentLayout`), scale and zero ``(groups, rows)``, zero in scale's dtype.
+
+    Raises:
+        ShapeError, GroupSizeError, DTypeError: If the arguments do not fit each other.
+    """
+    check_int4(qweight, scale, zero, group_size, in_features)
+    packed = FRAGMENT_INT4.pack(unpack_int4(qweight, in_features))
+    groups = arranged_groups(in_features, group_size)
+    arranged = FRAGMENT_INT4.arrange_scales(scale, groups)
+    return packed, arranged, None if zero is None else FRAGMENT_INT4.arrange_scales(zero.to(scale.dtype), groups)
+
+
+def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring an int8 weight ``(N, K)`` with scales ``(N,)`` or ``()`` into fragment order.
+
+    Returns:
+        packed, and scale ``(1, rows)``.
+    """
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != weight.shape[0]):
+        raise ShapeError(
+            f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
+        )
+    packed = FRAGMENT_INT8.pack(INT8.unpack(weight))
+    return packed, FRAGMENT_INT8.arrange_scales(scale.expand(weight.shape[0])[:, None], 1)
+
+
+def restore_int4(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, out_features: int, in_features: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Undo :func:`preshuffle_int4`; zero stays in scale's dtype."""
+    groups = in_features // group_size
+    return (
+        pack_int4(FRAGMENT_INT4.unpack(packed, out_features, in_features)),
+        FRAGMENT_INT4.restore_scales(scale, out_features, groups),
+        None if zero is None else FRAGMENT_INT4.restore_scales(zero, out_features, groups),
+    )
+
+
+def restore_int8(packed: Tensor, scale: Tensor, *, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Undo :func:`preshuffle_int8`; scale is ``(N,)``."""
+    codes = FRAGMENT_INT8.unpack(packed, out_features, in_features)
+    return INT8.pack(codes), FRAGMENT_INT8.restore_scales(scale, out_features, 1)[:, 0].contiguous()
+
+
+def preshuffled_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Multiply activations with a weight in fragment order: ``y = x @ ((u - zero) * scale).T + bias``.
+
+    Args:
+        x: ``(..., K)`` fp16, bf16 or fp32.
+        packed: As :func:`preshuffle_int4` or :func:`preshuffle_int8` returns it.
+        scale: ``(groups, rows)``, arranged alike.
+        zero: As ``scale``; None for symmetric weights.
+        bits: 4 or 8.
+        group_size: In features per scale; K for one scale a row (always so for 8 bits).
+        out_features: N.
+        bias: ``(N,)`` in x's dtype; added in fp32 before the result is rounded, by the Hopper kernels.
+        kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names`.
+
+    Returns:
+        ``(..., N)`` in x's dtype.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    k = check_activations(x)
+    _check(packed, scale, zero, bits, group_size, out_features, k)
+    check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
+    if bias is not None:
+        check_bias(bias, out_features, x.dtype)
+    y: Tensor = torch.ops.lq.preshuffled_linear(
+        x.reshape(-1, k), packed, scale, zero, bias, bits, group_size, out_features, kernel or ""
+    )
+    return y.view(*x.shape[:-1], out_features)
+
+
+def preshuffled_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the ``(out_features, in_features)`` weight in ``dtype``, rounded once from fp32.
+
+    Arguments and errors are those of :func:`preshuffled_linear`.
+    """
+    _check(packed, scale, zero, bits, group_size, out_features, in_features)
+    check_devices(packed, scale=scale, zero=zero)
+    w: Tensor = torch.ops.lq.preshuffled_dequantize(
+        packed, scale, zero, bits, group_size, out_features, in_features, dtype
+    )
+    return w
+
+
+def arranged_groups(in_features: int, group_size: int) -> int:
+    """Return how many groups arranged scales have: whole K steps of the packed weight, one for one scale a row."""
+    if group_size == in_features:
+        return 1
+    step = FRAGMENT_INT4.step
+    padded = -(-in_features // step) * step
+    return -(-padded // group_size)
+
+
+def _check(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, out_features: int, k: int
+) -> None:
+    layout: FragmentLayout | None = _LAYOUTS.get(bits)
+    if layout is None:
+        raise ShapeError(f"bits={bits!r}: expected 4 or 8")
+    if packed.dtype != torch.int32:
+        raise DTypeError(f"packed has dtype {packed.dtype}: expected int32")
+    shape = layout.packed_shape(out_features, k)
+    if tuple(packed.shape) != shape:
+        raise ShapeError(f"packed has shape {tuple(packed.shape)}: {out_features} out and {k} in features need {shape}")
+    if not (packed.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous())):
+        raise ShapeError("a weight in fragment order is contiguous; call .contiguous() on its tensors")
+    if bits == 8 and (group_size != k or zero is not None):
+        raise ShapeError("8-bit weights in fragment order have one scale a row and no zeros")
+    expected = (arranged_groups(k, group_size), shape[1] * 16)
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected {expected} for group_size={group_size}")
+    if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
+    if zero is not None and zero.dtype != scale.dtype:
+        raise DTypeError(f"zero has dtype {zero.dtype}: expected the scales' {scale.dtype}")

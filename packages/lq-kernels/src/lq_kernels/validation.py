@@ -1,0 +1,67 @@
+"""What the arguments of this package's functions must be: each condition stated once, each error named."""
+
+import torch
+from lq_formats import DeviceError, DTypeError, GroupSizeError, ShapeError
+from torch import Tensor
+
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (int, torch.SymInt)
+_MIN_GROUP_SIZE = 8
+
+
+def check_activations(x: Tensor) -> int:
+    """Return the in features of x.
+
+    Raises:
+        DTypeError, ShapeError: If x is not a floating point tensor of at least one dimension.
+    """
+    if x.dtype not in ACTIVATIONS:
+        raise DTypeError(f"x has dtype {x.dtype}: expected float16, bfloat16 or float32")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ShapeError(f"x has shape {tuple(x.shape)}: expected (..., in_features)")
+    return x.shape[-1]
+
+
+def check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, k: int) -> None:
+    """Raise unless the tensors are a canonical int4 weight with ``k`` in features."""
+    if qweight.dtype != torch.int32:
+        raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
+    words = -(-k // 8)
+    if qweight.dim() != 2:
+        raise ShapeError(f"qweight has shape {tuple(qweight.shape)}: {k} in features need (N, {words})")
+    if qweight.shape[1] != words:
+        raise ShapeError(
+            f"qweight has shape {tuple(qweight.shape)}, at most {8 * qweight.shape[1]} in features, and the activations "
+            f"have {k}: expected (N, {words})"
+        )
+    if not isinstance(group_size, INTEGERS):
+        raise GroupSizeError(f"group_size={group_size!r}: expected an integer")
+    if group_size < 1 or k % group_size:
+        raise GroupSizeError(f"group_size={group_size} does not divide the {k} in features")
+    if group_size < _MIN_GROUP_SIZE and group_size != k:
+        raise GroupSizeError(f"group_size={group_size}: expected at least {_MIN_GROUP_SIZE}")
+    expected = (qweight.shape[0], k // group_size)
+    if tuple(scale.shape) != expected:
+        raise ShapeError(f"scale has shape {tuple(scale.shape)}: expected {expected} for group_size={group_size}")
+    if scale.dtype not in ACTIVATIONS:
+        raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
+    if zero is not None:
+        if tuple(zero.shape) != expected:
+            raise ShapeError(f"zero has shape {tuple(zero.shape)}: expected {expected} for group_size={group_size}")
+        if zero.dtype not in (torch.uint8, scale.dtype):
+            raise DTypeError(f"zero has dtype {zero.dtype}: expected uint8 or the scales' {scale.dtype}")
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Raise DeviceError unless all tensors are on x's device."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise DeviceError(f"{name} is on {tensor.device} and the other tensors on {x.device}; move one of them")
+
+
+def check_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> None:
+    """Raise unless ``bias`` is ``(out_features,)`` in x's dtype."""
+    if tuple(bias.shape) != (out_features,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({out_features},)")
+    if bias.dtype != dtype:
+        raise DTypeError(f"bias has dtype {bias.dtype} and x {dtype}: convert one of them")

@@ -1,0 +1,126 @@
+"""The Hopper kernels compile without a GPU to what they should: no spills, warpgroup products from registers, bulk copies."""
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from lq_kernels.cuda.decode_a16 import cut, decode_config
+from lq_kernels.cuda.prefill_a16 import TOKEN_TILES, prefill_config, shared_bytes
+from lq_kernels.cuda.sources import VARIANTS
+from lq_kernels.jit import compiler
+
+
+def has(package):
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+needs_nvrtc = pytest.mark.skipif(
+    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
+)
+IDS = ["-".join(define.split("=")[1] for define in variant.defines) for variant in VARIANTS]
+
+
+def disassemble(cubin, folder):
+    triton = find_spec("triton")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
+    if tool is None or not tool.exists():
+        pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def build(name, defines, arch="sm_90a"):
+    return compiler.compile_source(compiler.source(name), arch, name, defines)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+def test_decode_compiles_without_spills(variant, tmp_path):
+    result = build("decode_a16", variant.defines)
+    tiles = (1, 2) if variant.groups == 4 and variant.zero else (1, 2, 4)
+    assert set(result.usage()) == {f"decode_a16_t{n}" for n in tiles}
+    for kernel, used in result.usage().items():
+        assert (used.spills, used.stack) == (0, 0), kernel
+        assert used.registers <= 168, kernel  # ten warps: at most three in a quarter of the multiprocessor
+    sass = disassemble(result.cubin, tmp_path)
+    assert re.search(r"\bHMMA\.16816\.F32", sass)
+    assert re.search(r"\bUBLKCP\b", sass)
+    assert re.search(r"\bACQBULK\b", sass)  # griddepcontrol.wait
+    assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("variant", "tokens"),
+    [(VARIANTS[0], tokens) for tokens in TOKEN_TILES] + [(variant, 256) for variant in VARIANTS[2:]],
+    ids=[f"{IDS[0]}-T{tokens}" for tokens in TOKEN_TILES] + [f"{name}-T256" for name in IDS[2:]],
+)
+def test_prefill_compiles_to_warpgroup_products_from_registers(variant, tokens, tmp_path):
+    result = build("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}"))
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    # C7510 and C7515: ptxas would wait for each product before the next.
+    assert "serialized" not in result.log
+    sass = disassemble(result.cubin, tmp_path)
+    products = re.findall(rf"\bHGMMA\.64x{tokens}x16\.F32\S*\s+R\d+, R\d+", sass)
+    assert len(products) >= 4
+    assert re.search(r"\bUTMALDG\b", sass)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4], VARIANTS[6]], ids=[IDS[0], IDS[4], IDS[6]])
+def test_the_dequantizer_compiles_for_any_gpu(variant, arch):
+    defines = tuple(define.replace("LQ_X=", "LQ_OUT=") for define in variant.defines)
+    (used,) = build("dequantize_fragment", defines, arch).usage().values()
+    assert used.spills == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (14336, 4096), (4096, 14336), (512, 2048), (16, 8), (28672, 8192)])
+@pytest.mark.parametrize("m", [1, 5, 8, 16, 31, 32, 33, 512])
+def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
+    blocks = -(-n // 16)
+    config = decode_config(m, blocks, k, bits, 32, 132)
+    if config is None:
+        assert m * k > 300_000  # tokens that do not fit
+        return
+    assert config.cluster in (1, 2, 4, 8)
+    assert config.slots in (1, 2, 4, 8)
+    assert 1 <= config.stages <= 16
+    assert config.clusters <= blocks
+    assert config.cluster <= -(-k // (512 // bits))
+    assert config.shared <= 232448
+    assert config.pitch % 128 == 16 or k % 64  # rows of x fall into different banks
+    if config.boxes == 1:
+        assert -(-blocks // config.clusters) <= config.slots
+
+
+def test_a_cut_that_does_not_fit_is_none():
+    assert cut(32, 256, 14336, 4, 32, 4, 1, 132, 232448) is None
+    assert cut(1, 4, 4096, 4, 32, 1, 1, 8, 232448) is None
+
+
+@pytest.mark.parametrize("m", [1, 33, 64, 100, 256, 1000, 4096])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (64, 128)])
+def test_every_prefill_cut_covers_the_product(m, n, k):
+    blocks = -(-n // 16)
+    config = prefill_config(m, blocks, k, 4, 132)
+    tiles = -(-blocks // 8) * -(-m // config.tokens)
+    if config.cluster > 1:
+        assert config.ctas == tiles * config.cluster  # a tile a cluster
+        assert config.ctas <= 132
+    else:
+        assert config.ctas == min(tiles, 132)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("tokens", TOKEN_TILES)
+def test_prefill_fits_shared_memory(variant, tokens):
+    assert shared_bytes(tokens, variant, variant.scale.itemsize) <= 232448
