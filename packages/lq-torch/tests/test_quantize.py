@@ -14,7 +14,6 @@ from lq_formats import (
 )
 from lq_torch import (
     GGMLWeightOnlyConfig,
-    Int4PackingFormat,
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
     LowBitTensor,
@@ -182,8 +181,6 @@ def test_bad_input_is_named_and_changes_nothing(spoil, config, error, message):
 def test_mistakes_in_configurations_are_named():
     with pytest.raises(SpecError, match="expected one of plain"):
         Int4WeightOnlyConfig(int4_packing_format="plane")
-    with pytest.raises(UnsupportedError, match="preshuffled"):
-        Int4WeightOnlyConfig(int4_packing_format=Int4PackingFormat.PRESHUFFLED)
     with pytest.raises(GroupSizeError):
         Int4WeightOnlyConfig(group_size=4)
     with pytest.raises(SpecError, match="q4_9"):

@@ -6,10 +6,18 @@ from enum import Enum, StrEnum
 from typing import Any, ClassVar, Literal
 
 import torch
-from lq_formats import ShapeError, SpecError, UnsupportedError, ggml_format
+from lq_formats import ShapeError, SpecError, ggml_format
 from torch import Tensor
 
-from lq_torch.tensors import GGMLTensor, Int4Tensor, Int4TilePackedTensor, Int8Tensor, LowBitTensor
+from lq_torch.tensors import (
+    GGMLTensor,
+    Int4PreshuffledTensor,
+    Int4Tensor,
+    Int4TilePackedTensor,
+    Int8PreshuffledTensor,
+    Int8Tensor,
+    LowBitTensor,
+)
 from lq_torch.tensors.int4 import int4_spec
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -19,7 +27,8 @@ class Int4PackingFormat(StrEnum):
     """Where the bits of an int4 weight are.
 
     - ``plain``: lq's canonical packing; the kernels of lq-kernels on any device.
-    - ``preshuffled``: fragment order for Hopper's tensor cores (not in this release).
+    - ``preshuffled``: the order of Hopper's tensor cores, rearranged when quantized: stored once, for lq's CUDA kernels.
+      Elsewhere it works, slower.
     - ``tile_packed_to_4d``: ATen's tinygemm layout; bf16.
     - ``gemlite``: gemlite's packing and kernels (extra ``lq-torch[gemlite]``).
     """
@@ -129,14 +138,13 @@ class Int4WeightOnlyConfig(WeightConfig):
             known = ", ".join(item.value for item in Int4PackingFormat)
             raise SpecError(f"int4_packing_format={self.int4_packing_format!r}: expected one of {known}") from None
         object.__setattr__(self, "int4_packing_format", packing)
-        if packing is Int4PackingFormat.PRESHUFFLED:
-            raise UnsupportedError(
-                "int4_packing_format='preshuffled' comes with the Hopper kernels of a later release; use 'plain'"
-            )
         if packing is Int4PackingFormat.GEMLITE and not self.symmetric:
             raise SpecError("int4_packing_format='gemlite' is symmetric; use 'plain' for zero points")
-        if packing is not Int4PackingFormat.PLAIN and self.scale_dtype is not None:
-            raise SpecError(f"scale_dtype goes with int4_packing_format='plain', not {packing.value!r}")
+        ours = (Int4PackingFormat.PLAIN, Int4PackingFormat.PRESHUFFLED)
+        if packing not in ours and self.scale_dtype is not None:
+            raise SpecError(
+                f"scale_dtype goes with int4_packing_format='plain' or 'preshuffled', not {packing.value!r}"
+            )
         int4_spec(self.group_size, self.symmetric, self.scale_dtype or torch.float32)
 
     def quantize(self, w: Tensor) -> LowBitTensor:
@@ -148,7 +156,8 @@ class Int4WeightOnlyConfig(WeightConfig):
 
             packed: LowBitTensor = Int4GemliteTensor.from_hp(w, group_size=self.group_size)
             return packed
-        return Int4Tensor.from_hp(w, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
+        cls = Int4PreshuffledTensor if self.int4_packing_format is Int4PackingFormat.PRESHUFFLED else Int4Tensor
+        return cls.from_hp(w, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
 
     def validate(self, w: Tensor) -> None:
         """Raise a named error if ``w`` cannot be quantized so."""
@@ -168,17 +177,25 @@ class Int8WeightOnlyConfig(WeightConfig):
 
     Attributes:
         granularity: ``"row"`` for one scale an out feature, ``"tensor"`` for one in all.
+        int8_packing_format: ``"plain"``, or ``"preshuffled"`` for the order of Hopper's tensor cores (one scale a row).
     """
 
     name: ClassVar[str] = "int8_weight_only"
     granularity: Literal["row", "tensor"] = "row"
+    int8_packing_format: Literal["plain", "preshuffled"] = "plain"
 
     def __post_init__(self) -> None:
         if self.granularity not in ("row", "tensor"):
             raise SpecError(f"granularity={self.granularity!r}: expected 'row' or 'tensor'")
+        if self.int8_packing_format not in ("plain", "preshuffled"):
+            raise SpecError(f"int8_packing_format={self.int8_packing_format!r}: expected 'plain' or 'preshuffled'")
+        if self.int8_packing_format == "preshuffled" and self.granularity != "row":
+            raise SpecError("int8_packing_format='preshuffled' has one scale a row: use granularity='row'")
 
     def quantize(self, w: Tensor) -> LowBitTensor:
-        """Return ``w: (N, K)`` as an Int8Tensor."""
+        """Return ``w: (N, K)`` as the tensor subclass of the packing format."""
+        if self.int8_packing_format == "preshuffled":
+            return Int8PreshuffledTensor.from_hp(w)
         return Int8Tensor.from_hp(w, self.granularity)
 
     def validate(self, w: Tensor) -> None:

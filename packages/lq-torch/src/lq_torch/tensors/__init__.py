@@ -7,14 +7,17 @@ from lq_torch.tensors.int4 import Int4Tensor
 from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
 from lq_torch.tensors.int4_tile_packed import Int4TilePackedTensor
 from lq_torch.tensors.int8 import Int8Tensor
+from lq_torch.tensors.preshuffled import Int4PreshuffledTensor, Int8PreshuffledTensor
 from lq_torch.tensors.transposed import TransposedWeight
 
 __all__ = [
     "GGMLTensor",
     "GemliteTensor",
     "Int4GemliteTensor",
+    "Int4PreshuffledTensor",
     "Int4Tensor",
     "Int4TilePackedTensor",
+    "Int8PreshuffledTensor",
     "Int8Tensor",
     "LowBitTensor",
     "TransposedWeight",
