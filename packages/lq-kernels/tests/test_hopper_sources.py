@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from lq_kernels.cuda.decode_a16 import cut, decode_config
-from lq_kernels.cuda.prefill_a16 import TOKEN_TILES, prefill_config, shared_bytes
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.jit import compiler
 
@@ -56,24 +55,6 @@ def test_decode_compiles_without_spills(variant, tmp_path):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(
-    ("variant", "tokens"),
-    [(VARIANTS[0], tokens) for tokens in TOKEN_TILES] + [(variant, 256) for variant in VARIANTS[2:]],
-    ids=[f"{IDS[0]}-T{tokens}" for tokens in TOKEN_TILES] + [f"{name}-T256" for name in IDS[2:]],
-)
-def test_prefill_compiles_to_warpgroup_products_from_registers(variant, tokens, tmp_path):
-    result = build("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}"))
-    (used,) = result.usage().values()
-    assert (used.spills, used.stack) == (0, 0)
-    # C7510 and C7515: ptxas would wait for each product before the next.
-    assert "serialized" not in result.log
-    sass = disassemble(result.cubin, tmp_path)
-    products = re.findall(rf"\bHGMMA\.64x{tokens}x16\.F32\S*\s+R\d+, R\d+", sass)
-    assert len(products) >= 4
-    assert re.search(r"\bUTMALDG\b", sass)
-
-
-@needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4], VARIANTS[6]], ids=[IDS[0], IDS[4], IDS[6]])
 def test_the_dequantizer_compiles_for_any_gpu(variant, arch):
@@ -105,22 +86,3 @@ def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
 def test_a_cut_that_does_not_fit_is_none():
     assert cut(32, 256, 14336, 4, 32, 4, 1, 132, 232448) is None
     assert cut(1, 4, 4096, 4, 32, 1, 1, 8, 232448) is None
-
-
-@pytest.mark.parametrize("m", [1, 33, 64, 100, 256, 1000, 4096])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (64, 128)])
-def test_every_prefill_cut_covers_the_product(m, n, k):
-    blocks = -(-n // 16)
-    config = prefill_config(m, blocks, k, 4, 132)
-    tiles = -(-blocks // 8) * -(-m // config.tokens)
-    if config.cluster > 1:
-        assert config.ctas == tiles * config.cluster  # a tile a cluster
-        assert config.ctas <= 132
-    else:
-        assert config.ctas == min(tiles, 132)
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
-@pytest.mark.parametrize("tokens", TOKEN_TILES)
-def test_prefill_fits_shared_memory(variant, tokens):
-    assert shared_bytes(tokens, variant, variant.scale.itemsize) <= 232448

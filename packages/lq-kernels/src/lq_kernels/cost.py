@@ -138,9 +138,7 @@ def decode_us(problem: Problem) -> float:
 
 
 def prefill_us(problem: Problem) -> float:
-    """Predict the Hopper prefill kernel from its cut: 2.5 us and 1560 clocks a microsecond (H200)."""
-    from lq_kernels.cuda.prefill_a16 import prefill_clocks
+    """Predict the Hopper prefill kernel from its cut (H200)."""
+    from lq_kernels.cuda import prefill_a16
 
-    blocks = -(-problem.n // 16)
-    clocks = prefill_clocks(problem.m, blocks, problem.k, problem.spec.bits, max(problem.arch.sm_count, 1))
-    return 2.5 + clocks / 1560
+    return prefill_a16.predict_us(problem)

@@ -115,15 +115,14 @@ def _cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, per_sm: 
 
 def config_of(problem: Problem) -> DecodeConfig | None:
     """Return the cut of a problem, or None if the tokens do not fit shared memory."""
-    bits, symmetric, size = problem.spec.bits, problem.spec.symmetric, problem.spec.scale_dtype.itemsize
+    bits, symmetric = problem.spec.bits, problem.spec.symmetric
     variant = Variant.of(problem.dtype, problem.spec.scale_dtype, bits, problem.group_size, problem.k, not symmetric)
-    return _config(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, size, problem.arch.sm_count)
+    return _config(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch.sm_count)
 
 
-def _config(m: int, blocks: int, k: int, variant: Variant, scale_size: int, sm_count: int) -> DecodeConfig | None:
-    scale_bytes = variant.groups * BLOCK_ROWS * scale_size * (2 if variant.zero else 1)
+def _config(m: int, blocks: int, k: int, variant: Variant, sm_count: int) -> DecodeConfig | None:
     most = 2 if variant.groups == 4 and variant.zero else 4
-    config = decode_config(m, blocks, k, variant.bits, scale_bytes, sm_count, most)
+    config = decode_config(m, blocks, k, variant.bits, variant.scale_bytes, sm_count, most)
     return None if config is None or -(-m // (8 * config.token_tiles)) > _MAX_GRID_Y else config
 
 
@@ -157,7 +156,7 @@ def linear(
         x = x.clone(memory_format=torch.contiguous_format)
     variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
     blocks = packed.shape[1]
-    config = _config(m, blocks, k, variant, scale.element_size(), Arch.of(x.device).sm_count)
+    config = _config(m, blocks, k, variant, Arch.of(x.device).sm_count)
     if config is None:
         raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
     y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)

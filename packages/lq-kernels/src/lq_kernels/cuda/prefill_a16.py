@@ -1,22 +1,34 @@
 """Launch ``src/prefill_a16.cu``: many tokens times an int4 or int8 weight in fragment order, on Hopper."""
 
 import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from lq_formats import ShapeError
+from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.jit.launcher import launch
 from lq_kernels.jit.tensor_map import tensor_map
-from lq_kernels.problem import Arch
+from lq_kernels.jit.workspace import workspace
+from lq_kernels.problem import Arch, Problem
 
+TOKENS = (16, 32, 64, 128, 256)
+"""Tokens of a tile, for which the source is written; a tile has 128 out features."""
+ROWS = 128
 THREADS = 384
-TOKEN_TILES = (64, 128, 256)
-_BLOCKS = 8
-_BLOCK_BYTES = 1024
-_ROW_TILE = 128
-_STAGING = 2 * 64 * 144
+
+_SHARED = 232448
+_MAX_STAGES = 16
+_FIXED = 2 * 32 * 144 + 3 * _MAX_STAGES * 8 + 16  # staging and barriers
+_MAX_TILES = 1 << 30
+
+_PRODUCTS = {16: 108, 32: 109, 64: 122, 128: 167, 256: 320}
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 220 cuts (H200)."""
+_CLOCKS_A_US = 1750.0
 
 
 @dataclass(frozen=True)
@@ -24,62 +36,113 @@ class PrefillConfig:
     """How a product is cut.
 
     Attributes:
-        tokens: Tokens in a tile: 64, 128 or 256.
-        cluster: CTAs that share K; above 1 every cluster has one tile.
+        tokens: Tokens of a tile.
         ctas: CTAs in the grid.
+        raster: Row tiles in a band; a band's tiles are taken for all tokens before the next band's.
+        shared_tiles: Tiles whose K steps are shared among CTAs.
+        workers: CTAs that share them.
     """
 
     tokens: int
-    cluster: int
     ctas: int
+    raster: int
+    shared_tiles: int
+    workers: int
 
 
-def prefill_config(m: int, blocks: int, k: int, bits: int, sm_count: int) -> PrefillConfig:
+def ring(tokens: int, bits: int, scale_bytes: int) -> tuple[int, int]:
+    """Return the stages of a CTA's ring and the bytes of its shared memory.
+
+    Args:
+        tokens: Tokens of a tile.
+        bits: 4 or 8.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+    """
+    stage = tokens * (512 // bits) * 2 + ROWS // BLOCK_ROWS * (BLOCK_BYTES + scale_bytes)
+    stages = min(_MAX_STAGES, (_SHARED - _FIXED) // stage)
+    return stages, _FIXED + stages * stage
+
+
+def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
     """Return the fastest cut by a model in clocks.
-
-    A k16 step of a tile takes a clock a token on the tensor cores, and at least 72 clocks to unpack. A tile costs 2000 clocks
-    besides, and 12 a token to store; a cluster's reduction 1500 and 12 a token.
 
     Args:
         m: Tokens.
-        blocks: Blocks of 16 rows.
+        n: Out features.
         k: In features.
         bits: 4 or 8.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
         sm_count: Multiprocessors.
+
+    Raises:
+        ShapeError: If there are too many tiles to count.
     """
-    return _best(m, blocks, k, bits, sm_count)[1]
+    return _best(m, n, k, bits, scale_bytes, sm_count)[1]
+
+
+def predict_us(problem: Problem) -> float:
+    """Return the microseconds that the model gives a problem, on an H200's clock."""
+    spec = problem.spec
+    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    sm_count = max(problem.arch.sm_count, 1)
+    clocks, _ = _best(problem.m, problem.n, problem.k, spec.bits, variant.scale_bytes, sm_count)
+    return clocks / _CLOCKS_A_US
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(m: int, blocks: int, k: int, bits: int, sm_count: int) -> tuple[float, PrefillConfig]:
+def _best(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[float, PrefillConfig]:
+    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
+        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
+    ranked = ((cost(c, m, n, k, bits, sm_count), c) for c in candidates(m, n, k, bits, scale_bytes, sm_count))
+    return min(ranked, key=lambda pair: pair[0])
+
+
+def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    """Yield every cut that makes sense."""
     steps = -(-k // (512 // bits))
-    best: tuple[float, PrefillConfig] | None = None
-    for tokens in TOKEN_TILES:
-        tiles = -(-blocks // _BLOCKS) * -(-m // tokens)
-        for cluster in (1, 2, 4, 8):
-            room = sm_count if cluster <= 2 else sm_count - 12
-            if cluster > 1 and (cluster > steps or tiles * cluster > room):
+    for tokens in TOKENS:
+        # Half-empty tiles only waste, and with two stages loads do not overlap products.
+        if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes)[0] < 3:
+            continue
+        row_tiles, token_tiles = -(-n // ROWS), -(-m // tokens)
+        tiles = row_tiles * token_tiles
+        # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
+        height = math.sqrt(min(tiles, sm_count) * tokens * 16 / (ROWS * bits))
+        raster = -(-row_tiles // max(1, round(row_tiles / height)))
+        yield PrefillConfig(tokens, min(tiles, sm_count), raster, 0, 0)
+        rest = tiles % sm_count
+        for shared_tiles in {rest, rest + sm_count} if tiles > sm_count else {rest}:
+            if not 0 < shared_tiles <= tiles:
                 continue
-            waves = -(-tiles // sm_count) if cluster == 1 else 1
-            products = -(-steps // cluster) * (512 // bits) / 16 * max(tokens, 72)
-            cost = waves * (products + 2000 + 12 * tokens) + (1500 + 12 * tokens if cluster > 1 else 0)
-            if best is None or cost < best[0]:
-                best = (cost, PrefillConfig(tokens, cluster, min(tiles, sm_count) if cluster == 1 else tiles * cluster))
-    assert best is not None
-    return best
+            # Equal runs for all, or every tile cut in as many parts.
+            for workers in {sm_count, *(parts * shared_tiles for parts in (2, 3, 4, 6, 8, 12, 16))}:
+                if shared_tiles < workers <= sm_count and workers <= shared_tiles * steps:
+                    ctas = max(workers, min(tiles - shared_tiles, sm_count))
+                    yield PrefillConfig(tokens, ctas, raster, shared_tiles, workers)
+            if shared_tiles > sm_count:
+                yield PrefillConfig(tokens, sm_count, raster, shared_tiles, sm_count)
 
 
-def prefill_clocks(m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
-    """Return the clocks that the model gives the fastest cut."""
-    return _best(m, blocks, k, bits, sm_count)[0]
+def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
+    """Return the clocks that a cut takes by a model.
 
-
-def shared_bytes(tokens: int, variant: Variant, scale_size: int) -> int:
-    """Return the shared memory of a CTA; the numbers of stages are those of the source."""
-    weight_stage = _BLOCKS * (_BLOCK_BYTES + variant.groups * 16 * scale_size * (2 if variant.zero else 1))
-    token_stages = 5 if tokens == 256 else 8
-    weight_stages = 3 + (weight_stage <= 9216) if tokens == 256 else 6
-    return 1024 + token_stages * tokens * 128 + weight_stages * weight_stage + _STAGING
+    Products go by the table above. A launch costs 1,500 clocks, storing a tile 8 a token. The parts of a tile are written to
+    L2 at 100 bytes a clock and read back, one after the other, at 26; that begins 4,500 clocks late, and later where runs do
+    not begin with tiles.
+    """
+    steps = -(-k // (512 // bits))
+    tiles = -(-n // ROWS) * -(-m // config.tokens)
+    products = _PRODUCTS[config.tokens] * (32 // bits)
+    stored = 8.0 * config.tokens
+    clocks = -(-(tiles - config.shared_tiles) // config.ctas) * (steps * products + stored)
+    if config.shared_tiles:
+        run = -(-config.shared_tiles * steps // config.workers)
+        uneven = config.workers % config.shared_tiles != 0
+        parts = config.workers / config.shared_tiles + uneven
+        clocks += run * products + stored + 4500 + 1500 * uneven
+        clocks += config.tokens * ROWS * 4 * (1 / 100 + parts / 26)
+    weights = n * k * bits / 8 / (min(config.ctas, sm_count) * 17)
+    return 1500 + max(clocks, weights)
 
 
 def linear(
@@ -91,24 +154,44 @@ def linear(
     out_features: int,
     group_size: int,
     bits: int,
+    config: PrefillConfig | None = None,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
-    Arguments are those of :func:`lq_kernels.cuda.decode_a16.linear`.
+    A group's scale and zero are rounded to x's dtype; one scale a row is not.
+
+    Args:
+        x: ``(M, K)`` bf16 or fp16, K a multiple of 8.
+        packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).
+        scale: ``(groups, rows)``, arranged alike.
+        zero: As ``scale``, in its dtype; None for symmetric weights. 4 bits only.
+        bias: ``(out_features,)`` in x's dtype, or None.
+        out_features: Rows of the weight.
+        group_size: In features per scale; K for one scale a row.
+        bits: 4 or 8.
+        config: How to cut, for tuning; by default :func:`prefill_config`.
+
+    Raises:
+        ShapeError: If there are too many tiles for one launch.
     """
     m, k = x.shape
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
-    blocks = packed.shape[1]
-    config = prefill_config(m, blocks, k, bits, Arch.of(x.device).sm_count)
+    if config is None:
+        config = prefill_config(m, out_features, k, bits, variant.scale_bytes, Arch.of(x.device).sm_count)
+    stages, shared = ring(config.tokens, bits, variant.scale_bytes)
     y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
+    partials: Tensor | int = 0
+    arrivals: Tensor | int = 0
+    if config.shared_tiles:
+        partials, arrivals = workspace(x.device, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
     launch(
         "prefill_a16",
         "prefill_a16",
         (config.ctas, 1, 1),
         THREADS,
-        shared_bytes(config.tokens, variant, scale.element_size()),
+        shared,
         x.device,
         tensor_map(x, config.tokens, 64),
         packed,
@@ -116,12 +199,17 @@ def linear(
         0 if zero is None else zero,
         0 if bias is None else bias,
         y,
+        partials,
+        arrivals,
         m,
         out_features,
         k,
-        blocks,
+        packed.shape[1],
         group_size,
-        cluster=config.cluster,
+        stages,
+        config.raster,
+        config.shared_tiles,
+        config.workers,
         dependent=True,
         defines=(*variant.defines, f"LQ_TOKENS={config.tokens}"),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from lq_formats.layouts import FRAGMENT_INT4
+from lq_formats.layouts.fragment import BLOCK_ROWS
 
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
 """Names of dtypes in the sources."""
@@ -34,6 +35,11 @@ class Variant:
         """Return the variant for a weight with K = ``k`` and groups of ``group_size``."""
         groups = 0 if group_size == k else max(1, FRAGMENT_INT4.step // group_size)
         return Variant(x, scale, bits, groups, zero)
+
+    @functools.cached_property
+    def scale_bytes(self) -> int:
+        """Bytes of scales and zeros beside the codes of a block of 16 rows and 128 in features."""
+        return self.groups * BLOCK_ROWS * self.scale.itemsize * (2 if self.zero else 1)
 
     @functools.cached_property
     def defines(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ depends on nothing but this package, the compiler and the target.
 
 import functools
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ CUDA_FOLDER = Path(__file__).parent.parent / "cuda"
 INCLUDE_FOLDER = CUDA_FOLDER / "include"
 SOURCE_FOLDER = CUDA_FOLDER / "src"
 STANDARD = "c++17"
+
+_import_lock = threading.Lock()
 
 _USAGE = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<store>\d+) bytes spill stores, "
@@ -95,13 +98,15 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
         CompileError: With the compiler's log.
         MissingPackageError: If cuda-core is not installed.
     """
+    import io
+
     try:
-        from cuda.core import Program, ProgramOptions
+        with _import_lock:  # its import is not safe from several threads at once
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise MissingPackageError(
             "cuda-core", "Compiling CUDA kernels", "pip install cuda-core cuda-bindings"
         ) from error
-    import io
 
     log = io.StringIO()
     options = ProgramOptions(

@@ -192,7 +192,11 @@ def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ..
         if shared > 48 << 10:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             most = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-            (status,) = driver.cuKernelSetAttribute(attribute, most, function.handle, Device(index).device_id)
+            device = Device(index).device_id
+            (status,) = driver.cuKernelSetAttribute(attribute, most, function.handle, device)
+            # All of it: by default the driver leaves some to the L1 cache, and a second CTA of a multiprocessor does not fit.
+            carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            driver.cuKernelSetAttribute(carveout, 100, function.handle, device)
             if status != driver.CUresult.CUDA_SUCCESS or shared > most:
                 raise CompileError(f"{kernel} needs {shared} bytes of shared memory: this GPU has {most} ({status})")
         return function

@@ -1,21 +1,35 @@
 // Many tokens times a packed weight: y (m, n) = x (m, k) @ w (n, k).T for int4 and int8 weights in fragment order. Hopper.
 //
 // A tile is 128 out features by LQ_TOKENS tokens. Weights are the A operand of wgmma, from registers: what a lane reads from shared
-// memory is its fragment, unpacked by bit tricks while earlier products run. Tokens are the B operand, in shared memory.
+// memory is its fragment, unpacked by bit tricks while earlier products run. Tokens are the B operand, in shared memory. So a weight
+// is unpacked once for up to 256 tokens and never written to shared memory.
 //
-// - Warpgroup 0 loads: warp 0 weights (bulk copies, which do not wait for the previous kernel), warp 1 tokens (tensor map).
-// - Warpgroups 1 and 2 multiply 64 out features each, four wgmmas in flight.
-// - Tiles are walked persistently, out features first. Where there are too few for the machine, the CTAs of a cluster share K and
-//   add their sums through distributed shared memory in the order of K (one tile a cluster).
+// - Warpgroup 0 loads a ring of stages: a K step (128 in features for int4, 64 for int8) of the tile's codes and scales (warp 0; bulk
+//   copies, which do not wait for the previous kernel) and of x (warp 1; a tensor map, which writes the 128-byte swizzle and zeros past
+//   the end of x).
+// - Warpgroups 1 and 2 multiply 64 out features each. The next stage's codes are read, and unpacked, while up to three groups of
+//   wgmmas are in flight.
+// - Stream-K: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the first `workers` CTAs, so
+//   that all end at once whatever the shape. The CTAs that have a part of a tile leave their sums in a workspace; the last to come
+//   adds them up, in the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
+// - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
+//   tokens in L2.
 //
 // Accuracy: u - zero is exact; times a group's scale it is rounded once to x's dtype, as a dequantized weight is (one scale a row:
-// not rounded, the fp32 sum is scaled). Sums are fp32. Bitwise reproducible.
+// not rounded, the fp32 sum is scaled). Sums are fp32. Bitwise reproducible: the order of all sums is fixed.
+//
+// How it came about (H200; clocks for 16 in features of 128 rows):
+// - From registers alone, without shared memory or barriers, the loop takes 128 at 128 tokens, 85 at 64, 70 at 32, 62 at 16; wgmma by
+//   itself 128, 64, 33, 28; unpacking by itself 50. A loop that waits for a stage, then reads codes, then unpacks took 140 at 64
+//   tokens, though neither memory (removing all loads: 6%), nor the tensor cores (45% busy), nor instruction issue (45%) was full: two
+//   warps a scheduler cannot hide those latencies one after the other.
+// - Tiles of 64 rows, two CTAs a multiprocessor, were slower from 64 tokens on: x comes twice from L2, which gives 28 bytes a clock
+//   and multiprocessor.
+// - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in 128 in features: 1, 2, 4; 0: one
-// scale a row), LQ_ZERO (0, 1) and LQ_TOKENS (64, 128, 256).
+// scale a row), LQ_ZERO (0, 1) and LQ_TOKENS (16, 32, 64, 128, 256).
 
-#include "lq/dequantize.cuh"
-#include "lq/hopper.cuh"
 #include "lq/wgmma.cuh"
 
 using namespace lq;
@@ -29,303 +43,398 @@ using ScaleBits = Scale::Bits;
 constexpr int kBits = LQ_BITS;
 constexpr int kGroups = LQ_GROUPS;
 constexpr int kTokens = LQ_TOKENS;
+constexpr int kRows = 128;
 constexpr bool kZero = LQ_ZERO != 0;
 constexpr bool kPerRow = kGroups == 0;
+static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symmetric");
 
-constexpr int kThreads = 384;
-constexpr int kBlocks = 8;  // of 16 rows in a tile
-constexpr int kRows = 16 * kBlocks;
+constexpr int kConsumerWarps = kRows / 16;
+constexpr int kConsumers = 32 * kConsumerWarps;
+constexpr int kThreads = 128 + kConsumers;
+constexpr int kMaxStages = 16;
+constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
-constexpr int kStep = kBits == 4 ? 128 : 64;  // in features of a stage of weights; a stage of tokens has 64
-constexpr int kSubs = kStep / 64;
+constexpr int kStep = kBits == 4 ? 128 : 64;  // in features of a stage
+constexpr int kSlices = kStep / 16;
+constexpr int kBatch = kBits == 8 || kTokens == 256 ? 1 : 2;  // k16 steps in a group of wgmmas
+constexpr int kBatches = kSlices / kBatch;                    // of a stage
+// Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of 256 tokens takes long enough alone.
+constexpr int kPending = kTokens == 256 ? 1 : 2;
+constexpr int kSets = 2 * kPending;
+constexpr int kBoxBytes = kTokens * 128;  // of x: 64 in features
+constexpr int kXBytes = kStep / 64 * kBoxBytes;
 constexpr int kScaleBytes = 16 * static_cast<int>(sizeof(ScaleBits));  // of a block and group
-constexpr int kWeightStage = kBlocks * (kBlockBytes + kGroups * kScaleBytes * (kZero ? 2 : 1));
-constexpr int kTokenStage = kTokens * 128;
-constexpr int kTokenStages = kTokens == 256 ? 5 : 8;
-constexpr int kWeightStages = kTokens == 256 ? 3 + (kWeightStage <= 9216) : 6;
-constexpr int kStagePitch = 144;  // bytes of 64 results of a token on their way out, padded against bank conflicts
-constexpr int kChunk = 64;        // tokens on their way out at once
+constexpr int kBlockScaleBytes = kGroups * kScaleBytes * (kZero ? 2 : 1);
+constexpr int kGroupBytes = kBlocks * kScaleBytes;                     // of a tile and group
+constexpr int kStage = kXBytes + kBlocks * kBlockBytes;
+constexpr int kScaleStage = kGroups * kGroupBytes * (kZero ? 2 : 1);
+constexpr int kUnits = kTokens / 8;              // of tokens
+constexpr int kChunk = kTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
+constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
+constexpr int kStaging = 2 * kChunk * kPitch;
+// With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
+// a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
+constexpr bool kSplit = kTokens == 256 && kBits == 4;
+static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
 
-struct __align__(64) TensorMap {
-  u64 data[16];
+struct alignas(64) TensorMap {
+  u8 opaque[128];
 };
 
-struct Arguments {
-  const u8* packed;
-  const u8* scales;
-  const u8* zeros;
-  const u16* bias;
-  u16* y;
-  i64 m, n, k;
-  i64 blocks;
-  i64 group_size;
+// The same value, known to the compiler as the same in all lanes. A quotient is not, and where the stage or a piece's bounds depend on
+// one, descriptors and addresses of copies leave the uniform registers: 250 clocks more a step.
+__device__ __forceinline__ int uniform(int value) { return static_cast<int>(__reduce_or_sync(0xffffffff, static_cast<u32>(value))); }
+
+// What a CTA does, one piece after the other: K steps [begin, end) of a tile.
+struct Work {
+  int rows, tokens, raster, steps;  // row tiles, token tiles, ...
+  int shared_tiles, workers;
+  int unit, end_unit;  // what is left of the run of K steps of shared tiles
+  int whole, stride;   // the next whole tile
+
+  int tile, row, token, begin, end;  // the current piece
+  int first, last;                   // the CTAs that have a part of the tile
+
+  // First unit of worker w.
+  __device__ __forceinline__ int start(int w) const { return static_cast<int>(static_cast<u32>(w) * (shared_tiles * steps) / workers); }
+  // The worker that has a unit.
+  __device__ __forceinline__ int owner(int unit) const {
+    return static_cast<int>((static_cast<u32>(unit + 1) * workers - 1) / (shared_tiles * steps));
+  }
+
+  __device__ __forceinline__ bool advance() {
+    if (unit < end_unit) {
+      tile = unit / steps;
+      begin = unit - tile * steps;
+      end = end_unit - tile * steps < steps ? end_unit - tile * steps : steps;
+      first = owner(tile * steps);
+      last = owner(tile * steps + steps - 1);
+      unit += end - begin;
+    } else if (whole < rows * tokens) {
+      tile = whole;
+      begin = 0, end = steps;
+      first = last = 0;
+      whole += stride;
+    } else {
+      return false;
+    }
+    const int band = tile / (raster * tokens), in_band = tile - band * raster * tokens;
+    const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
+    token = uniform(in_band / height);
+    row = uniform(first_row + in_band) - token * uniform(height);
+    begin = uniform(begin), end = uniform(end);
+    return true;
+  }
 };
 
-// The pair (v, v).
-__device__ __forceinline__ u32 pair_of(float value) {
-  const u32 bits = from_float(X{}, value);
-  return bits | bits << 16;
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+
+// Scales (or zeros, less `minus`) of rows g and g + 8, each as a pair in x's dtype.
+__device__ __forceinline__ void load_pairs(u32 (&to)[2], const u8* from, float minus) {
+  if constexpr (sizeof(ScaleBits) == 2 && kSame<X, Scale>) {
+    if (minus == 0.0f) {
+      const u32 pair = *reinterpret_cast<const u32*>(from);
+      to[0] = __byte_perm(pair, 0, 0x1010);
+      to[1] = __byte_perm(pair, 0, 0x3232);
+      return;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float value = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(from)[r]) - minus;
+    to[r] = from_floats(X{}, value, value);
+  }
 }
 
-// Values of a lane's two rows, g and g + 8, less `minus`, as pairs in x's dtype.
-__device__ __forceinline__ void load_pairs(u32 (&to)[2], u32 address, float minus) {
-  float values[2];
-  load_pair<Scale>(values, address);
-  to[0] = pair_of(values[0] - minus);
-  to[1] = pair_of(values[1] - minus);
+// A thread's codes and scales of a stage.
+struct Weights {
+  static constexpr int kScales = kPerRow ? 1 : kGroups;
+  u32 words[8];
+  u32 scale[kScales][2], zero[kScales][2];
+
+  __device__ __forceinline__ void load(const u8* codes, const u8* scales) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = *reinterpret_cast<const uint4*>(codes + half * 512);
+      words[4 * half] = v.x, words[4 * half + 1] = v.y, words[4 * half + 2] = v.z, words[4 * half + 3] = v.w;
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      load_pairs(scale[group], scales + group * kGroupBytes, 0.0f);
+      if constexpr (kZero) load_pairs(zero[group], scales + (kGroups + group) * kGroupBytes, 8.0f);
+    }
+  }
+
+  // The A fragment of k16 step `slice`.
+  __device__ __forceinline__ void fragment(u32 (&a)[4], int slice) const {
+    if constexpr (kBits == 8) {
+      int8_fragment(X{}, a, words[2 * slice], words[2 * slice + 1]);
+    } else {
+      const int group = kPerRow ? 0 : slice * kGroups / kSlices;
+      int4_fragment(X{}, a, words[slice]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kZero) a[i] = sub2(X{}, a[i], zero[group][i % 2]);
+        if constexpr (!kPerRow) a[i] = mul2(X{}, a[i], scale[group][i % 2]);
+      }
+    }
+  }
+};
+
+// Eight results of neighbouring out features; `whole` says that n is a multiple of 8.
+__device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 left, bool whole) {
+  if (whole) {
+    if (left > 0) *reinterpret_cast<uint4*>(y) = values;
+  } else {
+    const u32 words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < left) y[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
+  }
 }
 
-__device__ __forceinline__ void prefill(const TensorMap* map, const Arguments& p) {
-  extern __shared__ __align__(1024) u8 shared[];
-  u64* weights_full = reinterpret_cast<u64*>(shared);
-  u64* weights_empty = weights_full + 8;
-  u64* tokens_full = weights_empty + 8;
-  u64* tokens_empty = tokens_full + 8;
-  u8* token_ring = shared + 1024;
-  u8* weight_ring = token_ring + kTokenStages * kTokenStage;
-  u8* staging = weight_ring + kWeightStages * kWeightStage;
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    prefill_a16(const __grid_constant__ TensorMap x_map, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y,
+                float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster,
+                i64 shared_tiles, i64 workers) {
+  extern __shared__ __align__(1024) u8 ring[];
+  const int stages = static_cast<int>(ring_stages);
+  u8* const scale_ring = ring + stages * kStage;
+  u8* const staging = scale_ring + stages * kScaleStage;
+  u64* const full = reinterpret_cast<u64*>(staging + kStaging);  // a stage is there
+  u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
+  u64* const empty = rest + kMaxStages;
+  int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
-  const int log_ranks = __ffs(ranks) - 1;
-  const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
-  const int first_step = steps_all * rank >> log_ranks, steps = (steps_all * (rank + 1) >> log_ranks) - first_step;
-  const int blocks = static_cast<int>(p.blocks);
-  const int row_tiles = (blocks + kBlocks - 1) / kBlocks, token_tiles = static_cast<int>((p.m + kTokens - 1) / kTokens);
-  const int tiles = row_tiles * token_tiles;
-  const int first_tile = static_cast<int>(blockIdx.x) >> log_ranks, tile_stride = static_cast<int>(gridDim.x) >> log_ranks;
+  const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x);
+  Work work{};
+  work.rows = (blocks + kBlocks - 1) / kBlocks, work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
+  work.raster = static_cast<int>(raster), work.steps = static_cast<int>((k + kStep - 1) / kStep);
+  work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
+  if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
+  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x);
 
-  if (warp == 0) {
-    if (lane < 8) {
-      mbarrier_init(weights_full + lane, 1);
-      mbarrier_init(weights_empty + lane, 8);
-      mbarrier_init(tokens_full + lane, 1);
-      mbarrier_init(tokens_empty + lane, 8);
+  if (warp == 1) {
+    if (lane < stages) {
+      mbarrier_init(full + lane, 2);
+      mbarrier_init(rest + lane, 1);
+      mbarrier_init(empty + lane, kConsumerWarps);
     }
+    if (lane == 0) prefetch_tensor_map(&x_map);
     mbarrier_init_fence();
   }
   __syncthreads();
   let_next_kernel_start();
 
   if (warp < 4) {
-    decrease_registers<40>();
+    decrease_registers<24>();
+    int stage = 0;
+    u32 parity = 1;
     if (warp == 0) {
-      const u64 policy = token_tiles > 1 ? policy_evict_last() : policy_evict_first();
-      const int steps_per_group = static_cast<int>(p.group_size / kStep);
-      int stage = 0;
-      u32 parity = 1;
-      for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-        const int block = tile % row_tiles * kBlocks, here = blocks - block < kBlocks ? blocks - block : kBlocks;
-        for (int step = first_step; step < first_step + steps; ++step) {
-          mbarrier_wait(weights_empty + stage, parity);
+      // What is read once must not push out what is read again.
+      const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
+      const int steps_per_group = static_cast<int>(group_size / kStep);
+      while (work.advance()) {
+        const int block = work.row * kBlocks, here = blocks - block < kBlocks ? blocks - block : kBlocks;
+        stage = uniform(stage), parity = uniform(parity);
+        for (int step = work.begin; step < work.end; ++step) {
+          mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
-            u8* to = weight_ring + stage * kWeightStage;
-            mbarrier_arrive_expect(weights_full + stage, here * (kBlockBytes + kGroups * kScaleBytes * (kZero ? 2 : 1)));
-            bulk_copy(to, p.packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes, here * kBlockBytes,
-                      weights_full + stage, policy);
+            mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
+            bulk_copy(ring + stage * kStage + kXBytes, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes,
+                      here * kBlockBytes, full + stage, policy);
             if constexpr (!kPerRow) {
               const int group = kGroups > 1 ? step * kGroups : steps_per_group == 1 ? step : step / steps_per_group;
-              u8* scale = to + kBlocks * kBlockBytes;
+              u8* const to = scale_ring + stage * kScaleStage;
 #pragma unroll 1
               for (int i = 0; i < kGroups; ++i) {
                 const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
-                bulk_copy(scale + i * kBlocks * kScaleBytes, p.scales + from, here * kScaleBytes, weights_full + stage, policy);
+                bulk_copy(to + i * kGroupBytes, scales + from, here * kScaleBytes, full + stage, policy);
                 if constexpr (kZero)
-                  bulk_copy(scale + (kGroups + i) * kBlocks * kScaleBytes, p.zeros + from, here * kScaleBytes, weights_full + stage,
-                            policy);
+                  bulk_copy(to + (kGroups + i) * kGroupBytes, zeros + from, here * kScaleBytes, full + stage, policy);
               }
             }
           }
           __syncwarp();
-          if (++stage == kWeightStages) stage = 0, parity ^= 1;
+          if (++stage == stages) stage = 0, parity ^= 1;
         }
       }
     } else if (warp == 1) {
-      const u64 policy = policy_evict_last();
+      const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
       wait_for_previous_kernel();
-      int stage = 0;
-      u32 parity = 1;
-      for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-        const int token = tile / row_tiles * kTokens;
-        for (int sub = first_step * kSubs; sub < (first_step + steps) * kSubs; ++sub) {
-          mbarrier_wait(tokens_empty + stage, parity);
+      while (work.advance()) {
+        stage = uniform(stage), parity = uniform(parity);
+        for (int step = work.begin; step < work.end; ++step) {
+          mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
-            mbarrier_arrive_expect(tokens_full + stage, kTokenStage);
-            tensor_copy_2d(token_ring + stage * kTokenStage, map, sub * 64, token, tokens_full + stage, policy);
+#pragma unroll
+            for (int half = 0; half < kStep / 64; ++half) {
+              u64* const barrier = (half && kSplit ? rest : full) + stage;
+              if (half == 0 || kSplit) mbarrier_arrive_expect(barrier, kSplit ? kBoxBytes : kXBytes);
+              tensor_copy_2d(ring + stage * kStage + half * kBoxBytes, &x_map, step * kStep + half * 64, work.token * kTokens, barrier,
+                             policy);
+            }
           }
           __syncwarp();
-          if (++stage == kTokenStages) stage = 0, parity ^= 1;
+          if (++stage == stages) stage = 0, parity ^= 1;
         }
       }
-    }
-    if (ranks > 1) {
-      cluster_arrive_release();
-      cluster_wait();
-      cluster_arrive_release();
-      cluster_wait();
     }
     return;
   }
 
   increase_registers<232>();
-  const int group_of_warps = warp / 4 - 1, block = warp - 4, g = lane / 4, t = lane % 4;
-  const u8* my_codes = weight_ring + block * kBlockBytes + lane * 16;
-  const u32 my_scales = shared_address(weight_ring) + kBlocks * kBlockBytes + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
-  const u32 tokens_at = shared_address(token_ring);
-  int weight_stage = 0, token_stage = 0, held = -1;  // `held`: the token stage that wgmmas in flight may still read
-  u32 weight_parity = 0, token_parity = 0;
+  const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
+  const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
+  u8* const my_staging = staging + warpgroup * kChunk * kPitch;
+  const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
+  const u8* const my_scales = scale_ring + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
+  const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
+  int stage = 0;
+  u32 parity = 0;
+  Weights weights;
 
-  for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-    const i64 row0 = static_cast<i64>(tile % row_tiles) * kRows;
-    const i64 token0 = static_cast<i64>(tile / row_tiles) * kTokens;
+  while (work.advance()) {
+    const i64 row0 = static_cast<i64>(work.row) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
     float row_scale[2] = {1.0f, 1.0f};
-    u32 zero[2] = {};
     if constexpr (kPerRow) {
       if (row0 / 16 + block < blocks) {
         const i64 at = row0 + block * 16 + 2 * g;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          row_scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at + r]);
-          if constexpr (kZero) zero[r] = pair_of(to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at + r]) - 8.0f);
-        }
+        for (int r = 0; r < 2; ++r) row_scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[at + r]);
+        if constexpr (kZero) load_pairs(weights.zero[0], zeros + at * static_cast<int>(sizeof(ScaleBits)), 8.0f);
       }
     }
 
     float acc[kTokens / 2];
-    u32 accumulate = 0;
-    for (int step = 0; step < steps; ++step) {
-      mbarrier_wait(weights_full + weight_stage, weight_parity);
-      const u8* codes = my_codes + weight_stage * kWeightStage;
-      u32 scales = my_scales + weight_stage * kWeightStage;  // of the group that comes next
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+    pin_sums(acc);
+    u32 a[kSets][kBatch][4];
+    mbarrier_wait(full + stage, parity);
+    weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+    stage = uniform(stage), parity = uniform(parity);
+    int last = stage;
 #pragma unroll 1
-      for (int sub = 0; sub < kSubs; ++sub) {
-        mbarrier_wait(tokens_full + token_stage, token_parity);
-        const u64 tokens = token_descriptor(tokens_at + token_stage * kTokenStage);
-        u32 words[2][4];
+    for (int step = work.begin; step < work.end; ++step) {
+      const u64 tokens = first_descriptor + static_cast<u32>(stage * (kStage / 16));
+      const int before = last;
+      const u32 rest_parity = kSplit ? parity : 0;
+      last = stage;
 #pragma unroll
-        for (int h = 0; h < (kBits == 4 ? 1 : 2); ++h) {
-          const uint4 v = *reinterpret_cast<const uint4*>(codes + (kBits == 4 ? sub : h) * 512);
-          words[h][0] = v.x, words[h][1] = v.y, words[h][2] = v.z, words[h][3] = v.w;
+      for (int batch = 0; batch < kBatches; ++batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) weights.fragment(a[batch % kSets][i], batch * kBatch + i);
+        if (kSplit && batch == kBatches / 2) mbarrier_wait(rest + last, rest_parity);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int slice = batch * kBatch + i;
+          Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], tokens + (slice / 4 * kBoxBytes + slice % 4 * 32) / 16);
         }
-        u32 scale[2];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if constexpr (!kPerRow) {
-            // Groups of 32 and 64 begin within the step.
-            constexpr int kPerGroup = kGroups > 1 ? 8 / kGroups : 8;
-            if (j % kPerGroup == 0) {
-              load_pairs(scale, scales, 0.0f);
-              if constexpr (kZero) load_pairs(zero, scales + kGroups * kBlocks * kScaleBytes, 8.0f);
-              if constexpr (kGroups > 1) scales += kBlocks * kScaleBytes;
-            }
-          }
-          u32 a[4];
-          if constexpr (kBits == 4)
-            int4_fragment(X{}, a, words[0][j]);
-          else
-            int8_fragment(X{}, a, words[j / 2][j % 2 * 2], words[j / 2][j % 2 * 2 + 1]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (kZero) a[i] = sub2(X{}, a[i], zero[i % 2]);
-            if constexpr (!kPerRow) a[i] = mul2(X{}, a[i], scale[i % 2]);
-          }
-          wgmma_fence();
-          wgmma(X{}, acc, a, tokens + 2 * j, accumulate);
-          wgmma_commit();
-          accumulate = 1;
-          if (j == 2) {
-            wgmma_wait<2>();  // of the previous stage of tokens none is in flight
-            if (held >= 0 && lane == 0) mbarrier_arrive(tokens_empty + held);
+        wgmma_commit();
+        if (batch == kBatches - 1) {
+          if (++stage == stages) stage = 0, parity ^= 1;
+          if (step + 1 < work.end) {
+            mbarrier_wait(full + stage, parity);
+            weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
           }
         }
-        held = token_stage;
-        if (++token_stage == kTokenStages) token_stage = 0, token_parity ^= 1;
+        wgmma_wait<kPending>();
+        // Of the stage before, no wgmma is in flight.
+        if (batch == kPending - 1 && step > work.begin && lane == 0) mbarrier_arrive(empty + before);
       }
-      if (lane == 0) mbarrier_arrive(weights_empty + weight_stage);
-      if (++weight_stage == kWeightStages) weight_stage = 0, weight_parity ^= 1;
     }
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(tokens_empty + held);
-    held = -1;
+    pin_sums(acc);
+    if (lane == 0) mbarrier_arrive(empty + last);
+    wait_for_previous_kernel();  // long past; the workspace and y are written from here on
 
-    int first = 0, count = kTokens / 8;  // groups of eight tokens that this CTA stores
-    if (ranks > 1) {
-      // One tile a cluster: the rings are free. CTA r adds up tokens r * kTokens / ranks and on.
-      count >>= log_ranks;
-      first = rank * count;
-      cluster_arrive_release();
-      cluster_wait();
-      const int thread = threadIdx.x - 128;
-      float4* inbox = reinterpret_cast<float4*>(token_ring);
+    if (work.first < work.last) {
+      // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
+      const bool cut = work.start(work.first) < work.tile * work.steps;  // the first worker has a tile before this one
+      const auto part_of = [&](int worker) {
+        return partials + static_cast<i64>(2 * worker + (cut && worker == work.first)) * (kUnits * kConsumers) + thread;
+      };
+      float4* const mine = part_of(cta);
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) {
-        const int owner = j / count;
-        store_cluster(map_shared(inbox + (rank * count + j % count) * 256 + thread, owner), acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
-                      acc[4 * j + 3]);
-      }
-      cluster_arrive_release();
-      cluster_wait();
+      for (int j = 0; j < kUnits; ++j) __stcg(mine + j * kConsumers, float4{acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]});
+      __threadfence();
+      named_barrier(3, kConsumers);
+      if (thread == 0) *arrived = add_acquire_release(arrivals + work.tile, 1);
+      named_barrier(3, kConsumers);
+      if (uniform(*arrived) < work.last - work.first) continue;
+      if (thread == 0) arrivals[work.tile] = 0;  // for the next launch
+      constexpr int kAtOnce = kUnits < 4 ? kUnits : 4, kWorkers = kTokens == 256 ? 2 : 4;  // loads in flight
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) {
-        if (j >= count) break;
-        float4 total = inbox[j * 256 + thread];
-        for (int s = 1; s < ranks; ++s) {
-          const float4 more = inbox[(s * count + j) * 256 + thread];
-          total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+      for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
+        float4 total[kAtOnce] = {};
+#pragma unroll 1
+        for (int worker = work.first; worker <= work.last; worker += kWorkers) {
+          float4 more[kWorkers][kAtOnce] = {};
+#pragma unroll
+          for (int w = 0; w < kWorkers; ++w)
+            if (worker + w <= work.last) {
+              const float4* const from = part_of(worker + w) + j0 * kConsumers;
+#pragma unroll
+              for (int j = 0; j < kAtOnce; ++j) more[w][j] = __ldcg(from + j * kConsumers);
+            }
+#pragma unroll
+          for (int w = 0; w < kWorkers; ++w)
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+              total[j].x += more[w][j].x, total[j].y += more[w][j].y, total[j].z += more[w][j].z, total[j].w += more[w][j].w;
         }
-        acc[4 * j] = total.x, acc[4 * j + 1] = total.y, acc[4 * j + 2] = total.z, acc[4 * j + 3] = total.w;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int at = 4 * (j0 + j);
+          acc[at] = total[j].x, acc[at + 1] = total[j].y, acc[at + 2] = total[j].z, acc[at + 3] = total[j].w;
+        }
       }
     }
 
-    // Out: 64 tokens at a time through shared memory, so that a token's 64 results are one piece of 128 bytes.
-    float bias[2] = {};
-    if (p.bias)
+    // Out: so many tokens at a time through shared memory, so that a warpgroup's 64 results of a token are one piece of 128 bytes (a
+    // warp's own 32 bytes would need no barrier, but take half as long again).
+    float offset[2] = {};
+    if (bias)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const i64 row = row0 + block * 16 + g + 8 * r;
-        if (row < p.n) bias[r] = to_float(X{}, p.bias[row]);
+        if (row < n) offset[r] = to_float(X{}, bias[row]);
       }
-    wait_for_previous_kernel();  // long past; y is written from here on
-    u8* out = staging + group_of_warps * kChunk * kStagePitch;
-    const i64 column0 = row0 + group_of_warps * 64;
-    const bool vectors = p.n % 8 == 0 && reinterpret_cast<u64>(p.y) % 16 == 0;
+    const i64 first_row = row0 + warpgroup * 64;
+    const int stored = static_cast<int>(m - token0 < kTokens ? m - token0 : kTokens);
 #pragma unroll
     for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
-      if (chunk * (kChunk / 8) >= count) break;
-      named_barrier(1 + group_of_warps, 128);
+      if (chunk * kChunk >= stored) break;
+      named_barrier(1 + warpgroup, 128);
 #pragma unroll
-      for (int j = 0; j < kChunk / 8; ++j) {
-        if (chunk * (kChunk / 8) + j >= count) break;
+      for (int pair = 0; pair < kChunk / 16; ++pair) {
+        u32 r[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float value = acc[chunk * (kChunk / 2) + 4 * j + i] * row_scale[i / 2] + bias[i / 2];
-          u8* to = out + (8 * j + 2 * t + i % 2) * kStagePitch + (block % 4 * 16 + g + 8 * (i / 2)) * 2;
-          *reinterpret_cast<u16*>(to) = from_float(X{}, value);
+          const float* const sums = acc + (chunk * kChunk + pair * 16) / 2 + 2 * i;
+          r[i] = from_floats(X{}, fmaf(sums[0], row_scale[i % 2], offset[i % 2]), fmaf(sums[1], row_scale[i % 2], offset[i % 2]));
         }
+        const int token = pair * 16 + lane / 16 * 8 + lane % 8, row = block % 4 * 16 + lane / 8 % 2 * 8;
+        store_matrix_x4_transposed(shared_address(my_staging) + token * kPitch + row * 2, r);
       }
-      named_barrier(1 + group_of_warps, 128);
-      const int thread = threadIdx.x % 128;
-      const int stored = count * 8 - chunk * kChunk < kChunk ? count * 8 - chunk * kChunk : kChunk;
-      for (int i = thread; i < stored * 8; i += 128) {
-        const int token_in_chunk = i / 8, part = i % 8;
-        const i64 token = token0 + first * 8 + chunk * kChunk + token_in_chunk, column = column0 + part * 8;
-        if (token >= p.m || column >= p.n) continue;
-        const u8* from = out + token_in_chunk * kStagePitch + part * 16;
-        u16* to = p.y + token * p.n + column;
-        if (vectors) {
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        } else {
-          for (int e = 0; e < 8 && column + e < p.n; ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
+      named_barrier(1 + warpgroup, 128);
+#pragma unroll
+      for (int i = thread % 128; i < kChunk * 8; i += 128) {
+        const int token = i / 8, part = i % 8;
+        if (chunk * kChunk + token < stored) {
+          const i64 row = first_row + part * 8;
+          store_eight(y + (token0 + chunk * kChunk + token) * n + row, *reinterpret_cast<const uint4*>(my_staging + token * kPitch + part * 16),
+                      n - row, whole);
         }
       }
     }
   }
-}
-
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_a16(const __grid_constant__ TensorMap map, const u8* packed,
-                                                                     const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m,
-                                                                     i64 n, i64 k, i64 blocks, i64 group_size) {
-  prefill(&map, Arguments{packed, scales, zeros, bias, y, m, n, k, blocks, group_size});
 }

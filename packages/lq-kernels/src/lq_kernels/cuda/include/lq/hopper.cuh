@@ -133,11 +133,13 @@ __device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Address of a shared variable of this CTA in the shared memory of CTA `rank`.
-__device__ __forceinline__ u32 map_shared(const void* pointer, u32 rank) {
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-  return address;
+__device__ __forceinline__ u32 map_shared(u32 address, u32 rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
 }
+
+__device__ __forceinline__ u32 map_shared(const void* pointer, u32 rank) { return map_shared(shared_address(pointer), rank); }
 
 // Copy `bytes` (a multiple of 16) of this CTA's shared memory to another's; they complete on that CTA's barrier. `to` and `barrier`
 // come from map_shared. The source was written with fence_async_proxy after it.
@@ -152,6 +154,21 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 __device__ __forceinline__ void store_cluster(u32 address, float a, float b, float c, float d) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
+// ---- counters in global memory ----
+
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// Adds, and returns what was there. What the CTA wrote before (a barrier and a fence between) is seen by whoever comes later.
+__device__ __forceinline__ int add_acquire_release(int* to, int value) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
 }
 
 // ---- programmatic dependent launch ----

@@ -1,16 +1,15 @@
-"""The wgmma kernel for many tokens: its cuts and its code without a GPU, its results on one."""
+"""The prefill kernel: its cuts and its code without a GPU, its results on one."""
 
 import re
 import subprocess
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
-from lq_kernels.cuda.variant import Variant
-from lq_kernels.cuda.wgmma_a16 import CLUSTERS, THREADS, TILES, WgmmaConfig, candidates, linear, ring, wgmma_config
+from lq_kernels.cuda.prefill_a16 import ROWS, THREADS, TOKENS, PrefillConfig, candidates, linear, prefill_config, ring
+from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.jit import compiler
 
 
@@ -25,26 +24,12 @@ needs_nvrtc = pytest.mark.skipif(
     not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-INT4 = Variant(BF16, BF16, 4, 1, False)
-CASES = (
-    [(INT4, tile) for tile in TILES]
-    + [(INT4, (*tile, "multicast")) for tile in ((64, 128), (128, 256), (256, 128))]
-    + [
-        (Variant(BF16, FP32, 4, 4, True), (64, 128)),
-        (Variant(FP16, BF16, 4, 2, True), (128, 256)),
-        (Variant(FP16, FP32, 4, 0, True), (256, 128)),
-        (Variant(BF16, FP32, 8, 0, False), (128, 256)),
-        (Variant(FP16, FP32, 8, 0, False), (32, 128)),
-    ]
-)
+CASES = [(VARIANTS[0], tokens) for tokens in TOKENS] + [(variant, 256) for variant in VARIANTS[2:]]
 
 
 def case_id(case):
-    variant, (tokens, rows, *multicast) = case
-    names = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-    zero = "asym" if variant.zero else "sym"
-    tile = f"{tokens}x{rows}" + "-multicast" * len(multicast)
-    return f"int{variant.bits}-{names[variant.x]}-{names[variant.scale]}-g{variant.groups}-{zero}-{tile}"
+    variant, tokens = case
+    return "-".join(define.split("=")[1] for define in variant.defines) + f"-T{tokens}"
 
 
 # ---- without a GPU ----
@@ -53,16 +38,15 @@ def case_id(case):
 @needs_nvrtc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_path):
-    variant, (tokens, rows, *multicast) = case
-    config = WgmmaConfig(tokens, rows, 1, 1, 1, bool(multicast))
-    defines = (*variant.defines, *config.defines)
-    result = compiler.compile_source(compiler.source("wgmma_a16"), "sm_90a", "wgmma_a16", defines)
+    variant, tokens = case
+    defines = (*variant.defines, f"LQ_TOKENS={tokens}")
+    result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     usage = result.usage()
-    assert set(usage) == {"wgmma_a16"}
-    assert usage["wgmma_a16"].spills == 0
-    assert usage["wgmma_a16"].stack == 0
-    # So many registers a thread at launch that all CTAs of an SM fit; consumers then take the producer's.
-    assert usage["wgmma_a16"].registers * THREADS * config.ctas <= 65536
+    assert set(usage) == {"prefill_a16"}
+    assert usage["prefill_a16"].spills == 0
+    assert usage["prefill_a16"].stack == 0
+    # What all threads have at launch pays for what the consumers take: with less, they would wait for registers forever.
+    assert usage["prefill_a16"].registers * THREADS >= 128 * 24 + 256 * 232
     # "Potential performance loss: wgmma.mma_async instructions are serialized".
     assert "C75" not in result.log
 
@@ -76,69 +60,74 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_pa
     kind = "BF16" if variant.x == BF16 else "F32"
     products = re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)
     assert kind in products[0]
-    assert len(products) == rows // 128 * (512 // variant.bits // 16)  # a stage, once
+    assert len(products) == 512 // variant.bits // 16  # a stage, once
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    assert bool(re.search(r"UTMALDG\.2D\.MULTICAST", sass)) is config.multicast
+    assert re.search(r"\bUTMALDG\b", sass)
     assert not re.search(r"\bI2FP?\b|\bI2F\b", sass.split("HGMMA", 1)[1].rsplit("HGMMA", 1)[0])
 
 
 def test_shared_memory_fits_and_the_ring_is_deep_enough():
-    for tokens, rows in TILES:
-        config = WgmmaConfig(tokens, rows, 1, 1, 1)
+    for tokens in TOKENS:
         for bits, scale_bytes in ((4, 0), (4, 32), (4, 64), (4, 256), (4, 512), (8, 0)):
-            stages, shared = ring(config, bits, scale_bytes)
-            assert shared <= 232448 // config.ctas - (0 if config.ctas == 1 else 512)
-            # A stage that is multiplied, one that is read ahead, and one in flight; the largest tile's widest scales leave two.
-            assert stages >= (2 if (tokens, scale_bytes) == (256, 512) else 3), (tokens, rows, bits, scale_bytes)
-            # A cluster's partial sums replace the ring.
-            stage = tokens * 1024 // bits + rows // 16 * 1024
-            assert tokens * (rows + 4) * 4 <= stages * stage
-    assert ring(WgmmaConfig(256, 128, 1, 1, 1), 4, 32) == (3, 3 * (65536 + 8192 + 256) + 2 * 16 * 144 + 34 * 8)
+            stages, shared = ring(tokens, bits, scale_bytes)
+            assert shared <= 232448
+            # One that is multiplied, one that is read ahead, one in flight; the largest tile is not used with wide scales.
+            assert stages >= (2 if tokens == 256 and scale_bytes > 64 else 3), (tokens, bits, scale_bytes)
+
+
+def pieces(config, m, n, k, bits):
+    """Return (row tile, token tile, first K step, last) of every CTA in its order: what struct Work of the source yields."""
+    rows, tokens, steps = -(-n // ROWS), -(-m // config.tokens), -(-k * bits // 512)
+    units, result = config.shared_tiles * steps, []
+    for cta in range(config.ctas):
+        mine = []
+        if cta < config.workers:
+            unit, stop = cta * units // config.workers, (cta + 1) * units // config.workers
+            while unit < stop:
+                tile = unit // steps
+                end = min(stop - tile * steps, steps)
+                mine.append((tile, unit - tile * steps, end))
+                unit = tile * steps + end
+        mine += [(tile, 0, steps) for tile in range(config.shared_tiles + cta, rows * tokens, config.ctas)]
+        for tile, begin, end in mine:
+            band, in_band = divmod(tile, config.raster * tokens)
+            height = min(rows - band * config.raster, config.raster)
+            token, row = divmod(in_band, height)
+            result.append((band * config.raster + row, token, begin, end))
+    return result
 
 
 SHAPES = [
-    (m, n, k) for m in (1, 17, 64, 65, 128, 1000, 4096) for n, k in ((8, 8), (4096, 4096), (14336, 4096), (4100, 1000))
+    (m, n, k)
+    for m in (1, 17, 64, 65, 128, 1000, 4096)
+    for n, k in ((8, 8), (4096, 4096), (14336, 4096), (4096, 14336), (4100, 1000))
 ]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_cut_covers_the_product_once(m, n, k, bits):
-    for config in candidates(m, n, k, bits, 132):
-        assert (config.tokens, config.rows) in TILES
-        assert config.cluster in CLUSTERS
-        assert config.k_parts <= -(-k * bits // 512), "a CTA without a K step"
-        row_tiles, token_tiles = config.tiles(m, n)
-        assert row_tiles * config.cluster_rows >= n
-        assert token_tiles * config.tokens >= m
-        assert 1 <= config.clusters <= row_tiles * token_tiles
-        assert config.clusters * config.cluster <= 132 * config.ctas
-        assert 1 <= config.raster <= row_tiles
-        assert config.cluster == 2 or not config.multicast
-    assert wgmma_config(m, n, k, bits, 132) in set(candidates(m, n, k, bits, 132))
+def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
+    steps = -(-k * bits // 512)
+    for config in candidates(m, n, k, bits, 32, 132):
+        assert config.tokens in TOKENS
+        assert 1 <= config.workers <= config.ctas <= 132 or config.workers == 0 < config.ctas <= 132
+        seen = {}
+        for row, token, begin, end in pieces(config, m, n, k, bits):
+            assert 0 <= begin < end <= steps, "a piece without a step"
+            seen.setdefault((row, token), []).append((begin, end))
+        assert len(seen) == -(-n // ROWS) * -(-m // config.tokens)
+        for parts in seen.values():
+            parts.sort()
+            assert [begin for begin, _ in parts] == [0] + [end for _, end in parts[:-1]]
+            assert parts[-1][1] == steps
+    assert prefill_config(m, n, k, bits, 32, 132) in set(candidates(m, n, k, bits, 32, 132))
 
 
 def test_cuts_follow_the_size():
-    assert wgmma_config(64, 4096, 4096, 4, 132).cluster > 1, "32 tiles do not fill 132 multiprocessors"
-    large = wgmma_config(4096, 4096, 4096, 4, 132)
-    assert large.k_parts == 1
-    assert large.clusters * large.cluster == 132
-    assert large.tokens * large.rows == 32768, "the largest tile reads least"
-
-
-@pytest.mark.parametrize(
-    ("rows", "tokens", "raster", "clusters"), [(1, 1, 1, 1), (16, 32, 16, 132), (56, 9, 19, 132), (7, 5, 3, 4)]
-)
-def test_the_order_of_tiles_visits_each_once(rows, tokens, raster, clusters):
-    # The same arithmetic as struct Tiles of the source.
-    seen = []
-    for start in range(clusters):
-        for tile in range(start, rows * tokens, clusters):
-            band, in_band = divmod(tile, raster * tokens)
-            height = min(rows - band * raster, raster)
-            token, row = divmod(in_band, height)
-            seen.append((band * raster + row, token))
-    assert sorted(seen) == [(row, token) for row in range(rows) for token in range(tokens)]
+    assert prefill_config(64, 4096, 4096, 4, 32, 132).workers > 32, "32 tiles do not fill 132 multiprocessors"
+    large = prefill_config(4096, 4096, 4096, 4, 32, 132)
+    assert large.tokens == 256, "the largest tile reads least"
+    assert large.ctas == 132
 
 
 # ---- on a GPU ----
@@ -200,12 +189,11 @@ class Case:
         assert bool((error <= bound).all()), f"worst error is {(error / bound).max().item():.3g} times its bound"
 
 
-def config_of(tile, cluster, m, n, clusters=10**6, raster=3):
-    """Return a cut; cluster "multicast" is two CTAs that share tokens."""
-    config = WgmmaConfig(*tile, 2 if cluster == "multicast" else cluster, 1, 1, cluster == "multicast")
-    row_tiles, token_tiles = config.tiles(m, n)
-    fit = 128 * config.ctas // config.cluster
-    return replace(config, clusters=min(row_tiles * token_tiles, fit, clusters), raster=min(raster, row_tiles))
+def config_of(tokens, m, n, shared_tiles=0, workers=0, ctas=100, raster=3):
+    tiles = -(-n // ROWS) * -(-m // tokens)
+    shared_tiles = min(shared_tiles, tiles)
+    ctas = max(min(ctas, tiles - shared_tiles), workers, 1)
+    return PrefillConfig(tokens, ctas, raster, shared_tiles, workers if shared_tiles else 0)
 
 
 hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")]
@@ -214,30 +202,34 @@ hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs com
 class TestOnHopper:
     pytestmark = hopper
 
-    @pytest.mark.parametrize("cluster", [*CLUSTERS, "multicast"])
-    @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
-    def test_every_tile_and_cluster(self, tile, cluster):
-        m, n, k = tile[0] + tile[0] // 2 + 1, 2 * tile[1] + 40, 2176
+    @pytest.mark.parametrize("tokens", TOKENS)
+    def test_every_tile_and_every_way_to_share(self, tokens):
+        m, n, k = tokens + tokens // 2 + 1, 2 * ROWS + 40, 2176  # 3 x 2 tiles of 17 steps
         case = Case(m, n, k, bias=True)
-        case.check(case.run(config_of(tile, cluster, m, n)))
-        # One cluster that takes every tile.
-        case.check(case.run(config_of(tile, cluster, m, n, clusters=1)))
+        case.check(case.run(config_of(tokens, m, n)))
+        case.check(case.run(config_of(tokens, m, n, ctas=1)))  # one CTA that takes every tile
+        for shared_tiles in (1, 4, 6):
+            for workers in (1, 2, 3, 5, 7, 16):
+                config = config_of(tokens, m, n, shared_tiles, workers)
+                case.check(case.run(config))
+                assert torch.equal(case.run(config), case.run(config))
+        case.check(case.run(config_of(tokens, m, n, 6, 6 * 17)))  # a step a CTA
 
-    @pytest.mark.parametrize("tile", [(64, 128), (128, 256), (256, 128)], ids=lambda tile: f"{tile[0]}x{tile[1]}")
+    @pytest.mark.parametrize("tokens", [32, 128, 256])
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
     @pytest.mark.parametrize("zero", [None, "integer", "float"])
     @pytest.mark.parametrize(("x", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, BF16)])
-    def test_int4(self, tile, group_size, zero, x, scale):
+    def test_int4(self, tokens, group_size, zero, x, scale):
         case = Case(100, 264, 1024, 4, group_size, x, scale, zero)
-        for cluster in (1, 4, "multicast"):
-            case.check(case.run(config_of(tile, cluster, 100, 264)))
+        case.check(case.run(config_of(tokens, 100, 264)))
+        case.check(case.run(config_of(tokens, 100, 264, 3, 5)))
 
-    @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+    @pytest.mark.parametrize("tokens", TOKENS)
     @pytest.mark.parametrize("x", [BF16, FP16])
-    def test_int8(self, tile, x):
+    def test_int8(self, tokens, x):
         case = Case(100, 264, 1000, 8, -1, x, FP32, bias=True)
-        for cluster in (1, 2, 8, "multicast"):
-            case.check(case.run(config_of(tile, cluster, 100, 264)))
+        case.check(case.run(config_of(tokens, 100, 264)))
+        case.check(case.run(config_of(tokens, 100, 264, 2, 7)))
 
     @pytest.mark.parametrize(
         ("m", "n", "k"),
@@ -279,3 +271,23 @@ class TestOnHopper:
         results = [case.run() for case in cases for _ in range(3)]
         for case, y in zip((case for case in cases for _ in range(3)), results, strict=True):
             case.check(y)
+
+    def test_graphs_have_workspaces_of_their_own(self):
+        case = Case(64, 512, 4096)
+        config = config_of(64, 64, 512, 4, 64)
+        expected = case.run(config)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        graphs, results = [], []
+        for stream in streams:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                results.append([case.run(config) for _ in range(20)])
+            graphs.append(graph)
+        for _ in range(20):
+            for stream, graph in zip(streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            eager = [case.run(config) for _ in range(20)]
+            torch.cuda.synchronize()
+            for y in (*results[0], *results[1], *eager):
+                assert torch.equal(y, expected)

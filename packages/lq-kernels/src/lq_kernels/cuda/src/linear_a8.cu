@@ -1,0 +1,494 @@
+// 8-bit tokens times a packed weight: y (m, n) = x (m, k) @ w (n, k).T, x int8 or e4m3 with one scale a token (quantize_tokens.cu), w in
+// the same codes with one scale a row, or int4 in fragment order with one scale a row or group. Hopper.
+//
+// A tile is 128 out features by LQ_TOKENS tokens. Tokens are the B operand of wgmma, in shared memory. Weights are the A operand: 8-bit
+// ones from shared memory as well, plain rows of the weight; int4 from registers, unpacked to 8 bits by three instructions for eight.
+//
+// - Warpgroup 0 loads a ring of stages, 128 in features each: weights (warp 0, which does not wait for the previous kernel) and tokens
+//   (warp 1). Tensor maps write the 128-byte swizzle, and zeros past the end of a matrix.
+// - Warpgroups 1 and 2 multiply 64 out features each.
+// - LQ_PROMOTE: the sums of a stage are added up in fp32 registers (times the group's scale, where there is one) before the next stage
+//   starts. This takes a second register for every sum, so a tile has at most 192 tokens (128 with int4); while one warpgroup adds,
+//   the other's products run. Otherwise sums stay in the tensor cores' for all of K.
+// - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both. 8 bits take half the
+//   time of 16 with as many bytes a product, so what L2 can deliver, not arithmetic, is the first limit. A stage is free when the
+//   consumers of both CTAs have released it.
+// - Without it, stream-K as in prefill_a16.cu: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for
+//   each of the first `workers` CTAs. CTAs that have a part of a tile leave their sums in a workspace; the last to come adds them up, in
+//   the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
+// - Tiles are numbered in bands of `raster` row tiles (pairs of them with multicast), all tokens of a band before the next.
+//
+// Accuracy: int8 sums are exact (K * 127 * 128 < 2^31), and one fp32 rounding when scaled, promoted or not; groups are then added in
+// fp32. e4m3 sums: see wgmma_a8.cuh. Bitwise reproducible: the order of all sums is fixed.
+//
+// A token with the scale NaN gives NaN.
+//
+// Compiled with LQ_BITS (4, 8), LQ_CODES (Int8, Fp8), LQ_OUT (Bf16, Fp16: y and bias), LQ_SCALE (Bf16, Fp16, Fp32: of the weight),
+// LQ_GROUPED (0: one scale a row; 1: a scale for groups of a multiple of 128 in features; int4 and LQ_PROMOTE only), LQ_LOWEST (0: no int4
+// code is -8), LQ_PROMOTE (0, 1), LQ_TOKENS (16, 32, 64, 128, 192, 256) and LQ_MULTICAST (0, 1).
+
+#include "lq/wgmma_a8.cuh"
+
+using namespace lq;
+
+namespace {
+
+using Codes = LQ_CODES;
+using Sum = Codes::Sum;
+using Out = LQ_OUT;
+using Scale = LQ_SCALE;
+using ScaleBits = Scale::Bits;
+
+constexpr int kBits = LQ_BITS;
+constexpr int kTokens = LQ_TOKENS;
+constexpr int kRows = 128;
+constexpr bool kGrouped = LQ_GROUPED != 0;
+constexpr bool kLowest = LQ_LOWEST != 0;
+constexpr bool kPromote = LQ_PROMOTE != 0;
+constexpr bool kMulticast = LQ_MULTICAST != 0;
+constexpr int kSharers = kMulticast ? 2 : 1;  // CTAs that have the same tokens
+static_assert(!kGrouped || (kBits == 4 && kPromote), "a group's scale multiplies sums of its own");
+
+constexpr int kConsumerWarps = kRows / 16;
+constexpr int kConsumers = 32 * kConsumerWarps;
+constexpr int kThreads = 128 + kConsumers;
+constexpr int kConsumerRegisters = 240;  // with 24 of the others as many as at launch (168)
+constexpr int kMaxStages = 16;
+constexpr int kStep = 128;  // in features of a stage: 128 bytes of a token
+constexpr int kSlices = kStep / 32;
+constexpr int kBlocks = kRows / 16;
+constexpr int kBlockBytes = 1024;  // of int4 codes of 16 rows
+constexpr int kXBytes = kTokens * kStep;
+constexpr int kShareTokens = kTokens / kSharers;  // that one of them loads
+constexpr int kWeightBytes = kRows * kStep * kBits / 8;
+constexpr int kStage = kXBytes + kWeightBytes;
+constexpr int kBlockScaleBytes = kGrouped ? 16 * static_cast<int>(sizeof(ScaleBits)) : 0;
+constexpr int kScaleStage = kBlocks * kBlockScaleBytes;
+constexpr int kSums = kTokens / 2;  // of a thread
+constexpr int kUnits = kTokens / 8;
+constexpr int kChunk = kTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
+constexpr int kChunkPitch = 144;                 // bytes of 64 results, padded against bank conflicts
+constexpr int kStaging = kRows / 64 * kChunk * kChunkPitch;
+
+struct alignas(64) TensorMap {
+  u8 opaque[128];
+};
+
+// The same value, known to the compiler as the same in all lanes (see prefill_a16.cu).
+__device__ __forceinline__ int uniform(int value) { return static_cast<int>(__reduce_or_sync(0xffffffff, static_cast<u32>(value))); }
+
+// What a CTA (a pair of them with multicast) does, one piece after the other: K steps [begin, end) of a tile.
+struct Work {
+  int rows, tokens, raster, steps;  // row tiles (or pairs), token tiles, ...
+  int shared_tiles, workers;
+  int unit, end_unit;  // what is left of the run of K steps of shared tiles
+  int whole, stride;   // the next whole tile
+
+  int tile, row, token, begin, end;  // the current piece
+  int first, last;                   // the CTAs that have a part of the tile
+
+  // First unit of worker w.
+  __device__ __forceinline__ int start(int w) const {
+    return static_cast<int>(static_cast<u32>(w) * (shared_tiles * steps) / workers);
+  }
+  // The worker that has a unit.
+  __device__ __forceinline__ int owner(int unit) const {
+    return static_cast<int>(static_cast<u32>((unit + 1) * workers - 1) / (shared_tiles * steps));
+  }
+
+  __device__ __forceinline__ bool advance() {
+    if (unit < end_unit) {
+      tile = unit / steps;
+      begin = unit - tile * steps;
+      end = end_unit - tile * steps < steps ? end_unit - tile * steps : steps;
+      first = owner(tile * steps);
+      last = owner(tile * steps + steps - 1);
+      unit += end - begin;
+    } else if (whole < rows * tokens) {
+      tile = whole;
+      begin = 0, end = steps;
+      first = last = 0;
+      whole += stride;
+    } else {
+      return false;
+    }
+    const int band = tile / (raster * tokens), in_band = tile - band * raster * tokens;
+    const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
+    token = uniform(in_band / height);
+    row = uniform(first_row + in_band) - token * uniform(height);
+    begin = uniform(begin), end = uniform(end);
+    return true;
+  }
+};
+
+// A thread's int4 codes and scales of a stage.
+struct Weights {
+  u32 words[2 * kSlices];
+  float scale[2];
+
+  __device__ __forceinline__ void load(const u8* codes, const u8* scales) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = *reinterpret_cast<const uint4*>(codes + half * 512);
+      words[4 * half] = v.x, words[4 * half + 1] = v.y, words[4 * half + 2] = v.z, words[4 * half + 3] = v.w;
+    }
+    if constexpr (kGrouped)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[r]) * int4_unit(Codes{});
+  }
+
+  // The A fragment of k32 step `slice`.
+  __device__ __forceinline__ void fragment(u32 (&a)[4], int slice) const {
+    int4_rows<kLowest>(Codes{}, a[0], a[1], words[2 * slice]);
+    int4_rows<kLowest>(Codes{}, a[2], a[3], words[2 * slice + 1]);
+  }
+};
+
+// Eight results of neighbouring out features; `whole` says that they lie at a multiple of 16 bytes.
+__device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 left, bool whole) {
+  if (whole) {
+    if (left > 0) *reinterpret_cast<uint4*>(y) = values;
+  } else {
+    const u32 words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < left) y[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales,
+              const float* token_scales, const u16* bias, u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size,
+              i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
+  extern __shared__ __align__(1024) u8 ring[];
+  const int stages = static_cast<int>(ring_stages);
+  u8* const scale_ring = ring + stages * kStage;
+  u8* const staging = scale_ring + stages * kScaleStage;
+  u64* const full = reinterpret_cast<u64*>(staging + kStaging);
+  u64* const empty = full + kMaxStages;
+  int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
+
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0, cta = static_cast<int>(blockIdx.x) / kSharers;
+  const int blocks = static_cast<int>((n + 15) / 16);
+  Work work{};
+  work.rows = (blocks + kSharers * kBlocks - 1) / (kSharers * kBlocks);
+  work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
+  work.raster = static_cast<int>(raster), work.steps = static_cast<int>((k + kStep - 1) / kStep);
+  work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
+  if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
+  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kSharers;
+
+  if (warp == 1) {
+    if (lane < stages) {
+      mbarrier_init(full + lane, 2);
+      mbarrier_init(empty + lane, kSharers * kConsumerWarps);
+    }
+    if (lane == 0) {
+      prefetch_tensor_map(&x_map);
+      if constexpr (kBits == 8) prefetch_tensor_map(&w_map);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if constexpr (kMulticast) cluster_arrive();
+  let_next_kernel_start();
+
+  const auto wait_until_empty = [&](int stage, u32 parity) {
+    if constexpr (kMulticast)
+      mbarrier_wait_cluster(empty + stage, parity);
+    else
+      mbarrier_wait(empty + stage, parity);
+  };
+
+  if (warp < 4) {
+    decrease_registers<24>();
+    int stage = 0;
+    u32 parity = 1;
+    if (warp == 0) {
+      // What is read once must not push out what is read again.
+      const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
+      const int steps_per_group = static_cast<int>(group_size / kStep);
+      while (work.advance()) {
+        const int row = work.row * kSharers + rank, block = row * kBlocks;
+        // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
+        const int left = blocks - block, here = left < 0 ? 0 : left < kBlocks ? left : kBlocks;
+        stage = uniform(stage), parity = uniform(parity);
+        for (int step = work.begin; step < work.end; ++step) {
+          wait_until_empty(stage, parity);
+          if (elect_one()) {
+            u8* const to = ring + stage * kStage + kXBytes;
+            if constexpr (kBits == 8) {
+              mbarrier_arrive_expect(full + stage, kWeightBytes);
+              tensor_copy_2d(to, &w_map, step * kStep, row * kRows, full + stage, policy);
+            } else {
+              mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
+              if (here > 0) {
+                bulk_copy(to, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes, here * kBlockBytes, full + stage, policy);
+                if constexpr (kGrouped) {
+                  const int group = steps_per_group == 1 ? step : step / steps_per_group;
+                  bulk_copy(scale_ring + stage * kScaleStage, scales + (static_cast<i64>(group) * blocks + block) * kBlockScaleBytes,
+                            here * kBlockScaleBytes, full + stage, policy);
+                }
+              }
+            }
+          }
+          __syncwarp();
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
+      }
+    } else if (warp == 1) {
+      const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
+      wait_for_previous_kernel();
+      if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
+      while (work.advance()) {
+        stage = uniform(stage), parity = uniform(parity);
+        for (int step = work.begin; step < work.end; ++step) {
+          wait_until_empty(stage, parity);
+          if (elect_one()) {
+            mbarrier_arrive_expect(full + stage, kXBytes);
+            u8* const to = ring + stage * kStage + rank * kShareTokens * kStep;
+            const int token = work.token * kTokens + rank * kShareTokens;
+            if constexpr (kMulticast)
+              tensor_copy_2d_multicast(to, &x_map, step * kStep, token, full + stage, (1 << kSharers) - 1, policy);
+            else
+              tensor_copy_2d(to, &x_map, step * kStep, token, full + stage, policy);
+          }
+          __syncwarp();
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
+      }
+      // A CTA whose barriers the other still arrives at must not go.
+      if constexpr (kMulticast)
+        for (int i = 0; i < stages; ++i) {
+          wait_until_empty(stage, parity);
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
+    }
+    return;
+  }
+
+  increase_registers<kConsumerRegisters>();
+  const int block = warp - 4, warpgroup = block / 4, g = lane / 4, t = lane % 4, thread = threadIdx.x - 128;
+  const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
+  u8* const my_staging = staging + warpgroup * kChunk * kChunkPitch;
+  const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
+  const u8* const my_scales = scale_ring + block * kBlockScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
+  const u64 token_descriptor = swizzled_descriptor(shared_address(ring));
+  const u64 row_descriptor = swizzled_descriptor(shared_address(ring) + kXBytes + warpgroup * 64 * kStep);
+  int stage = 0;
+  u32 parity = 0;
+
+  const auto release = [&](int stage) {
+    if constexpr (kMulticast) {
+      if (lane < kSharers) mbarrier_arrive_remote(empty + stage, lane);
+    } else {
+      if (lane == 0) mbarrier_arrive(empty + stage);
+    }
+  };
+
+  while (work.advance()) {
+    const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
+    float total[kSums];
+    {
+      Sum acc[kSums];
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        acc[i] = 0;
+        if constexpr (kPromote) total[i] = 0.0f;
+      }
+      pin_sums(acc);
+      stage = uniform(stage), parity = uniform(parity);
+      int last = stage;
+
+      if constexpr (kBits == 8) {
+        int step = work.begin;
+#pragma unroll 1
+        do {
+          const u32 at = stage * (kStage / 16);
+          mbarrier_wait(full + stage, parity);
+          wgmma_fence();
+#pragma unroll
+          for (int slice = 0; slice < kSlices; ++slice)
+            WgmmaA8<kTokens>::run(Codes{}, acc, row_descriptor + at + slice * 2, token_descriptor + at + slice * 2, !kPromote || slice > 0);
+          wgmma_commit();
+          if constexpr (kPromote) {
+            wgmma_wait<0>();
+            pin_sums(acc);
+            release(stage);
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) total[i] += static_cast<float>(acc[i]);
+          } else {
+            wgmma_wait<1>();
+            if (step > work.begin) release(last);
+          }
+          last = stage;
+          if (++stage == stages) stage = 0, parity ^= 1;
+        } while (++step < work.end);
+        if constexpr (!kPromote) {
+          wgmma_wait<0>();
+          pin_sums(acc);
+          release(last);
+        }
+      } else {
+        Weights weights;
+        u32 a[kSlices][4];
+        mbarrier_wait(full + stage, parity);
+        weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+        int step = work.begin;
+        if constexpr (kPromote) {
+#pragma unroll 1
+          do {
+            const u64 tokens = token_descriptor + static_cast<u32>(stage * (kStage / 16));
+#pragma unroll
+            for (int slice = 0; slice < kSlices; ++slice) weights.fragment(a[slice], slice);
+            wgmma_fence();
+#pragma unroll
+            for (int slice = 0; slice < kSlices; ++slice) WgmmaA8<kTokens>::run(Codes{}, acc, a[slice], tokens + slice * 2, slice > 0);
+            wgmma_commit();
+            const float scale[2] = {weights.scale[0], weights.scale[1]};
+            last = stage;
+            if (++stage == stages) stage = 0, parity ^= 1;
+            if (step + 1 < work.end) {
+              mbarrier_wait(full + stage, parity);
+              weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+            }
+            wgmma_wait<0>();
+            pin_sums(acc);
+            release(last);
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+              const float sum = static_cast<float>(acc[i]);
+              total[i] = kGrouped ? fmaf(sum, scale[i / 2 % 2], total[i]) : total[i] + sum;
+            }
+          } while (++step < work.end);
+        } else {
+#pragma unroll 1
+          do {
+            const u64 tokens = token_descriptor + static_cast<u32>(stage * (kStage / 16));
+            const int before = last;
+            last = stage;
+#pragma unroll
+            for (int slice = 0; slice < kSlices; ++slice) {
+              weights.fragment(a[slice], slice);
+              wgmma_fence();
+              WgmmaA8<kTokens>::run(Codes{}, acc, a[slice], tokens + slice * 2, 1);
+              wgmma_commit();
+              if (slice == kSlices - 1) {
+                if (++stage == stages) stage = 0, parity ^= 1;
+                if (step + 1 < work.end) {
+                  mbarrier_wait(full + stage, parity);
+                  weights.load(my_codes + stage * kStage, my_scales);
+                }
+              }
+              wgmma_wait<2>();  // so that the registers of the next slice's fragment are free
+              // Of the stage before, no wgmma is in flight.
+              if (slice == 1 && step > work.begin) release(before);
+            }
+          } while (++step < work.end);
+          wgmma_wait<0>();
+          pin_sums(acc);
+          release(last);
+        }
+      }
+      if constexpr (!kPromote) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) total[i] = static_cast<float>(acc[i]);
+      }
+    }
+    wait_for_previous_kernel();  // long past; the scales of tokens are read and the workspace and y are written from here on
+
+    if (work.first < work.last) {
+      // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
+      const bool cut = work.start(work.first) < work.tile * work.steps;  // the first worker has a tile before this one
+      const auto part_of = [&](int worker) {
+        return partials + static_cast<i64>(2 * worker + (cut && worker == work.first)) * (kUnits * kConsumers) + thread;
+      };
+      float4* const mine = part_of(cta);
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j)
+        __stcg(mine + j * kConsumers, float4{total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]});
+      __threadfence();
+      named_barrier(3, kConsumers);
+      if (thread == 0) *arrived = add_acquire_release(arrivals + work.tile, 1);
+      named_barrier(3, kConsumers);
+      if (uniform(*arrived) < work.last - work.first) continue;
+      if (thread == 0) arrivals[work.tile] = 0;  // for the next launch
+      constexpr int kAtOnce = kUnits < 4 ? kUnits : 4;
+#pragma unroll
+      for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
+        float4 sum[kAtOnce] = {};
+#pragma unroll 1
+        for (int worker = work.first; worker <= work.last; ++worker) {
+          const float4* const from = part_of(worker) + j0 * kConsumers;
+          float4 more[kAtOnce];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) more[j] = __ldcg(from + j * kConsumers);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j)
+            sum[j].x += more[j].x, sum[j].y += more[j].y, sum[j].z += more[j].z, sum[j].w += more[j].w;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int at = 4 * (j0 + j);
+          total[at] = sum[j].x, total[at + 1] = sum[j].y, total[at + 2] = sum[j].z, total[at + 3] = sum[j].w;
+        }
+      }
+    }
+
+    float row_scale[2] = {kGrouped ? 1.0f : 0.0f, kGrouped ? 1.0f : 0.0f}, offset[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const i64 row = row0 + block * 16 + g + 8 * r;
+      if (row < n) {
+        if constexpr (kBits == 8)
+          row_scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[row]);
+        else if constexpr (!kGrouped)
+          row_scale[r] =
+              to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[row0 + block * 16 + 2 * g + r]) * int4_unit(Codes{});
+        if (bias) offset[r] = to_float(Out{}, bias[row]);
+      }
+    }
+
+    // Out: so many tokens at a time through shared memory, so that a token's 64 results are one piece of 128 bytes.
+    const i64 first_row = row0 + warpgroup * 64;
+    const int stored = static_cast<int>(m - token0 < kTokens ? m - token0 : kTokens);
+#pragma unroll
+    for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
+      if (chunk * kChunk >= stored) break;
+      named_barrier(1 + warpgroup, 128);
+#pragma unroll
+      for (int pair = 0; pair < kChunk / 16; ++pair) {
+        u32 r[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          // Eight tokens: two of this lane, in rows g and g + 8.
+          const int token = chunk * kChunk + pair * 16 + i * 8 + 2 * t;
+          const float* sums = total + (chunk * kChunk / 8 + pair * 2 + i) * 4;
+          const float low = token < stored ? token_scales[token0 + token] : 0.0f;
+          const float high = token + 1 < stored ? token_scales[token0 + token + 1] : 0.0f;
+#pragma unroll
+          for (int row = 0; row < 2; ++row)
+            r[2 * i + row] = from_floats(Out{}, fmaf(sums[2 * row] * low, row_scale[row], offset[row]),
+                                         fmaf(sums[2 * row + 1] * high, row_scale[row], offset[row]));
+        }
+        store_matrix_x4_transposed(shared_address(my_staging) + (pair * 16 + lane / 16 * 8 + lane % 8) * kChunkPitch +
+                                       (block % 4 * 16 + lane / 8 % 2 * 8) * 2,
+                                   r);
+      }
+      named_barrier(1 + warpgroup, 128);
+#pragma unroll
+      for (int i = thread % 128; i < kChunk * 8; i += 128) {
+        const int token = i / 8, part = i % 8;
+        if (chunk * kChunk + token < stored) {
+          const i64 row = first_row + part * 8;
+          store_eight(y + (token0 + chunk * kChunk + token) * n + row,
+                      *reinterpret_cast<const uint4*>(my_staging + token * kChunkPitch + part * 16), n - row, whole);
+        }
+      }
+    }
+  }
+}
