@@ -162,9 +162,11 @@ class Case:
         def spread(values):
             return values.repeat_interleave(self.group_size, dim=1)[:, :k]
 
-        middle = 1 << (bits - 1)
-        difference = codes.double() - (middle if zeros is None else spread(zeros.to(x)).double())
-        difference = difference.to(x).double()  # exact where zeros are integers
+        # Zeros are taken relative to the middle and rounded to x's dtype: exact where they are integers.
+        difference = codes.double() - (1 << (bits - 1))
+        if zeros is not None:
+            difference -= spread((zeros.float() - 8).to(x)).double()
+        difference = difference.to(x).double()
         if self.group_size == k:  # not rounded: it multiplies the sum
             self.weight, factor = difference, scales.double().T
         else:
