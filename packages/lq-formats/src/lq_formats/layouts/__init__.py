@@ -1,7 +1,7 @@
 """Layouts: where the bits of quantized weights lie, as objects with ``pack``, ``unpack`` and ``packed_shape``.
 
 Two kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``, ``FRAGMENT_INT4``,
-``FRAGMENT_INT8``) turns codes ``(N, K)`` into one
+``FRAGMENT_INT8``, ``FRAGMENT_A8_INT8``, ``FRAGMENT_A8_FP8``) turns codes ``(N, K)`` into one
 tensor; scales and zeros are kept beside it. A *checkpoint layout* (``GPTQ``, ``GPTQ_V2``, ``AWQ``,
 ``COMPRESSED_TENSORS``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
 linear layer. Both directions are exact: no layout rounds, and what a format cannot hold is an error.
@@ -11,6 +11,7 @@ from lq_formats.layouts.affine_weight import AffineWeight
 from lq_formats.layouts.awq import AWQ, AWQLayout
 from lq_formats.layouts.compressed_tensors import COMPRESSED_TENSORS, CompressedTensorsLayout
 from lq_formats.layouts.fragment import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
+from lq_formats.layouts.fragment8 import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, Fragment8Layout
 from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
 from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
 from lq_formats.layouts.int4 import INT4, Int4Layout
@@ -19,6 +20,8 @@ from lq_formats.layouts.int8 import INT8, Int8Layout
 __all__ = [
     "AWQ",
     "COMPRESSED_TENSORS",
+    "FRAGMENT_A8_FP8",
+    "FRAGMENT_A8_INT8",
     "FRAGMENT_INT4",
     "FRAGMENT_INT8",
     "GEMLITE",
@@ -29,6 +32,7 @@ __all__ = [
     "AWQLayout",
     "AffineWeight",
     "CompressedTensorsLayout",
+    "Fragment8Layout",
     "FragmentLayout",
     "GPTQLayout",
     "GemliteLayout",

@@ -145,6 +145,16 @@ struct Weights {
   }
 };
 
+// Says to CTA `rank` that a stage has been read. Nothing was written, so nothing is ordered: mbarrier_arrive_remote, which does, waits for
+// all earlier memory operations.
+__device__ __forceinline__ void arrive_at(u64* barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Eight results of neighbouring out features; `whole` says that they lie at a multiple of 16 bytes.
 __device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 left, bool whole) {
   if (whole) {
@@ -197,13 +207,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kMulticast) cluster_arrive();
   let_next_kernel_start();
 
-  const auto wait_until_empty = [&](int stage, u32 parity) {
-    if constexpr (kMulticast)
-      mbarrier_wait_cluster(empty + stage, parity);
-    else
-      mbarrier_wait(empty + stage, parity);
-  };
-
   if (warp < 4) {
     decrease_registers<24>();
     int stage = 0;
@@ -218,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         const int left = blocks - block, here = left < 0 ? 0 : left < kBlocks ? left : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
         for (int step = work.begin; step < work.end; ++step) {
-          wait_until_empty(stage, parity);
+          mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
             u8* const to = ring + stage * kStage + kXBytes;
             if constexpr (kBits == 8) {
@@ -247,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       while (work.advance()) {
         stage = uniform(stage), parity = uniform(parity);
         for (int step = work.begin; step < work.end; ++step) {
-          wait_until_empty(stage, parity);
+          mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
             mbarrier_arrive_expect(full + stage, kXBytes);
             u8* const to = ring + stage * kStage + rank * kShareTokens * kStep;
@@ -264,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       // A CTA whose barriers the other still arrives at must not go.
       if constexpr (kMulticast)
         for (int i = 0; i < stages; ++i) {
-          wait_until_empty(stage, parity);
+          mbarrier_wait(empty + stage, parity);
           if (++stage == stages) stage = 0, parity ^= 1;
         }
     }
@@ -284,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const auto release = [&](int stage) {
     if constexpr (kMulticast) {
-      if (lane < kSharers) mbarrier_arrive_remote(empty + stage, lane);
+      if (lane < kSharers) arrive_at(empty + stage, lane);
     } else {
       if (lane == 0) mbarrier_arrive(empty + stage);
     }
@@ -308,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         int step = work.begin;
 #pragma unroll 1
         do {
-          const u32 at = stage * (kStage / 16);
+          const u32 at = uniform(stage) * (kStage / 16);
           mbarrier_wait(full + stage, parity);
           wgmma_fence();
 #pragma unroll
@@ -342,7 +345,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kPromote) {
 #pragma unroll 1
           do {
-            const u64 tokens = token_descriptor + static_cast<u32>(stage * (kStage / 16));
+            const u64 tokens = token_descriptor + static_cast<u32>(uniform(stage) * (kStage / 16));
+#pragma unroll
+            for (int i = 0; i < 2 * kSlices; ++i) order_after(weights.words[i]);  // unpacked here, not where they are loaded
 #pragma unroll
             for (int slice = 0; slice < kSlices; ++slice) weights.fragment(a[slice], slice);
             wgmma_fence();
@@ -368,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         } else {
 #pragma unroll 1
           do {
-            const u64 tokens = token_descriptor + static_cast<u32>(stage * (kStage / 16));
+            const u64 tokens = token_descriptor + static_cast<u32>(uniform(stage) * (kStage / 16));
             const int before = last;
             last = stage;
 #pragma unroll

@@ -1,0 +1,316 @@
+"""Launch ``src/linear_a8.cu``: 8-bit tokens times an 8-bit weight or an int4 weight in fragment order, on Hopper."""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lq_formats import ShapeError
+from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
+from torch import Tensor
+
+from lq_kernels.cuda.quantize_tokens import CODES
+from lq_kernels.cuda.variant import TYPES
+from lq_kernels.jit.launcher import launch
+from lq_kernels.jit.tensor_map import tensor_map
+from lq_kernels.jit.workspace import workspace
+from lq_kernels.problem import Arch, Problem
+
+ROWS = 128
+STEP = 128
+"""In features of a stage."""
+THREADS = 384
+TOKENS = (16, 32, 64, 128, 192, 256)
+"""Tokens of a tile, for which the source is written; a tile has 128 out features."""
+MAX_PROMOTED = {8: 192, 4: 128}
+"""Tokens, by the weight's bits, of the largest tile whose sums are promoted: a thread then has two registers for each."""
+
+_SHARED = 232448
+_MAX_STAGES = 16
+_BARRIERS = 2 * _MAX_STAGES * 8 + 16
+_MAX_TILES = 1 << 30
+
+# Estimates for an H200, to be replaced by measurements: 8-bit products of a multiprocessor a clock, and bytes from L2.
+_PRODUCTS = 4096
+_L2 = 30.0
+_DRAM = 17.0
+_CLOCKS_A_US = 1750.0
+
+
+@dataclass(frozen=True)
+class A8Variant:
+    """One compilation of the source, tile apart.
+
+    Attributes:
+        bits: Of the weight, 4 or 8.
+        activation: ``"int8"`` or ``"fp8"``: the codes of tokens, and of 8-bit weights.
+        out: dtype of y and bias, bf16 or fp16.
+        scale: dtype of the weight's scales.
+        grouped: Scales for groups of a multiple of 128 in features; otherwise one a row.
+        lowest: Whether an int4 code may be -8.
+        promote: Whether the sums of 128 in features are added up apart, in fp32.
+    """
+
+    bits: int
+    activation: str
+    out: torch.dtype
+    scale: torch.dtype
+    grouped: bool
+    lowest: bool
+    promote: bool
+
+    @functools.cached_property
+    def scale_bytes(self) -> int:
+        """Bytes of scales beside the codes of a block of 16 rows and 128 in features."""
+        return BLOCK_ROWS * self.scale.itemsize if self.grouped else 0
+
+    @functools.cached_property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros."""
+        return (
+            f"LQ_BITS={self.bits}",
+            f"LQ_CODES={CODES[self.activation]}",
+            f"LQ_OUT={TYPES[self.out]}",
+            f"LQ_SCALE={TYPES[self.scale]}",
+            f"LQ_GROUPED={int(self.grouped)}",
+            f"LQ_LOWEST={int(self.lowest)}",
+            f"LQ_PROMOTE={int(self.promote)}",
+        )
+
+
+@dataclass(frozen=True)
+class A8Config:
+    """How a product is cut.
+
+    Attributes:
+        tokens: Tokens of a tile.
+        multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other.
+        ctas: CTAs in the grid.
+        raster: Row tiles (pairs of them with multicast) in a band; a band's tiles are taken for all tokens before the next
+            band's.
+        shared_tiles: Tiles whose K steps are shared among CTAs; none with multicast.
+        workers: CTAs that share them.
+    """
+
+    tokens: int
+    multicast: bool
+    ctas: int
+    raster: int
+    shared_tiles: int
+    workers: int
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros."""
+        return (f"LQ_TOKENS={self.tokens}", f"LQ_MULTICAST={int(self.multicast)}")
+
+    def tiles(self, m: int, n: int) -> tuple[int, int]:
+        """Return how many row tiles (or pairs) and token tiles there are."""
+        return -(-n // (ROWS * (2 if self.multicast else 1))), -(-m // self.tokens)
+
+
+def promotes(activation: str, grouped: bool) -> bool:
+    """Return whether sums are promoted: sums of int8 are exact, those of e4m3 lose bits as they grow."""
+    return grouped or activation == "fp8"
+
+
+def ring(tokens: int, bits: int, scale_bytes: int) -> tuple[int, int]:
+    """Return the stages of a CTA's ring and the bytes of its shared memory.
+
+    Args:
+        tokens: Tokens of a tile.
+        bits: Of the weight.
+        scale_bytes: Bytes of scales beside the codes of a block and K step.
+    """
+    stage = tokens * STEP + _weight_bytes(bits, scale_bytes)
+    fixed = ROWS // 64 * min(tokens, 32) * 144 + _BARRIERS
+    stages = min(_MAX_STAGES, (_SHARED - fixed) // stage)
+    return stages, fixed + stages * stage
+
+
+def a8_config(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> A8Config:
+    """Return the fastest cut by a model in clocks.
+
+    Args:
+        m: Tokens.
+        n: Out features.
+        k: In features.
+        bits: Of the weight.
+        promote: Whether sums are promoted.
+        scale_bytes: Bytes of scales beside the codes of a block and K step.
+        sm_count: Multiprocessors.
+
+    Raises:
+        ShapeError: If there are too many tiles to count.
+    """
+    return _best(m, n, k, bits, promote, scale_bytes, sm_count)[1]
+
+
+def predict_us(problem: Problem) -> float:
+    """Return the microseconds that the model gives a problem, quantizing the tokens included, on an H200's clock."""
+    grouped = problem.group_size != problem.k
+    promote = promotes(problem.activation, grouped)
+    scale_bytes = BLOCK_ROWS * problem.spec.scale_dtype.itemsize if grouped else 0
+    sm_count = max(problem.arch.sm_count, 1)
+    clocks, _ = _best(problem.m, problem.n, problem.k, problem.spec.bits, promote, scale_bytes, sm_count)
+    # Two bytes read and one written of each element, at 3.5 TB/s.
+    quantize = 1.5 + 3e-6 * problem.m * problem.k / 3.5 * 132 / sm_count
+    return quantize + clocks / _CLOCKS_A_US
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(
+    m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int
+) -> tuple[float, A8Config]:
+    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
+        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
+    cuts = candidates(m, n, k, bits, promote, sm_count)
+    ranked = ((cost(cut, m, n, k, bits, promote, scale_bytes, sm_count), cut) for cut in cuts)
+    return min(ranked, key=lambda pair: pair[0])
+
+
+def candidates(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int) -> Iterator[A8Config]:
+    """Yield every cut that makes sense."""
+    steps = -(-k // STEP)
+    for tokens in TOKENS:
+        if (tokens > 16 and 2 * m <= tokens) or (promote and tokens > MAX_PROMOTED[bits]):
+            continue  # half-empty tiles only waste
+        row_tiles, token_tiles = -(-n // ROWS), -(-m // tokens)
+        if tokens >= 64 and row_tiles > 1 and sm_count > 1:
+            pairs = -(-row_tiles // 2)
+            units = min(pairs * token_tiles, sm_count // 2)
+            yield A8Config(tokens, True, 2 * units, _raster(pairs, units, 2 * ROWS, tokens, bits), 0, 0)
+        tiles = row_tiles * token_tiles
+        raster = _raster(row_tiles, min(tiles, sm_count), ROWS, tokens, bits)
+        yield A8Config(tokens, False, min(tiles, sm_count), raster, 0, 0)
+        rest = tiles % sm_count
+        for shared_tiles in {rest, rest + sm_count} if tiles > sm_count else {rest}:
+            if not 0 < shared_tiles <= tiles:
+                continue
+            # Equal runs for all, or every tile cut in as many parts.
+            for workers in {sm_count, *(parts * shared_tiles for parts in (2, 3, 4))}:
+                if shared_tiles < workers <= sm_count and workers <= shared_tiles * steps:
+                    ctas = max(workers, min(tiles - shared_tiles, sm_count))
+                    yield A8Config(tokens, False, ctas, raster, shared_tiles, workers)
+            if shared_tiles > sm_count:
+                yield A8Config(tokens, False, sm_count, raster, shared_tiles, sm_count)
+
+
+def cost(
+    config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int
+) -> float:
+    """Return the clocks that a cut takes by a model.
+
+    A K step takes as long as its products (a fifth more where sums are promoted), or as its bytes from L2. A launch costs
+    3,500 clocks, storing a tile 600 and 6 a token. A part of a tile is written to L2 and read back at 40 bytes a clock,
+    after 1,500 clocks of waiting.
+    """
+    steps = -(-k // STEP)
+    row_tiles, token_tiles = config.tiles(m, n)
+    units = config.ctas // (2 if config.multicast else 1)
+    products = ROWS * config.tokens * STEP / _PRODUCTS * (1.2 if promote else 1.0) + 40
+    loaded = config.tokens * STEP / (2 if config.multicast else 1) + _weight_bytes(bits, scale_bytes)
+    step = max(products, loaded / _L2)
+    stored = 600 + 6 * config.tokens
+    clocks = 1.0 * -(-(row_tiles * token_tiles - config.shared_tiles) // units) * (steps * step + stored)
+    if config.shared_tiles:
+        run = -(-config.shared_tiles * steps // config.workers)
+        parts = config.workers / config.shared_tiles + (config.workers % config.shared_tiles != 0)
+        part = config.tokens * ROWS * 4 / 40
+        clocks += run * step + stored + 1500 + (1.0 + parts) * part
+    weights = n * k * bits / 8 / (min(config.ctas, sm_count) * _DRAM)
+    return 3500 + max(clocks, weights)
+
+
+def _raster(row_tiles: int, units: int, rows: int, tokens: int, bits: int) -> int:
+    """Return the row tiles of a band: what runs at once reads least where it reads as much of weights as of tokens."""
+    height = math.sqrt(units * tokens * 8 / (rows * bits))
+    return -(-row_tiles // max(1, round(row_tiles / height)))
+
+
+def _weight_bytes(bits: int, scale_bytes: int) -> int:
+    codes = ROWS // BLOCK_ROWS * BLOCK_BYTES if bits == 4 else ROWS * STEP
+    return codes + ROWS // BLOCK_ROWS * scale_bytes
+
+
+def linear(
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    *,
+    lowest: bool = True,
+    promote: bool | None = None,
+    config: A8Config | None = None,
+) -> Tensor:
+    """Return ``(codes * token_scale) @ w.T + bias``, ``(M, out_features)`` in ``dtype``; bitwise reproducible.
+
+    Args:
+        codes: ``(M, K)`` int8 or float8_e4m3fn, rows starting at multiples of 16 bytes, K at most 131,072.
+        token_scale: ``(M,) float32``.
+        weight: ``(N, K)`` in codes' dtype, K a multiple of 16; or int32, int4 codes in fragment order
+            (:class:`lq_formats.layouts.Fragment8Layout`) for these tokens.
+        scale: ``(N,)`` of an 8-bit weight; ``(groups, rows)`` arranged as int4 codes are.
+        bias: ``(N,)`` in ``dtype``, or None.
+        out_features: N.
+        group_size: In features per scale, a multiple of 128; K for one scale a row.
+        dtype: Of the result, bf16 or fp16.
+        lowest: Whether the int4 code -8 may occur.
+        promote: Whether to add up sums of 128 in features apart; by default :func:`promotes`, and always for groups.
+        config: How to cut, for tuning; by default :func:`a8_config`.
+
+    Raises:
+        ShapeError: If there are too many tiles for one launch.
+    """
+    m, k = codes.shape
+    activation = "int8" if codes.dtype == torch.int8 else "fp8"
+    bits = 4 if weight.dtype == torch.int32 else 8
+    grouped = group_size != k
+    lowest = lowest and bits == 4 and activation == "fp8"
+    if promote is None:
+        promote = promotes(activation, grouped)
+    variant = A8Variant(bits, activation, dtype, scale.dtype, grouped, lowest, promote)
+    if config is None:
+        sm_count = Arch.of(codes.device).sm_count
+        config = a8_config(m, out_features, k, bits, promote, variant.scale_bytes, sm_count)
+    stages, shared = ring(config.tokens, bits, variant.scale_bytes)
+    y = torch.empty((m, out_features), dtype=dtype, device=codes.device)
+    partials: Tensor | int = 0
+    arrivals: Tensor | int = 0
+    if config.shared_tiles:
+        partials, arrivals = workspace(codes.device, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
+    tokens_map = tensor_map(codes, config.tokens // (2 if config.multicast else 1), STEP)
+    launch(
+        "linear_a8",
+        "linear_a8",
+        (config.ctas, 1, 1),
+        THREADS,
+        shared,
+        codes.device,
+        tokens_map,
+        tokens_map if bits == 4 else tensor_map(weight, ROWS, STEP),
+        weight,
+        scale,
+        token_scale,
+        0 if bias is None else bias,
+        y,
+        partials,
+        arrivals,
+        m,
+        out_features,
+        k,
+        group_size,
+        stages,
+        config.raster,
+        config.shared_tiles,
+        config.workers,
+        cluster=2 if config.multicast else 0,
+        dependent=True,
+        defines=(*variant.defines, *config.defines),
+    )
+    return y
