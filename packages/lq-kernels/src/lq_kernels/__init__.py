@@ -4,6 +4,14 @@ Every function takes canonical bits (see :mod:`lq_formats`), chooses a kernel fo
 (:func:`explain` says which and why) and runs on a CPU as well. Importing this package compiles and initialises nothing.
 """
 
+from lq_kernels.dynamic import (
+    int4_dynamic_dequantize,
+    int4_dynamic_linear,
+    int8_dynamic_linear,
+    pack_int4_dynamic,
+    quantize_tokens,
+    restore_int4_dynamic,
+)
 from lq_kernels.linear import (
     gemm_q4_0_q8_1,
     int4_dequantize,
@@ -33,18 +41,24 @@ __all__ = [
     "explain",
     "gemm_q4_0_q8_1",
     "int4_dequantize",
+    "int4_dynamic_dequantize",
+    "int4_dynamic_linear",
     "int4_linear",
+    "int8_dynamic_linear",
     "int8_gemm",
     "int8_gemm_torch",
     "kernel_names",
     "matmul_bf16_i4",
+    "pack_int4_dynamic",
     "preshuffle_int4",
     "preshuffle_int8",
     "preshuffled_dequantize",
     "preshuffled_linear",
     "q4_0_linear",
     "quantize_activation_q8_1",
+    "quantize_tokens",
     "restore_int4",
+    "restore_int4_dynamic",
     "restore_int8",
     "select",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lq_kernels import aten_cpu, cost, dequant_blas, hopper, reference
+from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, hopper, reference
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.problem import Problem
 from lq_kernels.registry import Kernel
@@ -47,6 +47,8 @@ def _cuda_q4_0(weight_q: Tensor, activation_q: Tensor) -> Tensor:
 
 _DECODE = (cuda_constraints.why_not_decode, cost.decode_us)
 _PREFILL = (cuda_constraints.why_not_prefill, cost.prefill_us)
+_A8 = (dynamic_kernels.why_not_cuda, dynamic_kernels.predict_cuda_us)
+_A8_DENSE = (_anything, dynamic_kernels.predict_dense_us)
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cuda-decode", "int4", *_DECODE, hopper.on_canonical_int4(hopper.decode)),
@@ -74,4 +76,10 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("cuda-mma", "q4_0_q8_1", cuda_constraints.why_not_q4_0, cost.q4_0_us, _cuda_q4_0),
     Kernel("dequant-blas", "q4_0_q8_1", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.gemm_q4_0_q8_1),
     Kernel("reference", "q4_0_q8_1", _anything, cost.reference_us, reference.gemm_q4_0_q8_1_reference),
+    Kernel("cuda-a8", "int8_dynamic", *_A8, dynamic_kernels.int8_cuda),
+    Kernel("dequant-blas", "int8_dynamic", *_A8_DENSE, dynamic_kernels.int8_dense),
+    Kernel("reference", "int8_dynamic", _anything, cost.reference_us, dynamic_kernels.int8_reference),
+    Kernel("cuda-a8", "int4_dynamic", *_A8, dynamic_kernels.int4_cuda),
+    Kernel("dequant-blas", "int4_dynamic", *_A8_DENSE, dynamic_kernels.int4_dense),
+    Kernel("reference", "int4_dynamic", _anything, cost.reference_us, dynamic_kernels.int4_reference),
 )

@@ -11,7 +11,7 @@ import torch
 from lq_formats import QuantSpec, quantize_q8_1
 from torch import Tensor
 
-from lq_kernels import dequant_blas
+from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int4_spec
@@ -37,6 +37,17 @@ _LIBRARY.define(
 )
 _LIBRARY.define("gemm_q4_0_q8_1(Tensor weight_q, Tensor activation_q, str kernel) -> Tensor")
 _LIBRARY.define("quantize_q8_1(Tensor x) -> Tensor")
+_LIBRARY.define("quantize_tokens(Tensor x, str activation) -> (Tensor, Tensor)")
+_LIBRARY.define("int8_dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str kernel) -> Tensor")
+_LIBRARY.define("int8_dynamic_dequantize(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "int4_dynamic_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size, SymInt out_features, "
+    "str activation, bool lowest, str kernel) -> Tensor"
+)
+_LIBRARY.define(
+    "int4_dynamic_dequantize(Tensor packed, Tensor scale, int group_size, SymInt out_features, SymInt in_features, "
+    "str activation, ScalarType dtype) -> Tensor"
+)
 
 _Q4_0 = QuantSpec(4, "group", 32, True, torch.float16)
 
@@ -119,6 +130,40 @@ def _quantize_q8_1(x: Tensor) -> Tensor:
     return quantize_q8_1(x, check=False)
 
 
+def _quantize_tokens(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    codes, scale = dynamic_kernels.quantize(x, activation)
+    return codes.contiguous(), scale
+
+
+def _int8_dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    m, k = x.shape
+    n = weight.shape[0]
+    if m == 0 or n == 0:
+        return x.new_empty((m, n))
+    activation = "int8" if weight.dtype == torch.int8 else "fp8"
+    problem = Problem("int8_dynamic", m, n, k, _int8_spec(True, scale.dtype), x.dtype, Arch.of(x.device), activation)
+    return select(problem, kernel).run(x, weight, scale, bias)
+
+
+def _int4_dynamic_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_features: int,
+    activation: str,
+    lowest: bool,
+    kernel: str,
+) -> Tensor:
+    m, k = x.shape
+    if m == 0 or out_features == 0:
+        return x.new_empty((m, out_features))
+    spec = _int4_spec(group_size, k, True, scale.dtype)
+    problem = Problem("int4_dynamic", m, out_features, k, spec, x.dtype, Arch.of(x.device), activation)
+    return select(problem, kernel).run(x, packed, scale, bias, group_size, out_features, activation, lowest)
+
+
 for _name, _implementation in (
     ("int4_linear", _int4_linear),
     ("int8_linear", _int8_linear),
@@ -128,6 +173,11 @@ for _name, _implementation in (
     ("preshuffled_dequantize", dequant_blas.preshuffled_dequantize),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("quantize_q8_1", _quantize_q8_1),
+    ("quantize_tokens", _quantize_tokens),
+    ("int8_dynamic_linear", _int8_dynamic_linear),
+    ("int8_dynamic_dequantize", dynamic_reference.int8_dynamic_dequantize),
+    ("int4_dynamic_linear", _int4_dynamic_linear),
+    ("int4_dynamic_dequantize", dynamic_reference.int4_dynamic_dequantize),
 ):
     _LIBRARY.impl(_name, _implementation, "CPU")
     _LIBRARY.impl(_name, _implementation, "CUDA")
@@ -194,6 +244,50 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 32, 36), dtype=torch.uint8)
 
 
+@torch.library.register_fake("lq::quantize_tokens", lib=_LIBRARY)
+def _(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.int8 if activation == "int8" else torch.float8_e4m3fn
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@torch.library.register_fake("lq::int8_dynamic_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("lq::int8_dynamic_dequantize", lib=_LIBRARY)
+def _(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
+
+
+@torch.library.register_fake("lq::int4_dynamic_linear", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_features: int,
+    activation: str,
+    lowest: bool,
+    kernel: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("lq::int4_dynamic_dequantize", lib=_LIBRARY)
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=dtype)
+
+
 def _int4_setup(ctx, inputs, output) -> None:
     x, qweight, scale, zero, group_size, _ = inputs
     ctx.save_for_backward(qweight, scale, zero)
@@ -236,4 +330,37 @@ def _preshuffled_backward(ctx, grad):
 
 torch.library.register_autograd(
     "lq::preshuffled_linear", _preshuffled_backward, setup_context=_preshuffled_setup, lib=_LIBRARY
+)
+
+
+def _int8_dynamic_setup(ctx, inputs, output) -> None:
+    x, weight, scale, _, _ = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.dtype = x.dtype
+
+
+def _int8_dynamic_backward(ctx, grad):
+    w = torch.ops.lq.int8_dynamic_dequantize(*ctx.saved_tensors, ctx.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[3] else None
+    return grad @ w, None, None, bias, None
+
+
+def _int4_dynamic_setup(ctx, inputs, output) -> None:
+    x, packed, scale, _, group_size, out_features, activation, _, _ = inputs
+    ctx.save_for_backward(packed, scale)
+    ctx.sizes, ctx.dtype = (group_size, out_features, x.shape[1], activation), x.dtype
+
+
+def _int4_dynamic_backward(ctx, grad):
+    w = torch.ops.lq.int4_dynamic_dequantize(*ctx.saved_tensors, *ctx.sizes, ctx.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[3] else None
+    return grad @ w, None, None, bias, None, None, None, None, None
+
+
+# Straight through: the rounding of the activations has the gradient of the identity.
+torch.library.register_autograd(
+    "lq::int8_dynamic_linear", _int8_dynamic_backward, setup_context=_int8_dynamic_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "lq::int4_dynamic_linear", _int4_dynamic_backward, setup_context=_int4_dynamic_setup, lib=_LIBRARY
 )

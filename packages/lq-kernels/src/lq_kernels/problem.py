@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from lq_formats import QuantSpec
 
-Op: TypeAlias = Literal["int4", "int8", "preshuffled", "q4_0_q8_1"]
+Op: TypeAlias = Literal["int4", "int8", "preshuffled", "q4_0_q8_1", "int4_dynamic", "int8_dynamic"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Problem:
         spec: How the weights are quantized.
         dtype: dtype of x (and of y).
         arch: Where it runs.
+        activation: What x is quantized to, ``"int8"`` or ``"fp8"``; empty where it is not.
     """
 
     op: Op
@@ -67,6 +68,7 @@ class Problem:
     spec: QuantSpec
     dtype: torch.dtype
     arch: Arch
+    activation: str = ""
 
     @property
     def group_size(self) -> int:
@@ -77,4 +79,5 @@ class Problem:
         name = str(self.dtype).removeprefix("torch.")
         where = self.arch.name or self.arch.kind
         kind = "sym" if self.spec.symmetric else "asym"
-        return f"{self.op} m={self.m} n={self.n} k={self.k} g={self.group_size} {kind} {name} on {where}"
+        op = f"{self.op} ({self.activation})" if self.activation else self.op
+        return f"{op} m={self.m} n={self.n} k={self.k} g={self.group_size} {kind} {name} on {where}"

@@ -25,7 +25,8 @@ class Kernel:
         why_not: Why it cannot run a problem, or None.
         predict_us: Predicted microseconds.
         run: The launcher. int4: ``(x, qweight, scale, zero, group_size)``; int8: ``(x, qweight, scale)``; preshuffled:
-            ``(x, packed, scale, zero, bias, out_features, group_size, bits)``; q4_0_q8_1: ``(weight_q, activation_q)``.
+            ``(x, packed, scale, zero, bias, out_features, group_size, bits)``; q4_0_q8_1: ``(weight_q, activation_q)``; dynamic
+            activations: see :mod:`lq_kernels.dynamic_kernels`.
             All tensors valid and not empty.
     """
 
