@@ -8,6 +8,7 @@ from lq_torch.config import (
     Int8WeightOnlyConfig,
     WeightConfig,
 )
+from lq_torch.config_dynamic import Int4DynamicActivationConfig, Int8DynamicActivationConfig
 from lq_torch.gemlite_config import GemliteConfig
 from lq_torch.integrations.gemlite import force_kernel, load_kernel_cache, save_kernel_cache
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
@@ -17,10 +18,12 @@ from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors
 from lq_torch.tensors import (
     GemliteTensor,
     GGMLTensor,
+    Int4DynamicTensor,
     Int4GemliteTensor,
     Int4PreshuffledTensor,
     Int4Tensor,
     Int4TilePackedTensor,
+    Int8DynamicTensor,
     Int8PreshuffledTensor,
     Int8Tensor,
     LowBitTensor,
@@ -32,6 +35,8 @@ __all__ = [
     "GGMLWeightOnlyConfig",
     "GemliteConfig",
     "GemliteTensor",
+    "Int4DynamicActivationConfig",
+    "Int4DynamicTensor",
     "Int4GemliteTensor",
     "Int4PackedLinear",
     "Int4PackingFormat",
@@ -39,6 +44,8 @@ __all__ = [
     "Int4Tensor",
     "Int4TilePackedTensor",
     "Int4WeightOnlyConfig",
+    "Int8DynamicActivationConfig",
+    "Int8DynamicTensor",
     "Int8Linear",
     "Int8PreshuffledTensor",
     "Int8Tensor",

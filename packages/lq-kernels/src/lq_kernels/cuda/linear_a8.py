@@ -160,9 +160,7 @@ def predict_us(problem: Problem) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(
-    m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int
-) -> tuple[float, A8Config]:
+def _best(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> tuple[float, A8Config]:
     if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
         raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
     cuts = candidates(m, n, k, bits, promote, sm_count)
@@ -197,9 +195,7 @@ def candidates(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int) 
                 yield A8Config(tokens, False, sm_count, raster, shared_tiles, sm_count)
 
 
-def cost(
-    config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int
-) -> float:
+def cost(config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> float:
     """Return the clocks that a cut takes by a model.
 
     A K step takes as long as its products (a fifth more where sums are promoted), or as its bytes from L2. A launch costs
