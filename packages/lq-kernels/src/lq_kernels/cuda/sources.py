@@ -4,6 +4,7 @@ from types import MappingProxyType
 
 import torch
 
+from lq_kernels.cuda.linear_a8 import A8Variant
 from lq_kernels.cuda.variant import Variant
 
 COLUMN_TILES = (1, 2, 4, 8)
@@ -31,3 +32,19 @@ VARIANTS = tuple(
     )
 )
 """What the lint compiles of the sources that are compiled for a weight; between them every choice is taken."""
+
+A8_VARIANTS = tuple(
+    A8Variant(bits, activation, out, scale, grouped, lowest, promote)
+    for bits, activation, out, scale, grouped, lowest, promote in (
+        (8, "int8", torch.bfloat16, torch.float32, False, False, False),
+        (8, "fp8", torch.bfloat16, torch.float32, False, False, True),
+        (8, "fp8", torch.float16, torch.bfloat16, False, False, False),
+        (4, "fp8", torch.bfloat16, torch.bfloat16, True, False, True),
+        (4, "fp8", torch.float16, torch.float32, True, True, True),
+        (4, "fp8", torch.bfloat16, torch.float32, False, False, True),
+        (4, "fp8", torch.bfloat16, torch.float16, False, True, False),
+        (4, "int8", torch.bfloat16, torch.bfloat16, True, False, True),
+        (4, "int8", torch.float16, torch.float16, False, False, False),
+    )
+)
+"""The same of the source for 8-bit tokens."""
