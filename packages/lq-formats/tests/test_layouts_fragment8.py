@@ -1,4 +1,4 @@
-"""Int4 codes in the order of 8-bit tensor cores: exact both ways, the drawn bits, and what a kernel's instructions make of them."""
+"""Int4 codes in the order of 8-bit tensor cores: exact both ways, the drawn bits, and what kernels make of them."""
 
 import pytest
 import torch

@@ -319,7 +319,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("activation", KINDS)
     def test_strided_and_batched_tokens(self, activation):
-        codes, scale, w = int8_weight(256, 512, activation, "cuda")
+        codes, scale, _ = int8_weight(256, 512, activation, "cuda")
         wide = torch.full((2, 50, 2048), torch.nan, device="cuda", dtype=BF16)
         wide[..., 512:1024] = floats(2, 50, 512, dtype=BF16, device="cuda")
         x = wide[..., 512:1024]

@@ -327,8 +327,17 @@ class TestOnHopper:
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize(
         ("m", "n", "k"),
-        [(1, 16, 128), (17, 1, 128), (33, 7, 256), (64, 15, 384), (65, 127, 1152), (129, 129, 4096), (300, 4099, 512), (1000, 5000, 1024)],
-    )  # fmt: skip
+        [
+            (1, 16, 128),
+            (17, 1, 128),
+            (33, 7, 256),
+            (64, 15, 384),
+            (65, 127, 1152),
+            (129, 129, 4096),
+            (300, 4099, 512),
+            (1000, 5000, 1024),
+        ],
+    )
     def test_awkward_shapes(self, form, m, n, k):
         case = Case(m, n, k, bias=True, **form)
         case.check(case.run())

@@ -18,6 +18,7 @@ from lq_torch import (
     quantize_,
     save_pretrained,
 )
+from lq_torch.merge.rows import cat_rows, slice_rows
 from lq_torch.tensors import LowBitTensor
 from torch import nn
 
@@ -41,7 +42,7 @@ def dense(n=48, k=256, dtype=torch.bfloat16, device="cpu"):
 
 
 def relative(y, exact):
-    return float((y.double() - exact).norm() / exact.norm())
+    return float(((y.double() - exact).norm() / exact.norm()).detach())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -134,6 +135,17 @@ def test_tensor_protocols(config):
     x.requires_grad_()
     nn.functional.linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("activation", ["int8", "fp8"])
+def test_8_bit_weights_merge_row_by_row(activation):
+    parts = [Int8DynamicTensor.from_hp(dense(n), activation) for n in (48, 16)]
+    merged = cat_rows(parts)
+    x = dense(3)
+    assert torch.equal(merged.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    assert torch.equal(slice_rows(merged, 48, 64).dequantize(), parts[1].dequantize())
+    separate = torch.cat([nn.functional.linear(x, part) for part in parts], dim=-1)
+    torch.testing.assert_close(nn.functional.linear(x, merged), separate, rtol=1e-2, atol=1e-1)
 
 
 def test_configurations(config):

@@ -187,7 +187,7 @@ def candidates(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int) 
             if not 0 < shared_tiles <= tiles:
                 continue
             # Equal runs for all, or every tile cut in as many parts.
-            for workers in {sm_count, *(parts * shared_tiles for parts in (2, 3, 4))}:
+            for workers in {sm_count, *(parts * shared_tiles for parts in (2, 3, 4, 8, 16, 32))}:
                 if shared_tiles < workers <= sm_count and workers <= shared_tiles * steps:
                     ctas = max(workers, min(tiles - shared_tiles, sm_count))
                     yield A8Config(tokens, False, ctas, raster, shared_tiles, workers)

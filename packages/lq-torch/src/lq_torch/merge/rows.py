@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lq_torch.tensors import LowBitTensor
 
-_ROW_KINDS = frozenset({"int4", "int8", "ggml"})
+_ROW_KINDS = frozenset({"int4", "int8", "int8_dynamic", "ggml"})
 
 
 def cat_rows(weights: Sequence[Tensor]) -> Tensor:
