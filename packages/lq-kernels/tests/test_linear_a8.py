@@ -109,26 +109,24 @@ def test_shared_memory_fits_and_the_ring_is_deep_enough():
 
 def pieces(config, m, n, k):
     """Return (row tile, token tile, first K step, last) of every CTA in its order: what struct Work of the source yields."""
-    sharers = 2 if config.multicast else 1
     (rows, tokens), steps = config.tiles(m, n), -(-k // STEP)
     units, result = config.shared_tiles * steps, []
     for cta in range(config.ctas):
-        unit_of, rank = divmod(cta, sharers)
         mine = []
-        if unit_of < config.workers:
-            unit, stop = unit_of * units // config.workers, (unit_of + 1) * units // config.workers
+        if cta < config.workers:
+            unit, stop = cta * units // config.workers, (cta + 1) * units // config.workers
             while unit < stop:
                 tile = unit // steps
                 end = min(stop - tile * steps, steps)
                 mine.append((tile, unit - tile * steps, end))
                 unit = tile * steps + end
-        stride = config.ctas // sharers
-        mine += [(tile, 0, steps) for tile in range(config.shared_tiles + unit_of, rows * tokens, stride)]
+        mine += [(tile, 0, steps) for tile in range(config.shared_tiles + cta, rows * tokens, config.ctas)]
         for tile, begin, end in mine:
             band, in_band = divmod(tile, config.raster * tokens)
             height = min(rows - band * config.raster, config.raster)
             token, row = divmod(in_band, height)
-            result.append(((band * config.raster + row) * sharers + rank, token, begin, end))
+            for rank in range(config.sharers):
+                result.append(((band * config.raster + row) * config.sharers + rank, token, begin, end))
     return result
 
 
@@ -147,9 +145,8 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
         for config in candidates(m, n, k, bits, promote, 132):
             assert config.tokens in TOKENS
             assert not promote or config.tokens <= MAX_PROMOTED[bits]
-            assert 1 <= config.ctas <= 132
+            assert 1 <= config.ctas * config.sharers <= 132
             assert 0 <= config.workers <= config.ctas
-            assert not config.multicast or (config.ctas % 2 == 0 and config.shared_tiles == 0)
             seen = {}
             for row, token, begin, end in pieces(config, m, n, k):
                 assert 0 <= begin < end <= steps, "a piece without a step"
@@ -166,7 +163,7 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
 def test_cuts_follow_the_size():
     assert a8_config(16, 4096, 4096, 8, False, 0, 132).workers > 32, "32 tiles do not fill 132 multiprocessors"
     large = a8_config(4096, 4096, 4096, 8, False, 0, 132)
-    assert (large.tokens, large.multicast, large.ctas) == (256, True, 132), "what reads least"
+    assert (large.tokens, large.multicast, large.ctas) == (256, True, 66), "what reads least"
     assert a8_config(4096, 4096, 4096, 4, True, 32, 132).tokens == MAX_PROMOTED[4]
 
 
@@ -248,11 +245,9 @@ def cut(tokens, m, n, multicast=False, shared_tiles=0, workers=0, ctas=100, rast
     config = A8Config(tokens, multicast, 1, raster, 0, 0)
     rows, columns = config.tiles(m, n)
     tiles = rows * columns
-    if multicast:
-        return A8Config(tokens, True, 2 * min(tiles, max(ctas // 2, 1)), raster, 0, 0)
     shared_tiles = min(shared_tiles, tiles)
     ctas = max(min(ctas, tiles - shared_tiles), workers, 1)
-    return A8Config(tokens, False, ctas, raster, shared_tiles, workers if shared_tiles else 0)
+    return A8Config(tokens, multicast, ctas, raster, shared_tiles, workers if shared_tiles else 0)
 
 
 FORMS = [
@@ -297,8 +292,11 @@ class TestOnHopper:
             pytest.skip("no such tile")
         m = 2 * tokens + 3
         case = Case(m, n, 1920, **form)
-        for ctas in (2, 4, 132):
-            config = cut(tokens, m, n, True, ctas=ctas)
+        configs = [cut(tokens, m, n, True, ctas=ctas) for ctas in (1, 2, 66)]
+        for shared_tiles, workers in ((1, 2), (2, 5), (3, 2), (100, 16)):
+            tiles = -(-n // (2 * ROWS)) * 3
+            configs.append(cut(tokens, m, n, True, shared_tiles, min(workers, min(shared_tiles, tiles) * 15)))
+        for config in configs:
             first = case.run(config)
             case.check(first)
             for _ in range(5):

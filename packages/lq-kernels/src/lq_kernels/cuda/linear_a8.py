@@ -85,11 +85,11 @@ class A8Config:
 
     Attributes:
         tokens: Tokens of a tile.
-        multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other.
+        multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. Everything below
+            then counts pairs.
         ctas: CTAs in the grid.
-        raster: Row tiles (pairs of them with multicast) in a band; a band's tiles are taken for all tokens before the next
-            band's.
-        shared_tiles: Tiles whose K steps are shared among CTAs; none with multicast.
+        raster: Row tiles in a band; a band's tiles are taken for all tokens before the next band's.
+        shared_tiles: Tiles whose K steps are shared among CTAs.
         workers: CTAs that share them.
     """
 
@@ -101,13 +101,18 @@ class A8Config:
     workers: int
 
     @property
+    def sharers(self) -> int:
+        """CTAs that have the same tokens."""
+        return 2 if self.multicast else 1
+
+    @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
         return (f"LQ_TOKENS={self.tokens}", f"LQ_MULTICAST={int(self.multicast)}")
 
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """Return how many row tiles (or pairs) and token tiles there are."""
-        return -(-n // (ROWS * (2 if self.multicast else 1))), -(-m // self.tokens)
+        return -(-n // (ROWS * self.sharers)), -(-m // self.tokens)
 
 
 def promotes(activation: str, grouped: bool) -> bool:
@@ -174,25 +179,30 @@ def candidates(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int) 
     for tokens in TOKENS:
         if (tokens > 16 and 2 * m <= tokens) or (promote and tokens > MAX_PROMOTED[bits]):
             continue  # half-empty tiles only waste
-        row_tiles, token_tiles = -(-n // ROWS), -(-m // tokens)
-        if tokens >= 64 and row_tiles > 1 and sm_count > 1:
-            pairs = -(-row_tiles // 2)
-            units = min(pairs * token_tiles, sm_count // 2)
-            yield A8Config(tokens, True, 2 * units, _raster(pairs, units, 2 * ROWS, tokens, bits), 0, 0)
-        tiles = row_tiles * token_tiles
-        raster = _raster(row_tiles, min(tiles, sm_count), ROWS, tokens, bits)
-        yield A8Config(tokens, False, min(tiles, sm_count), raster, 0, 0)
-        rest = tiles % sm_count
-        for shared_tiles in {rest, rest + sm_count} if tiles > sm_count else {rest}:
-            if not 0 < shared_tiles <= tiles:
-                continue
-            # Equal runs for all, or every tile cut in as many parts.
-            for workers in {sm_count, *(parts * shared_tiles for parts in (2, 3, 4, 8, 16, 32))}:
-                if shared_tiles < workers <= sm_count and workers <= shared_tiles * steps:
-                    ctas = max(workers, min(tiles - shared_tiles, sm_count))
-                    yield A8Config(tokens, False, ctas, raster, shared_tiles, workers)
-            if shared_tiles > sm_count:
-                yield A8Config(tokens, False, sm_count, raster, shared_tiles, sm_count)
+        for multicast in (True, False) if tokens >= 64 and n > ROWS and sm_count > 1 else (False,):
+            rows, slots = (2 * ROWS, sm_count // 2) if multicast else (ROWS, sm_count)
+            row_tiles, token_tiles = -(-n // rows), -(-m // tokens)
+            tiles = row_tiles * token_tiles
+            # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
+            height = math.sqrt(min(tiles, slots) * tokens * 8 / (rows * bits))
+            raster = -(-row_tiles // max(1, round(row_tiles / height)))
+            for ctas, shared_tiles, workers in _shares(tiles, steps, slots):
+                yield A8Config(tokens, multicast, ctas, raster, shared_tiles, workers)
+
+
+def _shares(tiles: int, steps: int, slots: int) -> Iterator[tuple[int, int, int]]:
+    """Yield CTAs in the grid, tiles that they share and how many share them, with ``slots`` CTAs at once."""
+    yield min(tiles, slots), 0, 0
+    rest = tiles % slots
+    for shared_tiles in {rest, rest + slots} if tiles > slots else {rest}:
+        if not 0 < shared_tiles <= tiles:
+            continue
+        # Equal runs for all, or every tile cut in as many parts.
+        for workers in {slots, *(parts * shared_tiles for parts in (2, 3, 4, 8, 16, 32))}:
+            if shared_tiles < workers <= slots and workers <= shared_tiles * steps:
+                yield max(workers, min(tiles - shared_tiles, slots)), shared_tiles, workers
+        if shared_tiles > slots:
+            yield slots, shared_tiles, slots
 
 
 def cost(config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> float:
@@ -204,25 +214,18 @@ def cost(config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, sca
     """
     steps = -(-k // STEP)
     row_tiles, token_tiles = config.tiles(m, n)
-    units = config.ctas // (2 if config.multicast else 1)
     products = ROWS * config.tokens * STEP / _PRODUCTS * (1.2 if promote else 1.0) + 40
-    loaded = config.tokens * STEP / (2 if config.multicast else 1) + _weight_bytes(bits, scale_bytes)
+    loaded = config.tokens * STEP / config.sharers + _weight_bytes(bits, scale_bytes)
     step = max(products, loaded / _L2)
     stored = 600 + 6 * config.tokens
-    clocks = 1.0 * -(-(row_tiles * token_tiles - config.shared_tiles) // units) * (steps * step + stored)
+    clocks = 1.0 * -(-(row_tiles * token_tiles - config.shared_tiles) // config.ctas) * (steps * step + stored)
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         parts = config.workers / config.shared_tiles + (config.workers % config.shared_tiles != 0)
         part = config.tokens * ROWS * 4 / 40
         clocks += run * step + stored + 1500 + (1.0 + parts) * part
-    weights = n * k * bits / 8 / (min(config.ctas, sm_count) * _DRAM)
+    weights = n * k * bits / 8 / (min(config.ctas * config.sharers, sm_count) * _DRAM)
     return 3500 + max(clocks, weights)
-
-
-def _raster(row_tiles: int, units: int, rows: int, tokens: int, bits: int) -> int:
-    """Return the row tiles of a band: what runs at once reads least where it reads as much of weights as of tokens."""
-    height = math.sqrt(units * tokens * 8 / (rows * bits))
-    return -(-row_tiles // max(1, round(row_tiles / height)))
 
 
 def _weight_bytes(bits: int, scale_bytes: int) -> int:
@@ -279,12 +282,16 @@ def linear(
     partials: Tensor | int = 0
     arrivals: Tensor | int = 0
     if config.shared_tiles:
-        partials, arrivals = workspace(codes.device, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
-    tokens_map = tensor_map(codes, config.tokens // (2 if config.multicast else 1), STEP)
+        partials, arrivals = workspace(
+            codes.device,
+            2 * config.workers * config.sharers * config.tokens * ROWS,
+            config.shared_tiles * config.sharers,
+        )
+    tokens_map = tensor_map(codes, config.tokens // config.sharers, STEP)
     launch(
         "linear_a8",
         "linear_a8",
-        (config.ctas, 1, 1),
+        (config.ctas * config.sharers, 1, 1),
         THREADS,
         shared,
         codes.device,

@@ -13,10 +13,11 @@
 // - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both. 8 bits take half the
 //   time of 16 with as many bytes a product, so what L2 can deliver, not arithmetic, is the first limit. A stage is free when the
 //   consumers of both CTAs have released it.
-// - Without it, stream-K as in prefill_a16.cu: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for
-//   each of the first `workers` CTAs. CTAs that have a part of a tile leave their sums in a workspace; the last to come adds them up, in
-//   the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
-// - Tiles are numbered in bands of `raster` row tiles (pairs of them with multicast), all tokens of a band before the next.
+// - Stream-K as in prefill_a16.cu: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the
+//   first `workers` CTAs. CTAs that have a part of a tile leave their sums in a workspace; the last to come adds them up, in the order
+//   of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
+// - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next. With multicast, pairs of CTAs do all this as
+//   one, and a tile is a pair of neighbouring row tiles.
 //
 // Accuracy: int8 sums are exact (K * 127 * 128 < 2^31), and one fp32 rounding when scaled, promoted or not; groups are then added in
 // fp32. e4m3 sums: see wgmma_a8.cuh. Bitwise reproducible: the order of all sums is fixed.
@@ -410,18 +411,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
       const bool cut = work.start(work.first) < work.tile * work.steps;  // the first worker has a tile before this one
       const auto part_of = [&](int worker) {
-        return partials + static_cast<i64>(2 * worker + (cut && worker == work.first)) * (kUnits * kConsumers) + thread;
+        const int part = 2 * worker + (cut && worker == work.first);
+        return partials + static_cast<i64>(part * kSharers + rank) * (kUnits * kConsumers) + thread;
       };
       float4* const mine = part_of(cta);
+      int* const arrival = arrivals + work.tile * kSharers + rank;
 #pragma unroll
       for (int j = 0; j < kUnits; ++j)
         __stcg(mine + j * kConsumers, float4{total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]});
       __threadfence();
       named_barrier(3, kConsumers);
-      if (thread == 0) *arrived = add_acquire_release(arrivals + work.tile, 1);
+      if (thread == 0) *arrived = add_acquire_release(arrival, 1);
       named_barrier(3, kConsumers);
       if (uniform(*arrived) < work.last - work.first) continue;
-      if (thread == 0) arrivals[work.tile] = 0;  // for the next launch
+      if (thread == 0) *arrival = 0;  // for the next launch
       constexpr int kAtOnce = kUnits < 4 ? kUnits : 4;
 #pragma unroll
       for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
