@@ -22,7 +22,7 @@ def test_demo_prints_one_row_a_scheme(lq_eval, tmp_path):
     assert result.exit_code == 0, result.output
     (found,) = read_records(record)
     rows = {row["scheme"]: row for row in found.rows}
-    assert len(rows) == 11
+    assert len(rows) == 13
     for scheme, row in rows.items():
         assert scheme in result.output
         assert row["perplexity"] > 15
@@ -30,7 +30,7 @@ def test_demo_prints_one_row_a_scheme(lq_eval, tmp_path):
         assert row["decode_tokens_per_second"] > 0
     assert rows["float"]["bits_per_weight"] == 16
     assert rows["int4-g128"]["bits_per_weight"] == 4.125
-    assert rows["int4-g128"]["kl"] > rows["int8"]["kl"] > 0
+    assert rows["int4-g128"]["kl"] > rows["int4-g128-mse"]["kl"] > rows["int8"]["kl"] > 0
     assert rows["int8"]["total_bytes"] < rows["float"]["total_bytes"]
 
 

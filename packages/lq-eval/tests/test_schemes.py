@@ -15,9 +15,17 @@ def normal():
     [
         ("int8", Int8WeightOnlyConfig()),
         ("int8-tensor", Int8WeightOnlyConfig(granularity="tensor")),
-        ("int4-g64", Int4WeightOnlyConfig(group_size=64)),
-        ("int4-row-asym", Int4WeightOnlyConfig(group_size=-1, symmetric=False)),
-        ("int4-g128:gemlite", Int4WeightOnlyConfig(group_size=128, int4_packing_format="gemlite")),
+        ("int4-g64", Int4WeightOnlyConfig(group_size=64, int4_choose_qparams_algorithm="rtn")),
+        ("int4-g64-rtn", Int4WeightOnlyConfig(group_size=64, int4_choose_qparams_algorithm="rtn")),
+        ("int4-g64-mse", Int4WeightOnlyConfig(group_size=64)),
+        (
+            "int4-row-asym-hqq",
+            Int4WeightOnlyConfig(group_size=-1, symmetric=False, int4_choose_qparams_algorithm="hqq"),
+        ),
+        (
+            "int4-g128-mse:gemlite",
+            Int4WeightOnlyConfig(group_size=128, int4_packing_format="gemlite", int4_choose_qparams_algorithm="mse"),
+        ),
         ("q4_0", GGMLWeightOnlyConfig("q4_0")),
     ],
 )

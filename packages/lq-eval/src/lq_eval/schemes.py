@@ -5,6 +5,7 @@ A scheme is a short name for a configuration of :func:`lq_torch.quantize_`::
     int8  int8-tensor                         8 bits, one scale a row or for the tensor
     int4-g128  int4-g128-asym                 4 bits, symmetric or asymmetric, one scale per 128 in features
     int4-row  int4-row-asym                   4 bits, one scale a row
+    int4-g128-mse  int4-g128-asym-hqq         scales and zeros searched (without: round to nearest)
     int4-g128:gemlite                         the same numbers in another packing
     int4-g128-a8-fp8  int8-a8-int8            activations quantized per token on each call, to fp8 or int8
     q4_0                                      ggml blocks
@@ -22,7 +23,9 @@ from lq_formats import SpecError, UnsupportedError, check_float, check_matrix
 from lq_torch import GGMLWeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
 from torch import Tensor
 
-_INT4 = re.compile(r"int4-(?:g(?P<group>\d+)|row)(?P<asym>-asym)?(?::(?P<format>[a-z0-9_]+))?")
+_INT4 = re.compile(
+    r"int4-(?:g(?P<group>\d+)|row)(?P<asym>-asym)?(?:-(?P<algorithm>rtn|mse|hqq))?(?::(?P<format>[a-z0-9_]+))?"
+)
 _DYNAMIC = re.compile(r"(?P<weight>int4-(?:g\d+|row)|int8)-a8-(?P<activation>fp8|int8)")
 _GGML = re.compile(r"q\d_\d")
 
@@ -33,6 +36,8 @@ DEMO_SCHEMES = (
     "q4_0",
     "int4-g128",
     "int4-g128-asym",
+    "int4-g128-mse",
+    "int4-g128-asym-mse",
     "int4-g256",
     "int4-g256-asym",
     "int4-row",
@@ -62,10 +67,12 @@ def parse_scheme(name: str, scale_dtype: torch.dtype | None = None) -> WeightCon
     match = _INT4.fullmatch(name)
     if match is None:
         raise SpecError(
-            f"unknown scheme {name!r}: expected int8, int8-tensor, int4-g<group>, int4-row (either with -asym and "
-            "with :<packing format>), int4-g<group>-a8-fp8, int8-a8-int8 or q4_0"
+            f"unknown scheme {name!r}: expected int8, int8-tensor, int4-g<group>, int4-row (either with -asym, "
+            "-mse or -hqq and :<packing format>), int4-g<group>-a8-fp8, int8-a8-int8 or q4_0"
         )
-    options: dict[str, Any] = {"int4_packing_format": match["format"]} if match["format"] else {}
+    options: dict[str, Any] = {"int4_choose_qparams_algorithm": match["algorithm"] or "rtn"}
+    if match["format"]:
+        options["int4_packing_format"] = match["format"]
     return Int4WeightOnlyConfig(
         group_size=int(match["group"]) if match["group"] else -1,
         symmetric=match["asym"] is None,

@@ -42,6 +42,7 @@ from lq_formats.ggml import (
 )
 from lq_formats.int4 import dequantize_i4_pack8, pack_int4, quantize_i4_pack8, unpack_int4
 from lq_formats.int8 import dequantize_weight_int8, quantize_weight_per_channel, quantize_weight_per_tensor
+from lq_formats.search import search_qparams
 from lq_formats.spec import QuantSpec
 from lq_formats.validation import check_elements, check_finite, check_float, check_matrix
 
@@ -93,6 +94,7 @@ __all__ = [
     "quantize_q8_1",
     "quantize_weight_per_channel",
     "quantize_weight_per_tensor",
+    "search_qparams",
     "unpack_bits",
     "unpack_int4",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lq_formats import ShapeError, SpecError, ggml_format
+from lq_formats.search import ALGORITHMS
 from torch import Tensor
 
 from lq_torch.tensors import (
@@ -123,6 +124,8 @@ class Int4WeightOnlyConfig(WeightConfig):
         int4_packing_format: Where the bits are; see :class:`Int4PackingFormat`.
         symmetric: No zero points. gemlite takes symmetric weights only.
         scale_dtype: dtype of the scales; None for the weight's.
+        int4_choose_qparams_algorithm: How scales and zeros are chosen: ``"mse"`` searches ranges, ``"hqq"`` refits zeros,
+            ``"rtn"`` represents the whole range (:func:`lq_formats.search_qparams`).
     """
 
     name: ClassVar[str] = "int4_weight_only"
@@ -130,8 +133,12 @@ class Int4WeightOnlyConfig(WeightConfig):
     int4_packing_format: Int4PackingFormat = Int4PackingFormat.PLAIN
     symmetric: bool = True
     scale_dtype: torch.dtype | None = None
+    int4_choose_qparams_algorithm: Literal["rtn", "mse", "hqq"] = "mse"
 
     def __post_init__(self) -> None:
+        algorithm = self.int4_choose_qparams_algorithm
+        if algorithm not in ALGORITHMS:
+            raise SpecError(f"int4_choose_qparams_algorithm={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
         try:
             packing = Int4PackingFormat(self.int4_packing_format)
         except ValueError:
@@ -149,15 +156,18 @@ class Int4WeightOnlyConfig(WeightConfig):
 
     def quantize(self, w: Tensor) -> LowBitTensor:
         """Return ``w: (N, K)`` as the tensor subclass of the packing format."""
+        algorithm = self.int4_choose_qparams_algorithm
         if self.int4_packing_format is Int4PackingFormat.TILE_PACKED_TO_4D:
-            return Int4TilePackedTensor.from_hp(w, self.group_size, symmetric=self.symmetric)
+            return Int4TilePackedTensor.from_hp(w, self.group_size, symmetric=self.symmetric, algorithm=algorithm)
         if self.int4_packing_format is Int4PackingFormat.GEMLITE:
             from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
 
-            packed: LowBitTensor = Int4GemliteTensor.from_hp(w, group_size=self.group_size)
+            packed: LowBitTensor = Int4GemliteTensor.from_hp(w, self.group_size, algorithm=algorithm)
             return packed
         cls = Int4PreshuffledTensor if self.int4_packing_format is Int4PackingFormat.PRESHUFFLED else Int4Tensor
-        return cls.from_hp(w, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
+        return cls.from_hp(
+            w, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype, algorithm=algorithm
+        )
 
     def validate(self, w: Tensor) -> None:
         """Raise a named error if ``w`` cannot be quantized so."""

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Self
 
 import torch
-from lq_formats import FormatError, QuantSpec, choose_qparams, pack_int4, quantize_affine
+from lq_formats import FormatError, QuantSpec, pack_int4, quantize_affine, search_qparams
 from lq_kernels import int4_dequantize, int4_linear
 from torch import Tensor
 
@@ -17,7 +17,7 @@ class Int4Tensor(LowBitTensor):
     Attributes:
         qdata: ``(N, ceil(K / 8)) int32``, the canonical packing (:func:`lq_formats.pack_int4`).
         scale: ``(N, K // group_size)``.
-        zero: ``(N, K // group_size) uint8``, or None for symmetric weights.
+        zero: ``(N, K // group_size)``, uint8 or of scale's dtype; None for symmetric weights.
         group_size: In features per scale (K: one scale a row).
     """
 
@@ -37,6 +37,7 @@ class Int4Tensor(LowBitTensor):
         *,
         symmetric: bool = True,
         scale_dtype: torch.dtype | None = None,
+        algorithm: str = "rtn",
     ) -> Self:
         """Quantize a floating point weight to the nearest codes.
 
@@ -45,13 +46,16 @@ class Int4Tensor(LowBitTensor):
             group_size: A divisor of K from 8 up; -1 for one scale a row.
             symmetric: No zero points.
             scale_dtype: dtype of the scales; None for w's.
+            algorithm: How scales and zeros are chosen: ``"rtn"``, ``"mse"`` or ``"hqq"``
+                (:func:`lq_formats.search_qparams`). Zeros that were searched have the scales' dtype, not uint8.
 
         Raises:
+            SpecError: If the algorithm is none of these.
             ShapeError, GroupSizeError, DTypeError, NonFiniteError: If ``w`` cannot be quantized so.
         """
         check_weight(w)
         spec = int4_spec(group_size, symmetric, scale_dtype or w.dtype)
-        scale, zero = choose_qparams(w, spec)
+        scale, zero = search_qparams(w, spec, algorithm)
         qdata = pack_int4(quantize_affine(w, scale, zero, spec))
         resolved = spec.resolve_group_size(w.shape[1])
         return cls.from_packed(qdata, scale, zero, group_size=resolved, in_features=w.shape[1], dtype=w.dtype)

@@ -11,9 +11,9 @@ from lq_formats import (
     ShapeError,
     SpecError,
     check_finite,
-    choose_qparams,
     pack_bits,
     quantize_affine,
+    search_qparams,
 )
 from lq_formats.layouts import GEMLITE
 from torch import Tensor
@@ -65,13 +65,14 @@ class Int4GemliteTensor(LowBitTensor):
     kernel: str | None
 
     @classmethod
-    def from_hp(cls, w: Tensor, group_size: int = 128, bits: int = 4) -> Self:
+    def from_hp(cls, w: Tensor, group_size: int = 128, bits: int = 4, *, algorithm: str = "rtn") -> Self:
         """Quantize a floating point weight to the nearest codes; needs neither gemlite nor a GPU.
 
         Args:
             w: ``(N, K)`` fp16, bf16 or fp32, K a multiple of 32.
             group_size: A divisor of K from 16 up; -1 for one scale a row.
             bits: 1, 2, 4 or 8.
+            algorithm: How scales are chosen (:func:`lq_formats.search_qparams`); one bit has a rule of its own.
 
         Raises:
             ShapeError, GroupSizeError, DTypeError, SpecError, NonFiniteError: If ``w`` cannot be quantized so.
@@ -89,7 +90,7 @@ class Int4GemliteTensor(LowBitTensor):
             codes = (groups >= 0).to(torch.uint8).reshape(rows, columns)
         else:
             spec = QuantSpec(bits, "group", size, True, scale_dtype)
-            scale, _ = choose_qparams(w, spec)
+            scale, _ = search_qparams(w, spec, algorithm)
             codes = quantize_affine(w, scale, None, spec)
         tensors = {"qdata": pack_bits(codes, bits, torch.int32), "scale": scale}
         attributes = {"bits": bits, "group_size": size, "kernel": None}

@@ -23,9 +23,9 @@ from lq_formats import (
     GroupSizeError,
     ShapeError,
     UnsupportedError,
-    choose_qparams,
     pack_int4,
     quantize_affine,
+    search_qparams,
     unpack_int4,
 )
 from torch import Tensor
@@ -106,8 +106,8 @@ class Int4TilePackedTensor(LowBitTensor):
     symmetric: bool
 
     @classmethod
-    def from_hp(cls, w: Tensor, group_size: int = 128, *, symmetric: bool = True) -> Self:
-        """Quantize a bf16 weight ``(N, K)`` with N % 8 == 0 and K % 128 == 0.
+    def from_hp(cls, w: Tensor, group_size: int = 128, *, symmetric: bool = True, algorithm: str = "rtn") -> Self:
+        """Quantize a bf16 weight ``(N, K)`` with N % 8 == 0 and K % 128 == 0; zeros are integers.
 
         Raises:
             DTypeError: If ``w`` is not bf16.
@@ -116,7 +116,7 @@ class Int4TilePackedTensor(LowBitTensor):
         """
         cls.check_shape(w, group_size)
         spec = int4_spec(group_size, symmetric, torch.bfloat16)
-        scale, zero = choose_qparams(w, spec)
+        scale, zero = search_qparams(w, spec, algorithm, integer_zero=True)
         codes = quantize_affine(w, scale, zero, spec)
         tensors = {"qdata": pack_tile_4d(codes), "scale_and_zero": _with_offset(scale, zero)}
         return cls(tensors, {"group_size": group_size, "symmetric": symmetric}, w.shape, w.dtype)

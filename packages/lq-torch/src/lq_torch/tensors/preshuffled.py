@@ -54,9 +54,11 @@ class Int4PreshuffledTensor(LowBitTensor):
         *,
         symmetric: bool = True,
         scale_dtype: torch.dtype | None = None,
+        algorithm: str = "rtn",
     ) -> Self:
         """Quantize as :meth:`Int4Tensor.from_hp` does; the arguments and errors are the same."""
-        return cls.from_plain(Int4Tensor.from_hp(w, group_size, symmetric=symmetric, scale_dtype=scale_dtype))
+        plain = Int4Tensor.from_hp(w, group_size, symmetric=symmetric, scale_dtype=scale_dtype, algorithm=algorithm)
+        return cls.from_plain(plain)
 
     @classmethod
     def from_plain(cls, weight: Int4Tensor) -> Self:
