@@ -29,7 +29,7 @@ SPECS = {
     "8bit-sym": QuantSpec(8, "row", None, True, torch.float32),
 }
 SEARCHES = tuple(name for name in ALGORITHMS if name != "rtn")
-POWER = {"mse": 3.0, "hqq": 0.7}
+POWER = {"mse": 3.2, "hqq": 0.7}
 
 
 def weights(rows=48, columns=256, seed=0, dtype=torch.float32):
@@ -83,9 +83,9 @@ def test_the_clip_of_one_group_is_the_best_of_the_grid():
     most = float(w.abs().max())
     shares = [*torch.linspace(0.6, 1, 30), *torch.linspace(1, 8 / 7, 13)[1:]]
     grid = [most / 7] + [sign * most * float(share) / 8 for share in shares for sign in (1, -1)]
-    errors = [error(w, torch.tensor([[scale]]), None, spec, 3.0) for scale in grid]
+    errors = [error(w, torch.tensor([[scale]]), None, spec, 3.2) for scale in grid]
     scale, _ = search_qparams(w, spec, "mse")
-    assert error(w, scale, None, spec, 3.0) == pytest.approx(min(errors), rel=1e-5)
+    assert error(w, scale, None, spec, 3.2) == pytest.approx(min(errors), rel=1e-5)
 
 
 def test_a_scale_may_be_negative_where_the_far_end_is_above():

@@ -127,8 +127,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     """Return the clocks that a cut takes by a model.
 
     Products go by the table above. A launch costs 1,500 clocks, storing a tile 8 a token. The parts of a tile are written to
-    L2 at 100 bytes a clock and read back, one after the other, at 26; that begins 4,500 clocks late, and later where runs do
-    not begin with tiles.
+    L2 at 100 bytes a clock and read back, one after the other, at 26; that begins 4,500 clocks late and 23 for each token,
+    and later where runs do not begin with tiles.
     """
     steps = -(-k // (512 // bits))
     tiles = -(-n // ROWS) * -(-m // config.tokens)
@@ -139,7 +139,7 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0
         parts = config.workers / config.shared_tiles + uneven
-        clocks += run * products + stored + 4500 + 1500 * uneven
+        clocks += run * products + stored + 4500 + 23 * config.tokens + 1500 * uneven
         clocks += config.tokens * ROWS * 4 * (1 / 100 + parts / 26)
     weights = n * k * bits / 8 / (min(config.ctas, sm_count) * 17)
     return 1500 + max(clocks, weights)
