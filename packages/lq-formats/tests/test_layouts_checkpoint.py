@@ -286,6 +286,18 @@ def test_what_a_format_cannot_hold_is_named():
         GPTQ.pack(AffineWeight(torch.full((8, 8), 16, dtype=torch.uint8), torch.ones(8, 1).half(), None))
 
 
+@pytest.mark.parametrize("layout", [GPTQ, GPTQ_V2, AWQ, COMPRESSED_TENSORS], ids=lambda layout: layout.name)
+def test_floating_zeros_that_are_integers_are_stored_as_such(layout):
+    weight = random_weight(8, 64, 2)
+    floats = replace(weight, zero=weight.zero.to(torch.float16))
+    for name, tensor in layout.pack(weight).items():
+        assert torch.equal(layout.pack(floats)[name], tensor)
+    for odd in (7.5, -1.0, 16.0):
+        floats.zero[3, 1] = odd
+        with pytest.raises(UnsupportedError, match=f"{layout.name} stores integer zeros"):
+            layout.pack(floats)
+
+
 def test_impossible_groups_are_named():
     weight = random_weight(8, 64, 4, g_idx=True)
     tensors = GPTQ.pack(weight)
@@ -320,7 +332,7 @@ def test_weights_check_themselves():
     with pytest.raises(ShapeError, match="zero has shape"):
         AffineWeight(codes, scale, torch.zeros(4, 1, dtype=torch.uint8))
     with pytest.raises(DTypeError, match="zero has dtype"):
-        AffineWeight(codes, scale, torch.zeros(4, 2))
+        AffineWeight(codes, scale, torch.zeros(4, 2, dtype=torch.int32))
     with pytest.raises(ShapeError, match="g_idx has shape"):
         AffineWeight(codes, scale, None, 4, torch.zeros(4, dtype=torch.int32))
     with pytest.raises(DTypeError, match="g_idx has dtype"):

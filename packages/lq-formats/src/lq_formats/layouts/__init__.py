@@ -3,7 +3,7 @@
 Two kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``, ``FRAGMENT_INT4``,
 ``FRAGMENT_INT8``, ``FRAGMENT_A8_INT8``, ``FRAGMENT_A8_FP8``) turns codes ``(N, K)`` into one
 tensor; scales and zeros are kept beside it. A *checkpoint layout* (``GPTQ``, ``GPTQ_V2``, ``AWQ``,
-``COMPRESSED_TENSORS``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
+``COMPRESSED_TENSORS``, ``HQQ``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
 linear layer. Both directions are exact: no layout rounds, and what a format cannot hold is an error.
 """
 
@@ -14,6 +14,7 @@ from lq_formats.layouts.fragment import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLa
 from lq_formats.layouts.fragment8 import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, Fragment8Layout
 from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
 from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
+from lq_formats.layouts.hqq import HQQ, HQQLayout
 from lq_formats.layouts.int4 import INT4, Int4Layout
 from lq_formats.layouts.int8 import INT8, Int8Layout
 
@@ -27,6 +28,7 @@ __all__ = [
     "GEMLITE",
     "GPTQ",
     "GPTQ_V2",
+    "HQQ",
     "INT4",
     "INT8",
     "AWQLayout",
@@ -36,6 +38,7 @@ __all__ = [
     "FragmentLayout",
     "GPTQLayout",
     "GemliteLayout",
+    "HQQLayout",
     "Int4Layout",
     "Int8Layout",
 ]

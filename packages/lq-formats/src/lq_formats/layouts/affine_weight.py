@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.affine import dequantize_affine
-from lq_formats.errors import DTypeError, FormatError, GroupSizeError, ShapeError, SpecError
+from lq_formats.errors import DTypeError, FormatError, GroupSizeError, ShapeError, SpecError, UnsupportedError
 from lq_formats.spec import MIN_GROUP_SIZE, QuantSpec
 from lq_formats.validation import check_device, check_float, check_matrix
 
@@ -20,7 +20,7 @@ class AffineWeight:
     Attributes:
         codes: ``(N, K) uint8`` in ``[0, 2**bits - 1]``.
         scale: ``(N, G)`` float16, bfloat16 or float32.
-        zero: ``(N, G) uint8``, or None if symmetric: the zero is ``2**(bits - 1)``.
+        zero: ``(N, G)`` uint8 or of the scales' dtype; None if symmetric: the zero is ``2**(bits - 1)``.
         bits: 1 to 8.
         g_idx: ``(K,) int32``: the group of each in feature, where groups are not runs of ``K / G`` consecutive in
             features (GPTQ's ``desc_act``); None where they are.
@@ -51,8 +51,8 @@ class AffineWeight:
         if self.groups > 1 and self.group_size < MIN_GROUP_SIZE:
             raise GroupSizeError(f"groups of {self.group_size} in features: expected at least {MIN_GROUP_SIZE}")
         if self.zero is not None:
-            if self.zero.dtype != torch.uint8:
-                raise DTypeError(f"zero has dtype {self.zero.dtype}: expected uint8")
+            if self.zero.dtype not in (torch.uint8, self.scale.dtype):
+                raise DTypeError(f"zero has dtype {self.zero.dtype}: expected uint8 or the scales' {self.scale.dtype}")
             if self.zero.shape != self.scale.shape:
                 raise ShapeError(f"zero has shape {tuple(self.zero.shape)}: expected {tuple(self.scale.shape)}")
         if self.g_idx is not None:
@@ -91,6 +91,24 @@ class AffineWeight:
         if self.groups == 1:
             return QuantSpec(self.bits, "row", None, self.zero is None, self.scale.dtype)
         return QuantSpec(self.bits, "group", self.group_size, self.zero is None, self.scale.dtype)
+
+    def stored_zero(self, layout: str) -> Tensor:
+        """Return the zeros as formats store them that know integers only: ``(N, G) uint8``, the midpoint if symmetric.
+
+        Raises:
+            UnsupportedError: If a zero is not one of the codes.
+        """
+        if self.zero is None:
+            return torch.full_like(self.scale, 1 << (self.bits - 1), dtype=torch.uint8)
+        if self.zero.dtype == torch.uint8:
+            return self.zero
+        whole = self.zero.round().clamp(0, (1 << self.bits) - 1)
+        if not torch.equal(whole, self.zero):
+            raise UnsupportedError(
+                f"{layout} stores integer zeros, and this weight has floating point zeros that are none: quantize it "
+                "symmetrically, with integer zeros or round-to-nearest, or export it as hqq"
+            )
+        return whole.to(torch.uint8)
 
     def sorted_by_group(self) -> tuple["AffineWeight", Tensor | None]:
         """Permute the in features so that groups are consecutive: once at load time instead of at every product.

@@ -56,7 +56,7 @@ class AWQLayout:
         """Return ``qweight``, ``qzeros`` and ``scales`` of a weight.
 
         Raises:
-            UnsupportedError: If the weight has not 4 bits, or has a ``g_idx``.
+            UnsupportedError: If the weight has not 4 bits, has a ``g_idx``, or zeros that are not integers.
             DTypeError: If the scales are float32, which the format does not store: quantize with float16 scales.
             SpecError, ShapeError, GroupSizeError: As in :meth:`packed_shape`, or if a code does not fit.
         """
@@ -67,12 +67,9 @@ class AWQLayout:
         if weight.scale.dtype not in _SCALE_DTYPES:
             raise DTypeError("awq stores float16 or bfloat16 scales; quantize with one of these scale dtypes")
         self.packed_shape(weight.out_features, weight.in_features, weight.groups)
-        zero = weight.zero
-        if zero is None:
-            zero = torch.full_like(weight.scale, 1 << (BITS - 1), dtype=torch.uint8)
         return {
             "qweight": _pack(weight.codes.t()),
-            "qzeros": _pack(zero.t()),
+            "qzeros": _pack(weight.stored_zero(self.name).t()),
             "scales": weight.scale.t().contiguous(),
         }
 

@@ -67,6 +67,7 @@ class CompressedTensorsLayout:
         """Return ``weight_packed``, ``weight_scale``, ``weight_shape`` and what the weight needs of the other two.
 
         Raises:
+            UnsupportedError: If the zeros are not integers.
             SpecError, GroupSizeError: As in :meth:`packed_shape`, or if a code does not fit.
         """
         self.packed_shape(weight.out_features, weight.in_features, weight.groups, weight.bits)
@@ -77,7 +78,9 @@ class CompressedTensorsLayout:
             "weight_shape": torch.tensor([weight.out_features, weight.in_features], dtype=torch.int64, device=device),
         }
         if weight.zero is not None:
-            tensors["weight_zero_point"] = pack_bits(weight.zero.t(), weight.bits, torch.int32).t().contiguous()
+            tensors["weight_zero_point"] = (
+                pack_bits(weight.stored_zero(self.name).t(), weight.bits, torch.int32).t().contiguous()
+            )
         if weight.g_idx is not None:
             tensors["weight_g_idx"] = weight.g_idx.clone()
         return tensors

@@ -8,12 +8,14 @@ from torch import Tensor
 from lq_formats.errors import DTypeError, FormatError, ShapeError
 
 
-def take(tensors: Mapping[str, Tensor], name: str, layout: str, dtypes: tuple[torch.dtype, ...], rank: int) -> Tensor:
+def take(
+    tensors: Mapping[str, Tensor], name: str, layout: str, dtypes: tuple[torch.dtype, ...], rank: int | None
+) -> Tensor:
     """Return ``tensors[name]``.
 
     Raises:
         FormatError: If it is missing.
-        DTypeError, ShapeError: If it is not of one of ``dtypes``, or not of rank ``rank``.
+        DTypeError, ShapeError: If it is not of one of ``dtypes``, or not of rank ``rank`` (any, if None).
     """
     if name not in tensors:
         raise FormatError(f"{layout} layer has no tensor {name!r}: it has {sorted(tensors)}")
@@ -21,7 +23,7 @@ def take(tensors: Mapping[str, Tensor], name: str, layout: str, dtypes: tuple[to
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise DTypeError(f"{layout} tensor {name!r} has dtype {tensor.dtype}: expected {expected}")
-    if tensor.dim() != rank:
+    if rank is not None and tensor.dim() != rank:
         raise ShapeError(f"{layout} tensor {name!r} has shape {tuple(tensor.shape)}: expected {rank} dimensions")
     return tensor
 

@@ -88,14 +88,13 @@ class GPTQLayout:
 
         Raises:
             DTypeError: If the scales are float32, which the format does not store: quantize with float16 scales.
+            UnsupportedError: If the zeros are not integers.
             SpecError, ShapeError, GroupSizeError: As in :meth:`packed_shape`, or if a code does not fit.
         """
         self.packed_shape(weight.out_features, weight.in_features, weight.groups, weight.bits)
         if weight.scale.dtype not in _SCALE_DTYPES:
             raise DTypeError(f"{self.name} stores float16 or bfloat16 scales; quantize with one of these scale dtypes")
-        zero = weight.zero
-        if zero is None:
-            zero = torch.full_like(weight.scale, 1 << (weight.bits - 1), dtype=torch.uint8)
+        zero = weight.stored_zero(self.name)
         mask = (1 << weight.bits) - 1
         g_idx = weight.g_idx
         if g_idx is None:
