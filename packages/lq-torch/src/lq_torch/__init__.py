@@ -9,6 +9,7 @@ from lq_torch.config import (
     WeightConfig,
 )
 from lq_torch.config_dynamic import Int4DynamicActivationConfig, Int8DynamicActivationConfig
+from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.gemlite_config import GemliteConfig
 from lq_torch.integrations.gemlite import force_kernel, load_kernel_cache, save_kernel_cache
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
@@ -26,6 +27,7 @@ from lq_torch.tensors import (
     Int8DynamicTensor,
     Int8PreshuffledTensor,
     Int8Tensor,
+    IntxTensor,
     LowBitTensor,
 )
 from lq_torch.warmup import warmup
@@ -50,6 +52,8 @@ __all__ = [
     "Int8PreshuffledTensor",
     "Int8Tensor",
     "Int8WeightOnlyConfig",
+    "IntxTensor",
+    "IntxWeightOnlyConfig",
     "LowBitTensor",
     "QuantizedLinear",
     "SafetensorsHeader",

@@ -9,6 +9,7 @@ from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
 from lq_torch.tensors.int4_tile_packed import Int4TilePackedTensor
 from lq_torch.tensors.int8 import Int8Tensor
 from lq_torch.tensors.int8_dynamic import Int8DynamicTensor
+from lq_torch.tensors.intx import IntxTensor
 from lq_torch.tensors.preshuffled import Int4PreshuffledTensor, Int8PreshuffledTensor
 from lq_torch.tensors.transposed import TransposedWeight
 
@@ -23,6 +24,7 @@ __all__ = [
     "Int8DynamicTensor",
     "Int8PreshuffledTensor",
     "Int8Tensor",
+    "IntxTensor",
     "LowBitTensor",
     "TransposedWeight",
 ]

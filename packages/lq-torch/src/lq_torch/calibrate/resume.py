@@ -1,0 +1,128 @@
+"""The state of an interrupted calibration: one lq checkpoint per finished block, in a folder that the user names.
+
+    calibration.json            what the run is: configuration, options, tokens, model
+    block-00000/                written under another name, then renamed: a block is there whole or not at all
+        lq.json, model-...safetensors
+        report.json             the reports of its layers
+
+Activations are not stored: running the finished blocks again gives the same ones.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lq_formats import FormatError, SpecError
+from torch import Tensor, nn
+
+from lq_torch.calibrate.options import AWQOptions, GPTQOptions
+from lq_torch.calibrate.report import LayerReport
+from lq_torch.checkpoint import load, save_pretrained
+from lq_torch.config import WeightConfig
+
+_STATE, _REPORT, _VERSION = "calibration.json", "report.json", 1
+_SAMPLE = 4096  # values of every parameter that go into the model's fingerprint
+
+
+class ResumeFolder:
+    """A folder of finished blocks.
+
+    Args:
+        folder: Made if needed.
+        model: The dense model.
+        tokens: Calibration windows.
+        config: What weights become.
+        gptq: Options of GPTQ, or None.
+        awq: Options of AWQ, or None.
+        layers: Paths of the layers that are quantized.
+
+    Raises:
+        SpecError: If the folder holds the state of another run.
+        FormatError: If its state cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        tokens: Tensor,
+        config: WeightConfig,
+        gptq: GPTQOptions | None,
+        awq: AWQOptions | None,
+        layers: Sequence[str],
+    ) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "version": _VERSION,
+            "config": config.to_dict(),
+            "gptq": gptq and gptq.to_dict(),
+            "awq": awq and awq.to_dict(),
+            "tokens": _digest(tokens),
+            "model": _model_digest(model),
+            "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest(),
+        }
+        file = self._folder / _STATE
+        if not file.exists():
+            file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            return
+        saved = _read(file)
+        differs = [name for name in state if not isinstance(saved, dict) or saved.get(name) != state[name]]
+        if differs:
+            raise SpecError(
+                f"{self._folder} holds the state of another calibration run: {', '.join(differs)} differ; resume with the "
+                "same model, tokens and options, or name an empty folder"
+            )
+
+    def has(self, number: int) -> bool:
+        """Return whether a block is finished."""
+        return self._block(number).is_dir()
+
+    def load(self, number: int, block: nn.Module) -> list[LayerReport]:
+        """Put the weights of a finished block into ``block``; return its reports."""
+        folder = self._block(number)
+        reports = _read(folder / _REPORT)
+        try:
+            found = [LayerReport(**report) for report in reports]
+        except TypeError as error:
+            raise FormatError(f"{folder / _REPORT}: not the report of a block ({error}); delete {folder}") from None
+        load(folder, block, device=next(block.parameters()).device)
+        return found
+
+    def save(self, number: int, block: nn.Module, reports: Sequence[LayerReport]) -> None:
+        """Write a finished block."""
+        partial = self._folder / f"partial-{number:05d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_pretrained(block, partial)
+        (partial / _REPORT).write_text(json.dumps([asdict(report) for report in reports]), encoding="utf-8")
+        partial.rename(self._block(number))
+
+    def _block(self, number: int) -> Path:
+        return self._folder / f"block-{number:05d}"
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(f"{tuple(content.shape)}".encode() + content.numpy().tobytes()).hexdigest()
+
+
+def _model_digest(model: nn.Module) -> str:
+    """Return a fingerprint of names, shapes, dtypes and a sample of the values of all parameters."""
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)].float().cpu()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{file}: not the state of a calibration run ({error}); delete its folder") from None

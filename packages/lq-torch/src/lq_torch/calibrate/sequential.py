@@ -1,0 +1,209 @@
+"""Calibration block by block: each is quantized with what the quantized blocks before it make of the calibration text.
+
+Of the model, one block at a time is on the computing device, with its activations (or a batch of them, where they are
+offloaded). A block that is done is written to the resume folder, if there is one; a run that starts with that folder
+loads it instead of quantizing again, and goes on with the same bits as if it had never stopped.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lq_formats import SpecError
+from torch import Tensor, nn
+
+from lq_torch.calibrate.blocks import Stream, find_blocks, record_stream, split_batches
+from lq_torch.calibrate.layers import quantize_together
+from lq_torch.calibrate.moments import Moments
+from lq_torch.calibrate.options import AWQOptions, GPTQOptions
+from lq_torch.calibrate.report import CalibrationReport, LayerReport
+from lq_torch.calibrate.resume import ResumeFolder
+from lq_torch.calibrate.smoothing import shared_parameters, smooth
+from lq_torch.calibrate.stages import find_stages, measure
+from lq_torch.calibrate.target import Target, target_of
+from lq_torch.config import WeightConfig
+from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
+from lq_torch.tensors import LowBitTensor
+
+Progress = Callable[[int, int, LayerReport], None]
+
+
+def calibrate(
+    model: nn.Module,
+    tokens: Tensor,
+    config: WeightConfig,
+    *,
+    gptq: GPTQOptions | None,
+    awq: AWQOptions | None,
+    filter_fn: FilterFn | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    offload: bool = False,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Quantize a decoder model in place with calibration data; see :func:`lq_torch.calibrate.gptq`."""
+    started = time.monotonic()
+    batches = split_batches(tokens, batch_size)
+    layers = _checked(model, config, filter_fn)
+    blocks = find_blocks(model)
+    home = next(blocks[0][1].parameters()).device
+    where = home if device is None else torch.device(device)
+    folder = None if resume is None else ResumeFolder(resume, model, tokens, config, gptq, awq, sorted(layers))
+    calibration = _Calibration(config, gptq, awq, shared_parameters(model), progress, len(layers))
+    resumed = 0
+    with torch.no_grad(), _evaluation(model):
+        stream = record_stream(model, blocks, batches, where, torch.device("cpu") if offload else where)
+        exact = stream.copy() if gptq is not None and gptq.correct_inputs else None
+        for number, (path, block) in enumerate(blocks):
+            inside = {
+                name: layers.pop(f"{path}.{name}") for name, _ in block.named_modules() if f"{path}.{name}" in layers
+            }
+            block.to(where)
+            if folder is not None and folder.has(number):
+                float_block = copy.deepcopy(block) if exact else None
+                for report in folder.load(number, block):
+                    calibration.report(report)
+                resumed += 1
+            else:
+                before = len(calibration.reports)
+                float_block = calibration.quantize_block(number, path, block, inside, stream, exact)
+                if folder is not None:
+                    folder.save(number, block, calibration.reports[before:])
+            if number < len(blocks) - 1:
+                stream.advance(number, path, block)
+                if exact is not None and float_block is not None:
+                    exact.advance(number, path, float_block)
+            block.to(home)
+        for path, layer in layers.items():
+            calibration.without_data(path, layer, 0, "it is outside of the decoder blocks")
+    return CalibrationReport(tuple(calibration.reports), time.monotonic() - started, resumed)
+
+
+class _Calibration:
+    """The settings of a run, and the reports of what is done."""
+
+    def __init__(
+        self,
+        config: WeightConfig,
+        gptq: GPTQOptions | None,
+        awq: AWQOptions | None,
+        shared: set[int],
+        progress: Progress | None,
+        total: int,
+    ) -> None:
+        self.reports: list[LayerReport] = []
+        self._config, self._gptq, self._awq = config, gptq, awq
+        self._shared = shared
+        self._progress, self._total = progress, total
+        self._algorithm = "+".join(name for name, options in (("awq", awq), ("gptq", gptq)) if options is not None)
+
+    def report(self, layer: LayerReport) -> None:
+        """Add the report of a layer that is done."""
+        self.reports.append(layer)
+        if self._progress is not None:
+            self._progress(len(self.reports), self._total, layer)
+
+    def quantize_block(
+        self,
+        number: int,
+        path: str,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        stream: Stream,
+        exact: Stream | None,
+    ) -> nn.Module | None:
+        """Quantize the layers of one block, stage by stage; return the float block if there is an exact stream."""
+        runs = stream.runs(number, block)
+        exponents: dict[str, float] = {}
+        stages = find_stages(linears, runs[0]) if linears else []
+        if self._awq is not None and linears:
+            targets = {name: self._target(layer) for name, layer in linears.items()}
+            with named(path):
+                exponents = smooth(block, linears, runs, self._shared, targets, self._awq)
+        float_block = None if exact is None else copy.deepcopy(block)
+        for stage in stages:
+            members = {name: linears[name] for name in stage}
+            with named(path):
+                if exact is None or float_block is None:
+                    found = measure(members, runs)
+                else:
+                    originals = {name: float_block.get_submodule(name) for name in stage}
+                    found = measure(members, runs, originals, exact.runs(number, float_block))
+            for moments in found:
+                self._quantize(path, {name: members.pop(name) for name in moments.members}, moments, exponents)
+            for name, layer in members.items():
+                self.without_data(f"{path}.{name}", layer, 0, "no calibration token reaches it")
+        return float_block
+
+    def without_data(self, path: str, layer: nn.Linear, tokens: int, reason: str) -> None:
+        """Quantize a layer as quantize_ does, and say why."""
+        with named(path):
+            weight = self._config.quantize(layer.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        note = f"{reason}: quantized without data"
+        self.report(LayerReport(path, "data-free", tokens, None, _bits(weight), note=note))
+
+    def _quantize(
+        self, path: str, layers: Mapping[str, nn.Linear], moments: Moments, exponents: Mapping[str, float]
+    ) -> None:
+        """Quantize layers of a block that share their input."""
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        with named(f"{path}.{next(iter(layers))}"):
+            outcomes = quantize_together(weights, moments, self._target(next(iter(layers.values()))), self._gptq)
+        for name, layer in layers.items():
+            if outcomes is None:
+                reason = "the Hessian of its inputs has no Cholesky factor, however damped"
+                self.without_data(f"{path}.{name}", layer, moments.tokens, reason)
+                continue
+            done = outcomes[name]
+            layer.weight = nn.Parameter(done.weight, requires_grad=False)
+            self.report(
+                LayerReport(
+                    path=f"{path}.{name}",
+                    algorithm=self._algorithm,
+                    tokens=moments.tokens,
+                    error=done.error,
+                    bits_per_weight=_bits(done.weight),
+                    damping=done.damping,
+                    exponent=exponents.get(name),
+                    note=done.note,
+                )
+            )
+
+    def _target(self, layer: nn.Linear) -> Target:
+        return target_of(self._config, layer.weight.dtype)
+
+
+def _bits(weight: LowBitTensor) -> float:
+    return weight.packed_nbytes * 8 / max(weight.numel(), 1)
+
+
+def _checked(model: nn.Module, config: WeightConfig, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
+    """Return the layers to quantize by path, once it is certain that all of them can be."""
+    if not isinstance(config, WeightConfig):
+        raise SpecError(f"config is a {type(config).__name__}: expected a configuration such as Int4WeightOnlyConfig()")
+    layers = dict(select_linears(model, filter_fn))
+    if not layers:
+        raise SpecError(f"there is no Linear layer to calibrate: {why_none(model)}")
+    for path, layer in layers.items():
+        check_linear(path, layer)
+        with named(path):
+            target_of(config, layer.weight.dtype)
+            config.validate(layer.weight)
+    return layers
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode (no dropout), and back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
