@@ -52,14 +52,6 @@ __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
       "@!done bra wait_%=; }" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
-// The same, seeing what other CTAs of the cluster wrote before they arrived.
-__device__ __forceinline__ void mbarrier_wait_cluster(u64* barrier, u32 parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "wait_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait_%=; }" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
 // ---- copies from global to shared memory that complete on an mbarrier ----
 
 // L2 policies: weights are read once and should not evict activations, which are read by every CTA.
@@ -127,9 +119,6 @@ __device__ __forceinline__ u32 cluster_size() {
 // Orders nothing but the barriers of mbarrier_init_fence: a full release costs a flush to the L2.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
-// Orders this thread's writes to the cluster's shared memory before cluster_wait of the other threads.
-__device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Address of a shared variable of this CTA in the shared memory of CTA `rank`.
@@ -152,17 +141,7 @@ __device__ __forceinline__ void bulk_copy_to_cluster(u32 to, const void* shared,
 // Makes this thread's writes to shared memory visible to asynchronous copies.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void store_cluster(u32 address, float a, float b, float c, float d) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
 // ---- counters in global memory ----
-
-__device__ __forceinline__ int load_acquire(const int* from) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
 
 // Adds, and returns what was there. What the CTA wrote before (a barrier and a fence between) is seen by whoever comes later.
 __device__ __forceinline__ int add_acquire_release(int* to, int value) {
