@@ -87,6 +87,38 @@ def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
     assert saved.rows[0]["linear_bytes"] == quantized.rows[1]["linear_bytes"]
 
 
+def test_ppl_prints_one_json_document_last(lq_eval, tiny, tmp_path):
+    """The document of a saved folder beside its float model has the figures of the scheme that it was saved in."""
+    folder, record = tmp_path / "quantized", tmp_path / "ppl.jsonl"
+    save_pretrained(quantized_copy(tiny.model, parse_scheme("int4-g64-asym")), folder)
+    tiny.tokenizer.save_pretrained(folder)
+    common = ("--text", eval_text_path(), "--tokens", 512, "--device", "cpu")
+    result = lq_eval("ppl", folder, *common, "--json", "--baseline", tiny_llama_path())
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert lq_eval("ppl", tiny_llama_path(), *common, "--scheme", "int4-g64-asym", "--json", record).exit_code == 0
+    (recorded,) = read_records(record)
+    reference, quantized = recorded.rows
+    assert found["perplexity"] == pytest.approx(quantized["perplexity"], rel=1e-5)
+    assert found["baseline_perplexity"] == pytest.approx(reference["perplexity"], rel=1e-5)
+    assert found["kl_divergence"] == pytest.approx(quantized["kl"], rel=1e-3)
+    assert found["top1_agreement"] == pytest.approx(quantized["top1"], abs=0.01)
+    assert found["bits_per_weight"] == quantized["bits_per_weight"]
+    assert found["tokens_per_second"] > 0
+
+
+def test_ppl_document_without_a_baseline_says_null(lq_eval, tmp_path):
+    result = lq_eval(
+        "ppl", tiny_llama_path(), "--tokens", 256, "--no-kl", "--scheme", "int8", "--device", "cpu", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["scheme"] == "int8"
+    assert found["baseline_perplexity"] > 15
+    assert found["kl_divergence"] is None
+    assert found["top1_agreement"] is None
+
+
 def test_ppl_on_a_text_file_equals_ppl_on_the_bundled_text(lq_eval, tmp_path):
     record = tmp_path / "ppl.jsonl"
     common = (
@@ -183,6 +215,7 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
         (("ppl", "x", "--dataset", "c4"), "SpecError"),
         (("ppl", "x", "--dataset", "wikitext2", "--text", "y"), "SpecError"),
         (("ppl", "x", "--protocol", "sliding"), "SpecError"),
+        (("ppl", "x", "--baseline", "y", "--scheme", "int8"), "SpecError"),
         (("ppl", "x", "--scale-dtype", "int4"), "SpecError"),
         (("ppl", "x", "--device", "cuda:99"), "SpecError"),
         (("bench", "gemm", "--shapes", "big"), "SpecError"),

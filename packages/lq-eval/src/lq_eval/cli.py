@@ -14,7 +14,7 @@ from lq_formats import LQError, SpecError
 from typer.core import TyperGroup
 
 from lq_eval.bench.commands import bench_app
-from lq_eval.terminal import Device, Json, console, progress_bar, save
+from lq_eval.terminal import STDOUT, BareJsonCommand, Device, Json, PrintJson, console, progress_bar, save
 from lq_eval.terminal import split as split_list
 
 
@@ -130,10 +130,15 @@ def schemes(
     save(json, "schemes", [{"rows": w.shape[0], "columns": w.shape[1], **asdict(row)} for row in found])
 
 
-@app.command()
+@app.command(cls=BareJsonCommand)
 def ppl(
     model: Annotated[str, typer.Argument(help="A model folder (Hugging Face or lq layout) or a hub name.")],
-    scheme: Annotated[str, typer.Option(help="Comma-separated schemes, see lq-eval schemes.")] = "int4-g128",
+    scheme: Annotated[
+        str | None, typer.Option(help="Comma-separated schemes, see lq-eval schemes; default: int4-g128.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The float model that MODEL was made of: evaluate MODEL as it is, beside it.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file to evaluate on.")] = None,
     dataset: Annotated[str | None, typer.Option(help="wikitext2 instead of a text; default: the bundled text.")] = None,
     dataset_dir: Annotated[Path | None, typer.Option(help="A local copy of the dataset.")] = None,
@@ -147,12 +152,25 @@ def ppl(
     scale_dtype: Annotated[str | None, typer.Option(help="dtype of int4 scales; default: the weights'.")] = None,
     kl: Annotated[bool, typer.Option(help="Also KL divergence; keeps the float model in memory.")] = True,
     decode_tokens: Annotated[int, typer.Option(help="Time this many decoding steps; 0: none.")] = 0,
-    json: Json = None,
+    json: PrintJson = None,
 ) -> None:
-    """Perplexity and tokens per second of a model, float and quantized."""
+    """Perplexity and tokens per second of a model, float and quantized.
+
+    A dense MODEL is evaluated and quantized by every scheme in turn; one that lq saved is evaluated as it is.
+    """
+    from json import dumps
+
     from lq_eval.corpus import load_text, load_wikitext2, make_windows, tokenize
     from lq_eval.data import eval_text_path
-    from lq_eval.evaluate import Settings, dtype_name, evaluate_in_turn, evaluate_one, window_passes
+    from lq_eval.evaluate import (
+        Settings,
+        document,
+        dtype_name,
+        evaluate_against,
+        evaluate_in_turn,
+        evaluate_one,
+        window_passes,
+    )
     from lq_eval.models import default_device, default_dtype, load_model
     from lq_eval.perplexity import protocol as find_protocol
     from lq_eval.schemes import SCALE_DTYPES, parse_schemes
@@ -164,7 +182,9 @@ def ppl(
         raise SpecError("--text and --dataset exclude each other")
     if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
         raise SpecError(f"unknown scale dtype {scale_dtype!r}: expected one of {', '.join(SCALE_DTYPES)}")
-    configs = parse_schemes(scheme, SCALE_DTYPES[scale_dtype] if scale_dtype else None)
+    if baseline is not None and scheme is not None:
+        raise SpecError("--scheme quantizes MODEL and --baseline takes it as it is: give one of them")
+    configs = parse_schemes(scheme or "int4-g128", SCALE_DTYPES[scale_dtype] if scale_dtype else None)
     rules = find_protocol(protocol)
     where = default_device(device)
     precision = default_dtype(dtype, where)
@@ -175,22 +195,28 @@ def ppl(
         content, source = load_text(path), path.name
 
     loaded = load_model(model, device=where, dtype=precision)
+    reference = None if baseline is None else load_model(baseline, device=where, dtype=precision)
     windows = make_windows(tokenize(loaded.tokenizer, content), seq_len, tokens)
     bos = getattr(loaded.tokenizer, "bos_token_id", None)
     settings = Settings(batch_size, rules, bos, decode_tokens, precision.itemsize)
     with progress_bar() as bar:
-        total = (
-            windows.shape[0]
-            if loaded.quantized
-            else window_passes(windows, len(configs), together=False, divergence=kl)
-        )
-        task = bar.add_task("evaluating", total=total)
-        if loaded.quantized:
-            found = [evaluate_one(loaded.model, "as saved", windows, settings, lambda n: bar.advance(task, n))]
+        if reference is not None:
+            total = 2 * windows.shape[0]
+        elif loaded.quantized:
+            total = windows.shape[0]
         else:
-            found = evaluate_in_turn(
-                loaded.model, configs, windows, settings, divergence=kl, progress=lambda n: bar.advance(task, n)
-            )
+            total = window_passes(windows, len(configs), together=False, divergence=kl)
+        task = bar.add_task("evaluating", total=total)
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+
+        if reference is not None:
+            found = evaluate_against(loaded.model, "as saved", reference.model, windows, settings, advance)
+        elif loaded.quantized:
+            found = [evaluate_one(loaded.model, "as saved", windows, settings, advance)]
+        else:
+            found = evaluate_in_turn(loaded.model, configs, windows, settings, divergence=kl, progress=advance)
     caption = (
         f"{source}: {windows.numel():,} tokens, protocol {rules.name}, windows of {seq_len}, batches of {batch_size}; "
         f"perplexity +- {found[0].perplexity.stderr:.2f}; {dtype_name(precision)} on {where}"
@@ -198,7 +224,10 @@ def ppl(
     console().print(evaluation_table(found, loaded.name, caption))
     details = {"model": loaded.name, "text": source, "protocol": rules.name, "seq_len": seq_len}
     details |= {"batch_size": batch_size, "dtype": dtype_name(precision), "device": str(where)}
-    save(json, "ppl", [{**details, **row.row()} for row in found])
+    if json == STDOUT:
+        typer.echo(dumps({**details, **document(found)}, allow_nan=False))
+    else:
+        save(json, "ppl", [{**details, **row.row()} for row in found])
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -176,6 +176,56 @@ def evaluate_one(
         model, windows, batch_size=settings.batch_size, rules=settings.rules, bos=settings.bos, progress=progress
     )
     return _evaluation(name, model, score, None, None, windows, settings)
+
+
+def evaluate_against(
+    model: nn.Module,
+    name: str,
+    baseline: nn.Module,
+    windows: Tensor,
+    settings: Settings,
+    progress: Callable[[int], None] | None = None,
+) -> list[Evaluation]:
+    """Evaluate a model as it is beside the float model that it was made of, which comes first in the result."""
+    found = compare(
+        baseline,
+        {name: model},
+        windows,
+        batch_size=settings.batch_size,
+        rules=settings.rules,
+        bos=settings.bos,
+        progress=progress,
+    )
+    rows = [_evaluation("float", baseline, found.reference, None, None, windows, settings)]
+    rows.append(
+        _evaluation(name, model, found.perplexity[name], found.reference, found.divergence[name], windows, settings)
+    )
+    return _with_float_size(rows, settings)
+
+
+def document(rows: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return the last row as the JSON values of ``lq-eval ppl --json``; null where something was not measured.
+
+    ``baseline_perplexity`` is that of the float model, if it was evaluated too.
+    """
+    last = rows[-1]
+    reference = next((row.perplexity.value for row in rows if row.scheme == "float"), None)
+    return {
+        "scheme": last.scheme,
+        "perplexity": last.perplexity.value,
+        "perplexity_stderr": _finite(last.perplexity.stderr),
+        "baseline_perplexity": reference,
+        "change_percent": last.change_percent,
+        "kl_divergence": last.divergence.kl if last.divergence else None,
+        "top1_agreement": last.divergence.top1 if last.divergence else None,
+        "tokens": last.perplexity.tokens,
+        "tokens_per_second": last.perplexity.tokens_per_second,
+        "bits_per_weight": _finite(last.size.bits_per_weight),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _evaluation(

@@ -96,7 +96,7 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
     Args:
         source: A folder, or a name on the Hugging Face hub.
         device: Where to put it.
-        dtype: dtype of its weights (an lq folder keeps the dtype it was saved in).
+        dtype: dtype of its weights and activations. Codes and scales of an lq folder stay as they were saved.
 
     Raises:
         ModelLoadError: If it cannot be found or read.
@@ -104,7 +104,7 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
     """
     local = Path(source).is_dir()
     if local and (Path(source) / _LQ_INDEX).is_file():
-        return _load_quantized(Path(source), device)
+        return _load_quantized(Path(source), device, dtype)
     if not local and str(source).startswith(("/", ".", "~")):
         raise ModelLoadError(f"there is no folder {str(source)!r}; give a model's folder or its name on the hub")
     with _quiet_transformers():
@@ -121,7 +121,7 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
     return LoadedModel(str(source), model.to(device).eval(), _unlimited(tokenizer), quantized=False)
 
 
-def _load_quantized(directory: Path, device: torch.device) -> LoadedModel:
+def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     with _quiet_transformers():
         from transformers import AutoTokenizer
 
@@ -132,7 +132,7 @@ def _load_quantized(directory: Path, device: torch.device) -> LoadedModel:
                 f"{str(directory)!r} holds lq weights, but no tokenizer that can be read ({_first_line(error)}); save it "
                 "beside them with tokenizer.save_pretrained"
             ) from error
-        model = load(directory, device=str(device))
+        model = load(directory, device=device, dtype=dtype)
     return LoadedModel(str(directory), model.eval(), _unlimited(tokenizer), quantized=True)
 
 

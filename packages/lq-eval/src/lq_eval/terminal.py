@@ -9,12 +9,30 @@ import typer
 from lq_formats import SpecError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from lq_eval.results import append_record
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU where there is one.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Append a record of the result to this JSONL file.")]
+STDOUT = Path("-")
+PrintJson = Annotated[
+    Path | None,
+    typer.Option("--json", help="Alone: print one JSON document as the last line. FILE: append a record to it."),
+]
 Seconds = Annotated[float | None, typer.Option(help="Stop starting new points after this time.")]
+
+
+class BareJsonCommand(TyperCommand):
+    """A command whose ``--json`` may stand alone: ``ppl OUT --json`` prints a document, ``--json FILE`` records."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a ``--json`` without a file the value :data:`STDOUT`."""
+        following = [*args[1:], "--"]
+        bare = [arg == "--json" and after.startswith("-") for arg, after in zip(args, following, strict=True)]
+        return super().parse_args(
+            ctx, [f"--json={STDOUT}" if alone else arg for arg, alone in zip(args, bare, strict=True)]
+        )
 
 
 def console() -> Console:
