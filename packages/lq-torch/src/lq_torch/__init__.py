@@ -12,6 +12,7 @@ from lq_torch.config_dynamic import Int4DynamicActivationConfig, Int8DynamicActi
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.gemlite_config import GemliteConfig
 from lq_torch.integrations.gemlite import force_kernel, load_kernel_cache, save_kernel_cache
+from lq_torch.interop import export_pretrained, import_pretrained
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from lq_torch.merge import merge_linears, unmerge_linears
 from lq_torch.quantize import dequantize_, quantize_
@@ -21,6 +22,7 @@ from lq_torch.tensors import (
     GGMLTensor,
     Int4DynamicTensor,
     Int4GemliteTensor,
+    Int4PermutedTensor,
     Int4PreshuffledTensor,
     Int4Tensor,
     Int4TilePackedTensor,
@@ -42,6 +44,7 @@ __all__ = [
     "Int4GemliteTensor",
     "Int4PackedLinear",
     "Int4PackingFormat",
+    "Int4PermutedTensor",
     "Int4PreshuffledTensor",
     "Int4Tensor",
     "Int4TilePackedTensor",
@@ -60,7 +63,9 @@ __all__ = [
     "WeightConfig",
     "check_safetensors",
     "dequantize_",
+    "export_pretrained",
     "force_kernel",
+    "import_pretrained",
     "load",
     "load_kernel_cache",
     "merge_linears",

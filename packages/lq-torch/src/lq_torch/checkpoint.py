@@ -48,14 +48,14 @@ def save_pretrained(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     values, aliases = _collect(model)
-    shards = _shards(values, max_shard_bytes)
+    shards = split_shards(values, max_shard_bytes)
     files: dict[str, str] = {}
     weights: dict[str, Any] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Canonical copies of weights in a kernel's own order live for one file.
         tensors = _canonical(shard, weights)
-        save_file(_separate(tensors), folder / file, metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)})
+        save_file(separate_storage(tensors), folder / file, metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)})
         files.update(dict.fromkeys(tensors, file))
     for stale in folder.glob("model-*-of-*.safetensors"):
         if stale.name not in files.values():
@@ -108,9 +108,9 @@ def load(
     refuse_merged(model, "load")
     index.check_model(model)
     for path, tensor in _stream(folder, index, torch.device(device)):
-        _assign(model, path, tensor, dtype)
+        assign_tensor(model, path, tensor, dtype)
     for path, target in index.aliases.items():
-        _assign(model, path, _resolve(model, target))
+        assign_tensor(model, path, resolve_tensor(model, target))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -157,7 +157,7 @@ def _canonical(values: Mapping[str, Tensor], weights: dict[str, Any]) -> dict[st
     return tensors
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous tensors on the CPU, no two of which share memory: safetensors stores each by itself."""
     result = {}
     seen = set()
@@ -171,7 +171,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _shards(values: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+def split_shards(values: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Return values by name in parts of at most ``limit`` bytes; a value that is larger is a part of its own."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in values.items():
@@ -204,13 +205,15 @@ def _stream(folder: Path, index: CheckpointIndex, device: torch.device) -> Itera
                     yield path, LowBitTensor.from_tensors(waiting.pop(path), index.weights[path])
 
 
-def _resolve(model: nn.Module, path: str) -> Tensor:
+def resolve_tensor(model: nn.Module, path: str) -> Tensor:
+    """Return a parameter or buffer by its name."""
     parent, _, name = path.rpartition(".")
     value: Tensor = getattr(model.get_submodule(parent), name)
     return value
 
 
-def _assign(model: nn.Module, path: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+def assign_tensor(model: nn.Module, path: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Put a value in the place of a parameter or buffer, floating point parameters converted to ``dtype``."""
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
     if name not in module._parameters:

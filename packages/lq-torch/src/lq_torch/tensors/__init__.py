@@ -6,6 +6,7 @@ from lq_torch.tensors.ggml import GGMLTensor
 from lq_torch.tensors.int4 import Int4Tensor
 from lq_torch.tensors.int4_dynamic import Int4DynamicTensor
 from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
+from lq_torch.tensors.int4_permuted import Int4PermutedTensor
 from lq_torch.tensors.int4_tile_packed import Int4TilePackedTensor
 from lq_torch.tensors.int8 import Int8Tensor
 from lq_torch.tensors.int8_dynamic import Int8DynamicTensor
@@ -18,6 +19,7 @@ __all__ = [
     "GemliteTensor",
     "Int4DynamicTensor",
     "Int4GemliteTensor",
+    "Int4PermutedTensor",
     "Int4PreshuffledTensor",
     "Int4Tensor",
     "Int4TilePackedTensor",

@@ -1,0 +1,60 @@
+"""Which format a configuration is of, and which formats can be written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lq_formats.errors import FormatError, SpecError, UnsupportedError
+from lq_formats.interop.auto_round import AutoRoundFormat
+from lq_formats.interop.awq import AWQFormat
+from lq_formats.interop.checkpoint_format import CheckpointFormat
+from lq_formats.interop.compressed_tensors import CompressedTensorsFormat
+from lq_formats.interop.gptq import GPTQFormat
+from lq_formats.interop.hqq import HQQFormat
+
+_METHODS: dict[str, type[CheckpointFormat]] = {
+    "auto-round": AutoRoundFormat,
+    "awq": AWQFormat,
+    "compressed-tensors": CompressedTensorsFormat,
+    "gptq": GPTQFormat,
+    "hqq": HQQFormat,
+}
+EXPORTS: dict[str, CheckpointFormat] = {
+    "auto-round": AutoRoundFormat(),
+    "awq": AWQFormat(),
+    "compressed-tensors": CompressedTensorsFormat(),
+    "gptq": GPTQFormat("gptq"),
+    "gptq_v2": GPTQFormat("gptq_v2"),
+    "hqq": HQQFormat(),
+}
+
+
+def read_format(config: Mapping[str, Any]) -> CheckpointFormat:
+    """Return the format of a checkpoint from its ``quantization_config``.
+
+    Configurations without ``quant_method`` are those of AutoGPTQ's ``quantize_config.json`` and AutoAWQ's
+    ``quant_config.json``.
+
+    Raises:
+        FormatError: If it is no configuration, or contradicts its method.
+        UnsupportedError: If the method, or something it says, is none that this release reads.
+    """
+    if not isinstance(config, Mapping):
+        raise FormatError(f"quantization_config is a {type(config).__name__}: expected a map")
+    method = config.get("quant_method")
+    if method is None:
+        method = "awq" if "w_bit" in config else "gptq" if "bits" in config else None
+    name = str(method).lower().removeprefix("intel/").replace("_", "-")
+    if name not in _METHODS:
+        raise UnsupportedError(f"quant_method {method!r}: expected one of {', '.join(_METHODS)}")
+    return _METHODS[name].from_config(config)
+
+
+def export_format(name: str) -> CheckpointFormat:
+    """Return the format to write by its name.
+
+    Raises:
+        SpecError: If there is none of that name.
+    """
+    if name not in EXPORTS:
+        raise SpecError(f"format={name!r}: expected one of {', '.join(EXPORTS)}")
+    return EXPORTS[name]
