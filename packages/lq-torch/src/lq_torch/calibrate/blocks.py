@@ -59,7 +59,8 @@ class Stream:
             self.hidden[i] = behind.to(hidden.device)
 
     def _run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        return _first(_call(block, hidden.to(self.device), self.extras[number][hidden.shape[0]]))
+        # A copy, because a block may add to its input in place, and will see the same batch again.
+        return _first(_call(block, hidden.to(self.device, copy=True), self.extras[number][hidden.shape[0]]))
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -102,7 +102,8 @@ def _gptq(
     if factored is None:
         return None
     upper, damping = factored
-    hessian.diagonal().add_(damping * diagonal.mean())
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * diagonal.mean())
     if options.correct_inputs and moments.drift is not None:
         w = w + options.correct_inputs * _correction(w, moments.drift / moments.tokens, upper, order)
     # 1 / U_ii^2 is what an error in column i costs after the columns behind it have made up for it.
@@ -110,7 +111,7 @@ def _gptq(
     cost[order] = upper.diagonal().square().reciprocal().float()
     start = _searched(w, cost, target)
     found = gptq_codes(w, start.scale, start.zero, target.spec, upper.float(), order)
-    return descend(found, w, hessian, target.spec, sweeps=options.sweeps), damping
+    return descend(found, w, damped, target.spec, sweeps=options.sweeps), damping
 
 
 def _correction(w: Tensor, drift: Tensor, upper: Tensor, order: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ class GPTQOptions:
         activation_order: Fix the columns with the largest inputs first. Costs nothing at run time: groups are static.
         sweeps: Passes of descent on codes, scales and zeros after GPTQ. The output error falls with each.
         correct_inputs: Share, 0 to 1, of the difference between the float model's and the quantized model's inputs that
-            the weight makes up for (GPTAQ's asymmetric calibration). Above 0, the float model runs alongside.
+            the weight makes up for (the asymmetric calibration of GPTAQ). 0: none, and the float model need not run
+            alongside.
     """
 
     damping: float = 0.01
     activation_order: bool = True
     sweeps: int = 3
-    correct_inputs: float = 0.0
+    correct_inputs: float = 0.5
 
     def __post_init__(self) -> None:
         if not _number(self.damping) or not 0 < self.damping <= 1:

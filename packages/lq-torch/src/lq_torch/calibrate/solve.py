@@ -69,6 +69,7 @@ def gptq_codes(w: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, factor: 
     scales = scale.t().contiguous()
     zeros = zero.t().contiguous()
     groups = (order // size).tolist()
+    diagonal = factor.diagonal().tolist()  # numbers for kernels' arguments; one wait for the device, not one a column
     codes = torch.empty_like(free)
     for start in range(0, len(groups), BLOCK):
         stop = min(start + BLOCK, len(groups))
@@ -76,9 +77,8 @@ def gptq_codes(w: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, factor: 
         moved = torch.empty_like(here)
         for i in range(stop - start):
             s, z = scales[groups[start + i]], zeros[groups[start + i]]
-            code = torch.div(here[i], s).add_(z).round_().clamp_(0, spec.max_code)
-            codes[start + i] = code
-            moved[i] = (here[i] - (code - z) * s) / corner[i, i]
+            code = torch.addcdiv(z, here[i], s, out=codes[start + i]).round_().clamp_(0, spec.max_code)
+            torch.addcmul(here[i], code - z, s, value=-1, out=moved[i]).div_(diagonal[start + i])
             here[i + 1 :].addr_(corner[i, i + 1 :], moved[i], alpha=-1)
         free[stop:].addmm_(factor[start:stop, stop:].t(), moved, alpha=-1)
     back = torch.empty_like(codes)
@@ -104,8 +104,8 @@ def descend(found: Quantized, w: Tensor, hessian: Tensor, spec: QuantSpec, *, sw
     size = w.shape[1] // groups
     codes = found.codes.t().contiguous()
     scales, zeros = found.scale.t().contiguous(), found.zero.t().contiguous()
-    error = (found.values() - w).t().contiguous()
-    gradient = hessian @ error
+    gradient = hessian @ (found.values() - w).t()
+    curvature = hessian.diagonal().tolist()
     for _ in range(sweeps):
         for g in range(groups):
             part = slice(g * size, (g + 1) * size)
@@ -113,15 +113,14 @@ def descend(found: Quantized, w: Tensor, hessian: Tensor, spec: QuantSpec, *, sw
             code, local = codes[part], gradient[part].clone()
             old = (code - zeros[g]) * scales[g]
             scales[g], zeros[g] = _refitted(code, scales[g], zeros[g], local, corner, spec)
-            s, z = scales[g], zeros[g]
-            new = (code - z) * s
-            local.addmm_(corner, new - old)
+            s = scales[g]
+            local.addmm_(corner, (code - zeros[g]) * s - old)
             for i in range(size):
-                best = torch.div(new[i] - local[i] / corner[i, i], s).add_(z).round_().clamp_(0, spec.max_code)
-                step = (best - code[i]) * s
+                best = torch.addcdiv(code[i], local[i], s, value=-1 / curvature[part.start + i])
+                best.round_().clamp_(0, spec.max_code)
+                local[i + 1 :].addr_(corner[i, i + 1 :], (best - code[i]).mul_(s))
                 code[i] = best
-                local.addr_(corner[i], step)
-            gradient.addmm_(hessian[:, part], (code - z) * s - old)
+            gradient.addmm_(hessian[:, part], (code - zeros[g]) * s - old)
     return Quantized(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous())
 
 
