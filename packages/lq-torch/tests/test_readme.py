@@ -8,5 +8,5 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_code_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec(compile("\n".join(blocks), str(README), "exec"), {})
