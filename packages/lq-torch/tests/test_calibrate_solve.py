@@ -59,7 +59,7 @@ def _slow_gptq(
 
 @pytest.mark.parametrize("columns", [5, 64])
 def test_the_factor_is_that_of_the_inverse(columns):
-    hessian = _hessian(_inputs(200, columns))
+    hessian = _hessian(_inputs(200, columns).double())
     upper, used = factor_inverse(hessian, 0.01)
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(columns).double()
     assert used == 0.01
