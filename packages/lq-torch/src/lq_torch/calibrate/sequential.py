@@ -63,20 +63,24 @@ def calibrate(
                 name: layers.pop(f"{path}.{name}") for name, _ in block.named_modules() if f"{path}.{name}" in layers
             }
             block.to(where)
+            last = number == len(blocks) - 1
+            behind = None if exact is None or last else exact.copy()
+            if behind is not None:
+                behind.advance(
+                    number, path, block
+                )  # before anything is folded, so that a resumed run sees the same bits
             if folder is not None and folder.has(number):
-                float_block = copy.deepcopy(block) if exact else None
                 for report in folder.load(number, block):
                     calibration.report(report)
                 resumed += 1
             else:
                 before = len(calibration.reports)
-                float_block = calibration.quantize_block(number, path, block, inside, stream, exact)
+                calibration.quantize_block(number, path, block, inside, stream, exact)
                 if folder is not None:
                     folder.save(number, block, calibration.reports[before:])
-            if number < len(blocks) - 1:
+            if not last:
                 stream.advance(number, path, block)
-                if exact is not None and float_block is not None:
-                    exact.advance(number, path, float_block)
+            exact = behind
             block.to(home)
         for path, layer in layers.items():
             calibration.without_data(path, layer, 0, "it is outside of the decoder blocks")
@@ -115,8 +119,8 @@ class _Calibration:
         linears: Mapping[str, nn.Linear],
         stream: Stream,
         exact: Stream | None,
-    ) -> nn.Module | None:
-        """Quantize the layers of one block, stage by stage; return the float block if there is an exact stream."""
+    ) -> None:
+        """Quantize the layers of one block, stage by stage, with what enters them, and what would in the float model."""
         runs = stream.runs(number, block)
         exponents: dict[str, float] = {}
         stages = find_stages(linears, runs[0]) if linears else []
@@ -137,7 +141,6 @@ class _Calibration:
                 self._quantize(path, {name: members.pop(name) for name in moments.members}, moments, exponents)
             for name, layer in members.items():
                 self.without_data(f"{path}.{name}", layer, 0, "no calibration token reaches it")
-        return float_block
 
     def without_data(self, path: str, layer: nn.Linear, tokens: int, reason: str) -> None:
         """Quantize a layer as quantize_ does, and say why."""

@@ -1,0 +1,305 @@
+"""Calibration of whole models: what comes out, what is reported, interruptions and bad input."""
+
+import copy
+import json
+
+import pytest
+import torch
+from lq_formats import FormatError, NonFiniteError, SpecError, UnsupportedError
+from lq_torch import (
+    Int4PreshuffledTensor,
+    Int4Tensor,
+    Int4WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxTensor,
+    IntxWeightOnlyConfig,
+    LowBitTensor,
+    load,
+    quantize_,
+    save_pretrained,
+)
+from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, awq, awq_gptq, gptq
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, LAYERS = 61, 2
+INT4 = Int4WeightOnlyConfig(group_size=32)
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def make(family="Llama", dtype=torch.float32, **changes):
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **changes})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, VOCABULARY, (10, 24), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def change(model, reference, tokens):
+    """Return the squared change of the logits, as a share."""
+    after, before = model(tokens).logits.double(), reference(tokens).logits.double()
+    return float((after - before).square().sum() / before.square().sum())
+
+
+def weights(model):
+    found = {path: module.weight for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {path: weight for path, weight in found.items() if isinstance(weight, LowBitTensor)}
+
+
+def bits(model):
+    return {f"{path}:{name}": part for path, w in weights(model).items() for name, part in w.to_tensors().items()}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "GPTNeoX", "OPT"])
+def test_models_of_every_make_are_calibrated(family, tokens):
+    """No architecture is named in the code: blocks, stages and what enters them are found."""
+    changes = {"OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64}, "Gemma2": {"head_dim": 16}}.get(family, {})
+    model = make(family, **changes)
+    nearest, calibrated = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_(nearest, INT4)
+    report = gptq(calibrated, tokens, INT4, batch_size=4)
+    assert report.fallbacks == ()
+    assert {layer.path for layer in report.layers} == set(weights(nearest)) == set(weights(calibrated))
+    assert {type(w) for w in weights(calibrated).values()} == {Int4Tensor}
+    assert all(layer.tokens == tokens.numel() for layer in report.layers)
+    assert change(calibrated, model, tokens) < 0.6 * change(nearest, model, tokens)
+
+
+@pytest.mark.parametrize("calibrate", [gptq, awq, awq_gptq], ids=["gptq", "awq", "awq+gptq"])
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (Int4WeightOnlyConfig(group_size=32, symmetric=False), Int4Tensor),
+        (Int4WeightOnlyConfig(group_size=-1, int4_packing_format="preshuffled"), Int4PreshuffledTensor),
+        (IntxWeightOnlyConfig(bits=3, group_size=32), IntxTensor),
+    ],
+    ids=["int4-g32-asym", "int4-row-preshuffled", "int3-g32-asym"],
+)
+def test_what_is_made_is_what_quantize_makes_and_survives_saving(calibrate, config, kind, tokens, tmp_path):
+    model = make(dtype=torch.bfloat16)
+    report = calibrate(model, tokens, config)
+    assert {type(w) for w in weights(model).values()} == {kind}
+    assert {layer.bits_per_weight for layer in report.layers} == {
+        w.packed_nbytes * 8 / w.numel() for w in weights(model).values()
+    }
+    save_pretrained(model, tmp_path)
+    loaded = load(tmp_path)
+    assert equal(bits(loaded), bits(model))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_scaled_channels_leave_the_function_and_help():
+    """AWQ folds are exact: dense weights after smoothing give the logits of before, so less is lost by rounding."""
+    tokens = torch.randint(1, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(0))
+    model = make()
+    model.model.embed_tokens.weight.data[:, ::7] *= 12  # some channels matter
+    scaled, searched = copy.deepcopy(model), copy.deepcopy(model)
+    report = awq(scaled, tokens, INT4)
+    awq(searched, tokens, INT4, AWQOptions(points=1))
+    exponents = {layer.path.rpartition(".")[2]: layer.exponent for layer in report.layers[:7]}
+    assert exponents["o_proj"] is None  # two heads share a row of v
+    assert all(
+        exponents[name] is not None for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    )
+    assert max(exponents[name] for name in ("q_proj", "gate_proj")) > 0
+    quantize_(model, INT4)
+    reference = make()
+    reference.model.embed_tokens.weight.data[:, ::7] *= 12
+    assert change(scaled, reference, tokens) < change(model, reference, tokens)
+
+
+def test_a_report_is_json_and_readable(tokens):
+    seen = []
+    report = gptq(make(), tokens, INT4, progress=lambda done, total, layer: seen.append((done, total, layer)))
+    assert isinstance(report, CalibrationReport)
+    assert [done for done, _, _ in seen] == list(range(1, 15))
+    assert {total for _, total, _ in seen} == {14}
+    assert tuple(layer for _, _, layer in seen) == report.layers
+    assert all(0 < layer.error < 0.05 and layer.damping == 0.01 for layer in report.layers)
+    assert json.loads(report.to_json())["layers"][0]["path"] == "model.layers.0.self_attn.q_proj"
+    assert "14 layers" in str(report)
+
+
+def test_the_same_bits_however_activations_are_kept(tokens):
+    plain, offloaded = make(), make()
+    gptq(plain, tokens, INT4, batch_size=4)
+    gptq(offloaded, tokens, INT4, batch_size=4, offload=True, device="cpu")
+    assert equal(bits(plain), bits(offloaded))
+
+
+@pytest.mark.parametrize("calibrate", [gptq, awq_gptq], ids=["gptq", "awq+gptq"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(calibrate, tokens, tmp_path):
+    whole, cut = make(), make()
+    calibrate(whole, tokens, INT4)
+
+    def interrupt(done, total, layer):
+        if done == 9:  # in the second block
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(cut, tokens, INT4, resume=tmp_path, progress=interrupt)
+    assert [path.name for path in tmp_path.glob("block-*")] == ["block-00000"]
+    resumed = make()
+    report = calibrate(resumed, tokens, INT4, resume=tmp_path)
+    assert report.resumed_blocks == 1
+    assert len(report.layers) == 14
+    assert equal(bits(resumed), bits(whole))
+    assert torch.equal(resumed(tokens).logits, whole(tokens).logits)
+
+
+def test_the_state_of_another_run_is_refused(tokens, tmp_path):
+    gptq(make(), tokens, INT4, resume=tmp_path)
+    for case, named in (
+        (
+            lambda: gptq(make(), tokens + 0 * tokens[:, :1], Int4WeightOnlyConfig(group_size=16), resume=tmp_path),
+            "config",
+        ),
+        (lambda: gptq(make(), tokens.flip(0), INT4, resume=tmp_path), "tokens"),
+        (lambda: gptq(make(), tokens, INT4, GPTQOptions(sweeps=1), resume=tmp_path), "gptq"),
+        (lambda: gptq(make(initializer_range=0.1), tokens, INT4, resume=tmp_path), "model"),
+    ):
+        with pytest.raises(SpecError, match=named):
+            case()
+    (tmp_path / "block-00001" / "report.json").write_text('[{"path": 1}]')
+    with pytest.raises(FormatError, match=r"report\.json"):
+        gptq(make(), tokens, INT4, resume=tmp_path)
+    (tmp_path / "calibration.json").write_text("{")
+    with pytest.raises(FormatError, match=r"calibration\.json"):
+        gptq(make(), tokens, INT4, resume=tmp_path)
+
+
+class Experts(nn.Module):
+    """A layer of experts, of which tokens choose by their first channel; the last is never chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}) for _ in range(3)
+        )
+
+    def forward(self, x):
+        flat = x.reshape(-1, 64)
+        chosen = (flat[:, 0] > 0).long()
+        y = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().flatten()
+            if len(rows):
+                y[rows] = expert["down"](torch.relu(expert["up"](flat[rows])))
+        return x + y.view(x.shape)
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, 64)
+        self.project = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(Experts() for _ in range(2))
+        self.lm_head = nn.Linear(64, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.project(self.embed(ids))
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+def test_an_idle_expert_and_what_is_outside_of_blocks_are_quantized_without_data_and_named(tokens):
+    model = Mixture()
+    report = gptq(model, tokens, INT4, batch_size=3)
+    reasons = {layer.path: layer.note for layer in report.fallbacks}
+    assert set(reasons) == {"project"} | {f"blocks.{i}.experts.2.{name}" for i in (0, 1) for name in ("up", "down")}
+    assert "outside of the decoder blocks" in reasons["project"]
+    assert "no calibration token reaches it" in reasons["blocks.0.experts.2.up"]
+    assert "blocks.0.experts.2.up: no calibration token" in str(report)
+    reached = [layer for layer in report.layers if layer.path.startswith("blocks.0.experts.") and ".up" in layer.path]
+    assert sum(layer.tokens for layer in reached) == tokens.numel()
+    assert len(weights(model)) == len(report.layers) == 13
+
+
+def test_a_hessian_without_a_factor_falls_back_and_says_so(tokens, monkeypatch):
+    from lq_torch.calibrate import layers
+
+    factor = layers.factor_inverse
+    monkeypatch.setattr(layers, "factor_inverse", lambda h, d: None if h.shape[0] == 96 else factor(h, d))
+    model, nearest = make(), make()
+    report = gptq(model, tokens, INT4)
+    quantize_(nearest, INT4)
+    assert [layer.path for layer in report.fallbacks] == [f"model.layers.{i}.mlp.down_proj" for i in range(LAYERS)]
+    assert all("no Cholesky factor" in layer.note for layer in report.fallbacks)
+    path = "model.layers.0.mlp.down_proj"
+    assert torch.equal(weights(model)[path].qdata, weights(nearest)[path].qdata)
+
+
+def test_activations_that_are_not_finite_name_the_layer(tokens):
+    model = make()
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1: mlp\.gate_proj, mlp\.up_proj"):
+        gptq(model, tokens, INT4)
+
+
+def test_a_layer_that_cannot_be_quantized_leaves_the_model_as_it_was(tokens):
+    model = make(intermediate_size=80)
+    with pytest.raises(SpecError.__mro__[1], match="down_proj"):
+        gptq(model, tokens, INT4)
+    assert weights(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((torch.zeros(3, 4), INT4), SpecError, "windows"),
+        ((torch.zeros(4, dtype=torch.int64), INT4), SpecError, "windows"),
+        ((torch.zeros(0, 4, dtype=torch.int64), INT4), SpecError, "at least one"),
+        ((torch.ones(1, 4, dtype=torch.int64), Int8WeightOnlyConfig()), UnsupportedError, "Int8WeightOnlyConfig"),
+        ((torch.ones(1, 4, dtype=torch.int64), "int4"), SpecError, "configuration"),
+    ],
+    ids=["floats", "flat", "empty", "int8", "name"],
+)
+def test_wrong_arguments_are_named(arguments, error, match):
+    with pytest.raises(error, match=match):
+        gptq(make(), *arguments)
+
+
+def test_a_model_without_blocks_is_refused(tokens):
+    with pytest.raises(UnsupportedError, match="ModuleList"):
+        gptq(nn.Sequential(nn.Embedding(VOCABULARY, 64), nn.Linear(64, 64)), tokens, INT4)
+
+
+def test_blocks_that_are_no_chain_are_refused(tokens):
+    class Parallel(Mixture):
+        def forward(self, ids):
+            x = self.embed(ids)
+            return self.lm_head(sum(block(x + 1) for block in self.blocks))
+
+    with pytest.raises(UnsupportedError, match=r"blocks\.1 does not take the output"):
+        gptq(Parallel(), tokens, INT4)
+
+
+@pytest.mark.parametrize("options", [{"damping": 0}, {"damping": float("nan")}, {"sweeps": -1}, {"correct_inputs": 2}])
+def test_options_are_validated(options):
+    with pytest.raises(SpecError, match=next(iter(options))):
+        GPTQOptions(**options)
+    with pytest.raises(SpecError, match="points"):
+        AWQOptions(points=0)
