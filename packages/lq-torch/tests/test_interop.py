@@ -437,3 +437,22 @@ def test_layers_are_converted_on_the_gpu(tmp_path):
             y = nn.functional.linear(x, weight).double().cpu()
             reference = x.double().cpu() @ expected.t()
             assert float((y - reference).norm() / reference.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["gptq_v2", "compressed-tensors"])
+def test_every_packing_is_exported_as_the_same_bits(name, tmp_path):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(128, 64, bias=False)).bfloat16()
+    files = {}
+    for packing in ("plain", "preshuffled", "tile_packed_to_4d", "gemlite"):
+        model = nn.Sequential(nn.Linear(128, 64, bias=False)).bfloat16()
+        model.load_state_dict(dense.state_dict())
+        quantize_(model, rtn(32, int4_packing_format=packing), lambda module, path: True)
+        export_pretrained(model, tmp_path / packing, name)
+        files[packing] = load_file(tmp_path / packing / "model.safetensors")
+    plain = files.pop("plain")
+    for packing, tensors in files.items():
+        assert tensors.keys() == plain.keys()
+        for key, tensor in plain.items():
+            # gemlite's scales are float16 whatever the weight is.
+            assert torch.equal(tensors[key], tensor) or ("scale" in key and packing == "gemlite")
