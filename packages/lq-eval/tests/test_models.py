@@ -6,6 +6,7 @@ from lq_eval.evaluate import quantized_copy
 from lq_eval.models import default_device, default_dtype, load_model, model_size, read_weight
 from lq_eval.schemes import parse_scheme
 from lq_formats import DTypeError, SpecError
+from lq_torch import export_pretrained
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -43,6 +44,17 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(source):
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     with pytest.raises(ModelLoadError, match="cannot load the folder"):
         load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_folder_of_another_library_is_read(tiny, tmp_path):
+    model = quantized_copy(tiny.model, parse_scheme("int4-g128", torch.float16))
+    export_pretrained(model, tmp_path, "awq")
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    assert loaded.quantized
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(tokens).logits, model.float()(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_device_and_dtype_defaults():

@@ -1,7 +1,7 @@
 """Loading the models that are evaluated, and counting what they take.
 
-A model is a folder in the Hugging Face layout, a folder written by :func:`lq_torch.save_pretrained`, or a name on the
-hub. A folder is never looked up on the network.
+A model is a folder in the Hugging Face layout, a folder written by :func:`lq_torch.save_pretrained`, one that another
+library quantized (:func:`lq_torch.import_pretrained`), or a name on the hub. A folder is never looked up on the network.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from lq_formats import DTypeError, LQError, SpecError, UnsupportedError
-from lq_torch import load
+from lq_torch import import_pretrained, load
+from lq_torch.interop import is_foreign
 from torch import nn
 
 from lq_eval.errors import ModelLoadError
@@ -100,10 +101,10 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
 
     Raises:
         ModelLoadError: If it cannot be found or read.
-        LQError: If an lq folder is damaged or of an unknown version.
+        LQError: If a quantized folder is damaged or of an unknown version.
     """
     local = Path(source).is_dir()
-    if local and (Path(source) / _LQ_INDEX).is_file():
+    if local and ((Path(source) / _LQ_INDEX).is_file() or is_foreign(Path(source))):
         return _load_quantized(Path(source), device, dtype)
     if not local and str(source).startswith(("/", ".", "~")):
         raise ModelLoadError(f"there is no folder {str(source)!r}; give a model's folder or its name on the hub")
@@ -129,10 +130,11 @@ def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ModelLoadError(
-                f"{str(directory)!r} holds lq weights, but no tokenizer that can be read ({_first_line(error)}); save it "
-                "beside them with tokenizer.save_pretrained"
+                f"{str(directory)!r} holds quantized weights, but no tokenizer that can be read ({_first_line(error)}); "
+                "save it beside them with tokenizer.save_pretrained"
             ) from error
-        model = load(directory, device=device, dtype=dtype)
+        ours = (directory / _LQ_INDEX).is_file()
+        model = (load if ours else import_pretrained)(directory, device=device, dtype=dtype)
     return LoadedModel(str(directory), model.eval(), _unlimited(tokenizer), quantized=True)
 
 

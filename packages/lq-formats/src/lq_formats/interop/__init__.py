@@ -11,7 +11,7 @@ from lq_formats.interop.checkpoint_format import CheckpointFormat, LayerScheme
 from lq_formats.interop.compressed_tensors import CompressedTensorsFormat
 from lq_formats.interop.gptq import GPTQFormat
 from lq_formats.interop.hqq import HQQFormat
-from lq_formats.interop.registry import EXPORTS, export_format, read_format
+from lq_formats.interop.registry import EXPORTS, export_format, method_of, read_format
 
 __all__ = [
     "EXPORTS",
@@ -23,5 +23,6 @@ __all__ = [
     "HQQFormat",
     "LayerScheme",
     "export_format",
+    "method_of",
     "read_format",
 ]

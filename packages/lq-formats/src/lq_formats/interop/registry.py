@@ -40,13 +40,19 @@ def read_format(config: Mapping[str, Any]) -> CheckpointFormat:
     """
     if not isinstance(config, Mapping):
         raise FormatError(f"quantization_config is a {type(config).__name__}: expected a map")
+    method = method_of(config)
+    if method is None:
+        raise UnsupportedError(f"quant_method {config.get('quant_method')!r}: expected one of {', '.join(_METHODS)}")
+    return _METHODS[method].from_config(config)
+
+
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """Return which method a ``quantization_config`` is of, or None if :func:`read_format` reads no such method."""
     method = config.get("quant_method")
     if method is None:
         method = "awq" if "w_bit" in config else "gptq" if "bits" in config else None
     name = str(method).lower().removeprefix("intel/").replace("_", "-")
-    if name not in _METHODS:
-        raise UnsupportedError(f"quant_method {method!r}: expected one of {', '.join(_METHODS)}")
-    return _METHODS[name].from_config(config)
+    return name if name in _METHODS else None
 
 
 def export_format(name: str) -> CheckpointFormat:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lq_formats import FormatError, ShapeError, UnsupportedError
-from lq_formats.interop import CheckpointFormat, read_format
+from lq_formats.interop import CheckpointFormat, method_of, read_format
 from torch import nn
 
 from lq_torch.checkpoint_index import INDEX_NAME, MAX_INDEX_BYTES
@@ -140,6 +140,14 @@ def read_folder(folder: Path) -> ForeignFolder:
             f"{folder} has no quantized layer: no tensor is named .{form.marker}, as {form.name} names them"
         )
     return ForeignFolder(folder, form, headers, files, {path: frozenset(names) for path, names in layers.items()})
+
+
+def is_foreign(folder: Path) -> bool:
+    """Say whether a folder's configuration is of a method that :func:`read_folder` reads; files are not looked at."""
+    try:
+        return method_of(_configuration(folder)) is not None
+    except FormatError:
+        return False
 
 
 def _configuration(folder: Path) -> Mapping[str, Any]:
