@@ -22,7 +22,9 @@ def case_order(names):
     return sorted(names, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
 
 
-@pytest.mark.parametrize("module", [lq_formats, lq_formats.interop, lq_formats.layouts], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [lq_formats, lq_formats.interop, lq_formats.layouts], ids=lambda module: module.__name__
+)
 def test_all_is_sorted_and_true(module):
     assert module.__all__ == case_order(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
