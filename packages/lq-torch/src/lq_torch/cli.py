@@ -110,10 +110,8 @@ def _config(options: argparse.Namespace) -> WeightConfig:
     if bits == 4:
         return Int4WeightOnlyConfig(**common, int4_choose_qparams_algorithm=algorithm)
     if bits == 8:
-        if options.algorithm != "rtn" or options.asymmetric:
-            raise SpecError(
-                "--scheme int8 is symmetric and rounds to nearest, with no more to gain: use --algorithm rtn"
-            )
+        if options.algorithm not in (None, "rtn") or options.asymmetric:
+            raise SpecError("--scheme int8 is symmetric and rounds to nearest: there is no --algorithm but rtn for it")
         return Int8WeightOnlyConfig()
     return IntxWeightOnlyConfig(bits=bits, **common, choose_qparams_algorithm=algorithm)
 

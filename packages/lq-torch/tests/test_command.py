@@ -1,0 +1,170 @@
+"""``lq quantize``: folders in, folders out, and what it says when it cannot."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from lq_torch import Int4Tensor, Int8Tensor, IntxTensor, LowBitTensor, load
+from lq_torch.cli import main
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random LLaMA whose tokens are words."""
+    path = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 1,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    vocabulary = {word: number for number, word in enumerate([*WORDS, "[UNK]"])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    order = torch.randint(len(WORDS), (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(" ".join(WORDS[number] for number in order), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def lq(capsys):
+    """Run the command; returns exit status, standard output and standard error."""
+
+    def run(*arguments):
+        try:
+            main([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def low_bit(model):
+    return {name: weight for name, weight in model.named_parameters() if isinstance(weight, LowBitTensor)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "bits"),
+    [
+        (("--algorithm", "rtn"), Int4Tensor, 4.5),
+        (("--asymmetric", "--algorithm", "mse"), Int4Tensor, 5.0),
+        (("--algorithm", "hqq", "--scale-dtype", "float32"), Int4Tensor, 5.0),
+        (("--scheme", "int3", "--asymmetric"), IntxTensor, 4.0),
+        (("--scheme", "int8"), Int8Tensor, 8 + 32 * (6 * 64 + 96) / (7 * 64 * 96)),
+    ],
+    ids=["rtn", "mse-asym", "hqq-fp32", "int3-asym", "int8"],
+)
+def test_without_data(lq, folder, tmp_path, arguments, kind, bits):
+    status, out, err = lq("quantize", folder, tmp_path, "--group-size", 32, "--device", "cpu", *arguments)
+    assert (status, err) == (0, "")
+    found = low_bit(load(tmp_path))
+    assert {type(weight) for weight in found.values()} == {kind}
+    assert len(found) == 14
+    if kind is not Int8Tensor:
+        assert f"in {bits:.3f} bits each" in out
+    assert str(tmp_path) in out
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("word3 word0")["input_ids"] == [3, 0]
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq", "awq+gptq"])
+def test_with_a_calibration_text(lq, folder, text, tmp_path, algorithm):
+    out = tmp_path / "out"
+    status, said, _ = lq(
+        *("quantize", folder, out, "--scheme", "int4", "--group-size", 32, "--algorithm", algorithm, "--device", "cpu"),
+        *("--calibration", text, "--exclude", r"layers\.0\.mlp", "--resume", tmp_path / "state"),
+    )
+    assert status == 0
+    assert "11 layers" in said
+    found = low_bit(load(out))
+    assert len(found) == 11
+    assert not any("layers.0.mlp" in name for name in found)
+    report = json.loads((out / "calibration.json").read_text())
+    assert {layer["algorithm"] for layer in report["layers"]} == {algorithm}
+    # The context of the model is 32 tokens: 15 windows of the text's 500.
+    assert {layer["tokens"] for layer in report["layers"]} == {480}
+    assert (tmp_path / "state" / "block-00001").is_dir()
+
+
+def test_as_a_module(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["lq", "quantize", str(folder), str(tmp_path), "--device", "cpu", "--group-size", "-1"]
+    )
+    runpy.run_module("lq_torch", run_name="__main__")
+    assert "14 layers" in capsys.readouterr().out
+
+
+def test_an_unused_text_is_said_to_be(lq, folder, text, tmp_path):
+    status, _, err = lq("quantize", folder, tmp_path, "--group-size", 32, "--algorithm", "rtn", "--calibration", text)
+    assert status == 0
+    assert "--calibration is not used" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--algorithm", "gptq"), "SpecError: --algorithm gptq needs --calibration"),
+        (("--algorithm", "gptq", "--calibration", "/no/such/text"), "SpecError: cannot read the calibration text"),
+        (("--algorithm", "gptq", "--calibration", "TEXT", "--windows", 99), "500 tokens, 15 windows of 32: expected"),
+        (
+            ("--algorithm", "gptq", "--calibration", "TEXT", "--window-length", 501),
+            "0 windows of 501: expected at least 1",
+        ),
+        (("--algorithm", "gptq", "--calibration", "TEXT", "--windows", 0), "SpecError: --windows 0"),
+        (("--group-size", 48), "GroupSizeError: model.layers.0"),
+        (("--group-size", 0), "GroupSizeError"),
+        (("--exclude", "("), "SpecError: --exclude '('"),
+        (("--exclude", "nothing"), "SpecError: --exclude 'nothing' matches none of 14 layers"),
+        (("--device", "nowhere"), "SpecError: --device nowhere"),
+        (("--scheme", "int8", "--algorithm", "gptq", "--calibration", "TEXT"), "SpecError: --scheme int8"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_a_named_error_is_one_line_and_status_1(lq, folder, text, tmp_path, arguments, match):
+    chosen = [text if argument == "TEXT" else argument for argument in arguments]
+    status, out, err = lq("quantize", folder, tmp_path / "out", *chosen)
+    assert status == 1
+    assert err.startswith("lq: ")
+    assert match in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_none_are_named(lq, folder, tmp_path):
+    out = tmp_path / "out"
+    assert "there is no folder" in lq("quantize", "/no/such/folder", out)[2]
+    assert "FormatError: cannot load the folder" in lq("quantize", tmp_path, out)[2]
+    assert "is the model itself" in lq("quantize", folder, folder)[2]
+    assert lq("quantize", folder, out, "--group-size", 32)[0] == 0
+    assert "is quantized already" in lq("quantize", out, tmp_path / "again")[2]
+
+
+def test_wrong_usage_has_status_2(lq, folder, tmp_path):
+    assert lq("quantize", folder, tmp_path, "--algorithm", "magic")[0] == 2
+    assert lq("quantize", folder)[0] == 2
+    assert lq()[0] == 2
