@@ -1,5 +1,7 @@
 """Searched scales and zeros: never worse than round-to-nearest by their own measure, exact where a scale is exact."""
 
+import math
+
 import pytest
 import torch
 from lq_formats import (
@@ -29,7 +31,6 @@ SPECS = {
     "8bit-sym": QuantSpec(8, "row", None, True, torch.float32),
 }
 SEARCHES = tuple(name for name in ALGORITHMS if name != "rtn")
-POWER = {"mse": 3.2, "hqq": 0.7}
 
 
 def weights(rows=48, columns=256, seed=0, dtype=torch.float32):
@@ -41,12 +42,18 @@ def weights(rows=48, columns=256, seed=0, dtype=torch.float32):
     return (w * 0.02).to(dtype)
 
 
+def power(algorithm, spec, w):
+    """Return the exponent of an error: 2 for 32 weights a scale, half more each time they double, at most 4."""
+    size = {"tensor": w.numel(), "row": w.shape[1], "group": spec.group_size}[spec.granularity]
+    return 0.7 if algorithm == "hqq" else min(2 + math.log2(size / 32) / 2, 4)
+
+
 def restore(w, scale, zero, spec):
     return dequantize_affine(quantize_affine(w, scale, zero, spec), scale, zero, spec)
 
 
-def error(w, scale, zero, spec, power, importance=1.0):
-    return float(((restore(w, scale, zero, spec) - w.float()).abs().double().pow(power) * importance).sum())
+def error(w, scale, zero, spec, exponent, importance=1.0):
+    return float(((restore(w, scale, zero, spec) - w.float()).abs().double().pow(exponent) * importance).sum())
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -62,7 +69,7 @@ def test_never_worse_than_round_to_nearest(algorithm, spec):
         assert zero is None or (zero.dtype, zero.shape) == (spec.scale_dtype, scale.shape)
         assert bool(torch.isfinite(scale).all())
         assert bool((scale != 0).all())
-        found, plain = (error(w, *pair, spec, POWER[algorithm]) for pair in ((scale, zero), nearest))
+        found, plain = (error(w, *pair, spec, power(algorithm, spec, w)) for pair in ((scale, zero), nearest))
         assert found <= plain * 1.001
         if algorithm == "mse" and spec.bits <= 4:
             assert found < plain * 0.97
@@ -83,9 +90,9 @@ def test_the_clip_of_one_group_is_the_best_of_the_grid():
     most = float(w.abs().max())
     shares = [*torch.linspace(0.6, 1, 30), *torch.linspace(1, 8 / 7, 13)[1:]]
     grid = [most / 7] + [sign * most * float(share) / 8 for share in shares for sign in (1, -1)]
-    errors = [error(w, torch.tensor([[scale]]), None, spec, 3.2) for scale in grid]
+    errors = [error(w, torch.tensor([[scale]]), None, spec, power("mse", spec, w)) for scale in grid]
     scale, _ = search_qparams(w, spec, "mse")
-    assert error(w, scale, None, spec, 3.2) == pytest.approx(min(errors), rel=1e-5)
+    assert error(w, scale, None, spec, power("mse", spec, w)) == pytest.approx(min(errors), rel=1e-5)
 
 
 def test_a_scale_may_be_negative_where_the_far_end_is_above():
@@ -123,8 +130,8 @@ def test_what_counts_more_is_closer(algorithm, spec):
     importance[::4] = 50.0
     weighted = search_qparams(w, spec, algorithm, importance)
     plain = search_qparams(w, spec, algorithm)
-    assert error(w, *weighted, spec, POWER[algorithm], importance) <= error(
-        w, *plain, spec, POWER[algorithm], importance
+    assert error(w, *weighted, spec, power(algorithm, spec, w), importance) <= error(
+        w, *plain, spec, power(algorithm, spec, w), importance
     )
     same = search_qparams(w, spec, algorithm, torch.full((256,), 2.0))
     assert torch.equal(same[0], plain[0])
@@ -191,8 +198,8 @@ def test_mistakes_are_named():
 @pytest.mark.parametrize("spec", [SPECS["g32-sym"], SPECS["g128-asym"]], ids=["sym", "asym"])
 def test_a_gpu_finds_as_good_parameters(algorithm, spec):
     w = weights(256, 1024)
-    here = error(w, *search_qparams(w, spec, algorithm), spec, POWER[algorithm])
+    here = error(w, *search_qparams(w, spec, algorithm), spec, power(algorithm, spec, w))
     scale, zero = search_qparams(w.cuda(), spec, algorithm)
     assert scale.device.type == "cuda"
-    there = error(w, scale.cpu(), None if zero is None else zero.cpu(), spec, POWER[algorithm])
+    there = error(w, scale.cpu(), None if zero is None else zero.cpu(), spec, power(algorithm, spec, w))
     assert there == pytest.approx(here, rel=1e-3)
