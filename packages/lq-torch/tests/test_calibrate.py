@@ -273,9 +273,10 @@ def test_a_layer_that_cannot_be_quantized_leaves_the_model_as_it_was(tokens):
         ((torch.zeros(4, dtype=torch.int64), INT4), SpecError, "windows"),
         ((torch.zeros(0, 4, dtype=torch.int64), INT4), SpecError, "at least one"),
         ((torch.ones(1, 4, dtype=torch.int64), Int8WeightOnlyConfig()), UnsupportedError, "Int8WeightOnlyConfig"),
-        ((torch.ones(1, 4, dtype=torch.int64), "int4"), SpecError, "configuration"),
+        ((torch.ones(1, 4, dtype=torch.int64), "int4"), SpecError, "config is a str"),
+        ((torch.ones(1, 4, dtype=torch.int64), {"nowhere": INT4}), SpecError, "'nowhere'"),
     ],
-    ids=["floats", "flat", "empty", "int8", "name"],
+    ids=["floats", "flat", "empty", "int8", "name", "nowhere"],
 )
 def test_wrong_arguments_are_named(arguments, error, match):
     with pytest.raises(error, match=match):
@@ -303,3 +304,21 @@ def test_options_are_validated(options):
         GPTQOptions(**options)
     with pytest.raises(SpecError, match="points"):
         AWQOptions(points=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("calibrate", [gptq, awq_gptq], ids=["gptq", "awq+gptq"])
+def test_blocks_compute_on_a_gpu_one_at_a_time(calibrate, dtype, tokens, tmp_path):
+    """From host memory with offloaded activations, and on the GPU throughout: both far nearer than nearest codes."""
+    reference = make(dtype=dtype).cuda()
+    nearest = make(dtype=dtype).cuda()
+    quantize_(nearest, INT4)
+    limit = 0.7 * change(nearest, reference, tokens.cuda())
+    host, device = make(dtype=dtype), make(dtype=dtype).cuda()
+    calibrate(host, tokens, INT4, device="cuda", offload=True, resume=tmp_path)
+    assert {parameter.device.type for parameter in host.parameters()} == {"cpu"}
+    calibrate(device, tokens, INT4)
+    assert {parameter.device.type for parameter in device.parameters()} == {"cuda"}
+    for model in (host.cuda(), device):
+        assert change(model, reference, tokens.cuda()) < limit

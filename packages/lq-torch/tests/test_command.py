@@ -110,6 +110,20 @@ def test_with_a_calibration_text(lq, folder, text, tmp_path, algorithm):
     assert (tmp_path / "state" / "block-00001").is_dir()
 
 
+@pytest.mark.parametrize("algorithm", ["mse", "gptq"])
+def test_bits_by_layer_within_a_budget(lq, folder, text, tmp_path, algorithm):
+    status, out, err = lq(
+        *("quantize", folder, tmp_path, "--target-bits", 4.5, "--algorithm", algorithm, "--calibration", text),
+        *("--device", "cpu", "--exclude", "q_proj"),
+    )
+    assert (status, err) == (0, "")
+    found = low_bit(load(tmp_path)).values()
+    assert len(found) == 12
+    assert len({weight.packed_nbytes / weight.numel() for weight in found}) > 1
+    assert 4.2 < 8 * sum(w.packed_nbytes for w in found) / sum(w.numel() for w in found) <= 4.5
+    assert "12 layers of" in out
+
+
 def test_as_a_module(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["lq", "quantize", str(folder), str(tmp_path), "--device", "cpu", "--group-size", "-1"]
@@ -135,6 +149,9 @@ def test_an_unused_text_is_said_to_be(lq, folder, text, tmp_path):
             "0 windows of 501: expected at least 1",
         ),
         (("--algorithm", "gptq", "--calibration", "TEXT", "--windows", 0), "SpecError: --windows 0"),
+        (("--target-bits", 4.5), "SpecError: --target-bits needs --calibration"),
+        (("--target-bits", 1.5, "--calibration", "TEXT"), "raise --target-bits"),
+        (("--target-bits", 4.5, "--calibration", "TEXT", "--group-size", 32), "without --scheme and --group-size"),
         (("--group-size", 48), "GroupSizeError: model.layers.0"),
         (("--group-size", 0), "GroupSizeError"),
         (("--exclude", "("), "SpecError: --exclude '('"),

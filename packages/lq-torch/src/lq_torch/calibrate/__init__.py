@@ -1,18 +1,30 @@
 """Calibration: choose codes by what they do to a model's activations on a text. GPTQ, AWQ, and both in turn."""
 
 import os
+from collections.abc import Mapping
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from lq_torch.calibrate.mixed import mixed_precision
 from lq_torch.calibrate.options import AWQOptions, GPTQOptions
 from lq_torch.calibrate.report import CalibrationReport, LayerReport
 from lq_torch.calibrate.sequential import Progress, calibrate
 from lq_torch.config import WeightConfig
 from lq_torch.quantize import FilterFn
 
-__all__ = ["AWQOptions", "CalibrationReport", "GPTQOptions", "LayerReport", "RunOptions", "awq", "awq_gptq", "gptq"]
+__all__ = [
+    "AWQOptions",
+    "CalibrationReport",
+    "GPTQOptions",
+    "LayerReport",
+    "RunOptions",
+    "awq",
+    "awq_gptq",
+    "gptq",
+    "mixed_precision",
+]
 
 
 class RunOptions(TypedDict, total=False):
@@ -38,7 +50,7 @@ class RunOptions(TypedDict, total=False):
 def gptq(
     model: nn.Module,
     tokens: Tensor,
-    config: WeightConfig,
+    config: WeightConfig | Mapping[str, WeightConfig],
     options: GPTQOptions | None = None,
     **run: Unpack[RunOptions],
 ) -> CalibrationReport:
@@ -47,7 +59,8 @@ def gptq(
     Args:
         model: A dense causal language model of chained decoder blocks.
         tokens: Calibration windows ``(windows, length)`` of token ids.
-        config: ``Int4WeightOnlyConfig`` or ``IntxWeightOnlyConfig``; weights become what ``quantize_`` makes of it.
+        config: ``Int4WeightOnlyConfig`` or ``IntxWeightOnlyConfig``; weights become what ``quantize_`` makes of it. Or
+            one for each layer, by path (:func:`mixed_precision` finds them).
         options: Of the algorithm.
         run: See :class:`RunOptions`.
 
@@ -67,7 +80,7 @@ def gptq(
 def awq(
     model: nn.Module,
     tokens: Tensor,
-    config: WeightConfig,
+    config: WeightConfig | Mapping[str, WeightConfig],
     options: AWQOptions | None = None,
     **run: Unpack[RunOptions],
 ) -> CalibrationReport:
@@ -81,7 +94,7 @@ def awq(
 def awq_gptq(
     model: nn.Module,
     tokens: Tensor,
-    config: WeightConfig,
+    config: WeightConfig | Mapping[str, WeightConfig],
     awq_options: AWQOptions | None = None,
     gptq_options: GPTQOptions | None = None,
     **run: Unpack[RunOptions],

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,9 @@ class ResumeFolder:
         folder: Made if needed.
         model: The dense model.
         tokens: Calibration windows.
-        config: What weights become.
+        configs: What each layer becomes.
         gptq: Options of GPTQ, or None.
         awq: Options of AWQ, or None.
-        layers: Paths of the layers that are quantized.
 
     Raises:
         SpecError: If the folder holds the state of another run.
@@ -51,21 +50,20 @@ class ResumeFolder:
         folder: str | os.PathLike[str],
         model: nn.Module,
         tokens: Tensor,
-        config: WeightConfig,
+        configs: Mapping[str, WeightConfig],
         gptq: GPTQOptions | None,
         awq: AWQOptions | None,
-        layers: Sequence[str],
     ) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        described = {path: config.to_dict() for path, config in configs.items()}
         state = {
             "version": _VERSION,
-            "config": config.to_dict(),
+            "config": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
             "gptq": gptq and gptq.to_dict(),
             "awq": awq and awq.to_dict(),
             "tokens": _digest(tokens),
             "model": _model_digest(model),
-            "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest(),
         }
         file = self._folder / _STATE
         if not file.exists():

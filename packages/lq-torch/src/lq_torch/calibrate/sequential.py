@@ -34,7 +34,7 @@ Progress = Callable[[int, int, LayerReport], None]
 def calibrate(
     model: nn.Module,
     tokens: Tensor,
-    config: WeightConfig,
+    config: WeightConfig | Mapping[str, WeightConfig],
     *,
     gptq: GPTQOptions | None,
     awq: AWQOptions | None,
@@ -48,12 +48,12 @@ def calibrate(
     """Quantize a decoder model in place with calibration data; see :func:`lq_torch.calibrate.gptq`."""
     started = time.monotonic()
     batches = split_batches(tokens, batch_size)
-    layers = _checked(model, config, filter_fn)
+    layers, configs = _checked(model, config, filter_fn)
     blocks = find_blocks(model)
     home = next(blocks[0][1].parameters()).device
     where = home if device is None else torch.device(device)
-    folder = None if resume is None else ResumeFolder(resume, model, tokens, config, gptq, awq, sorted(layers))
-    calibration = _Calibration(config, gptq, awq, shared_parameters(model), progress, len(layers))
+    folder = None if resume is None else ResumeFolder(resume, model, tokens, configs, gptq, awq)
+    calibration = _Calibration(configs, gptq, awq, shared_parameters(model), progress)
     resumed = 0
     with torch.no_grad(), _evaluation(model):
         stream = record_stream(model, blocks, batches, where, torch.device("cpu") if offload else where)
@@ -92,24 +92,23 @@ class _Calibration:
 
     def __init__(
         self,
-        config: WeightConfig,
+        configs: Mapping[str, WeightConfig],
         gptq: GPTQOptions | None,
         awq: AWQOptions | None,
         shared: set[int],
         progress: Progress | None,
-        total: int,
     ) -> None:
         self.reports: list[LayerReport] = []
-        self._config, self._gptq, self._awq = config, gptq, awq
+        self._configs, self._gptq, self._awq = configs, gptq, awq
         self._shared = shared
-        self._progress, self._total = progress, total
+        self._progress = progress
         self._algorithm = "+".join(name for name, options in (("awq", awq), ("gptq", gptq)) if options is not None)
 
     def report(self, layer: LayerReport) -> None:
         """Add the report of a layer that is done."""
         self.reports.append(layer)
         if self._progress is not None:
-            self._progress(len(self.reports), self._total, layer)
+            self._progress(len(self.reports), len(self._configs), layer)
 
     def quantize_block(
         self,
@@ -125,7 +124,7 @@ class _Calibration:
         exponents: dict[str, float] = {}
         stages = find_stages(linears, runs[0]) if linears else []
         if self._awq is not None and linears:
-            targets = {name: self._target(layer) for name, layer in linears.items()}
+            targets = {name: self._target(f"{path}.{name}", layer) for name, layer in linears.items()}
             with named(path):
                 exponents = smooth(block, linears, runs, self._shared, targets, self._awq)
         float_block = None if exact is None else copy.deepcopy(block)
@@ -138,14 +137,18 @@ class _Calibration:
                     originals = {name: float_block.get_submodule(name) for name in stage}
                     found = measure(members, runs, originals, exact.runs(number, float_block))
             for moments in found:
-                self._quantize(path, {name: members.pop(name) for name in moments.members}, moments, exponents)
+                same: dict[WeightConfig, dict[str, nn.Linear]] = {}
+                for name in moments.members:
+                    same.setdefault(self._configs[f"{path}.{name}"], {})[name] = members.pop(name)
+                for layers in same.values():
+                    self._quantize(path, layers, moments, exponents)
             for name, layer in members.items():
                 self.without_data(f"{path}.{name}", layer, 0, "no calibration token reaches it")
 
     def without_data(self, path: str, layer: nn.Linear, tokens: int, reason: str) -> None:
         """Quantize a layer as quantize_ does, and say why."""
         with named(path):
-            weight = self._config.quantize(layer.weight.detach())
+            weight = self._configs[path].quantize(layer.weight.detach())
         layer.weight = nn.Parameter(weight, requires_grad=False)
         note = f"{reason}: quantized without data"
         self.report(LayerReport(path, "data-free", tokens, None, _bits(weight), note=note))
@@ -153,10 +156,11 @@ class _Calibration:
     def _quantize(
         self, path: str, layers: Mapping[str, nn.Linear], moments: Moments, exponents: Mapping[str, float]
     ) -> None:
-        """Quantize layers of a block that share their input."""
+        """Quantize layers of a block that share their input and their configuration."""
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        with named(f"{path}.{next(iter(layers))}"):
-            outcomes = quantize_together(weights, moments, self._target(next(iter(layers.values()))), self._gptq)
+        first, layer = next(iter(layers.items()))
+        with named(f"{path}.{first}"):
+            outcomes = quantize_together(weights, moments, self._target(f"{path}.{first}", layer), self._gptq)
         for name, layer in layers.items():
             if outcomes is None:
                 reason = "the Hessian of its inputs has no Cholesky factor, however damped"
@@ -177,27 +181,39 @@ class _Calibration:
                 )
             )
 
-    def _target(self, layer: nn.Linear) -> Target:
-        return target_of(self._config, layer.weight.dtype)
+    def _target(self, path: str, layer: nn.Linear) -> Target:
+        return target_of(self._configs[path], layer.weight.dtype)
 
 
 def _bits(weight: LowBitTensor) -> float:
     return weight.packed_nbytes * 8 / max(weight.numel(), 1)
 
 
-def _checked(model: nn.Module, config: WeightConfig, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
-    """Return the layers to quantize by path, once it is certain that all of them can be."""
-    if not isinstance(config, WeightConfig):
-        raise SpecError(f"config is a {type(config).__name__}: expected a configuration such as Int4WeightOnlyConfig()")
-    layers = dict(select_linears(model, filter_fn))
+def _checked(
+    model: nn.Module, config: WeightConfig | Mapping[str, WeightConfig], filter_fn: FilterFn | None
+) -> tuple[dict[str, nn.Linear], dict[str, WeightConfig]]:
+    """Return the layers to quantize and their configurations by path, once it is certain that all can be quantized."""
+    if isinstance(config, Mapping):
+        if filter_fn is not None:
+            raise SpecError("a configuration for each layer says which layers: leave filter_fn out")
+        wanted = config
+        layers = dict(select_linears(model, lambda _, path: path in wanted))
+        if missing := sorted(wanted.keys() - layers.keys()):
+            raise SpecError(f"config names {missing[0]!r}, which is no dense Linear layer of the model")
+        configs = {path: wanted[path] for path in layers}
+    else:
+        layers = dict(select_linears(model, filter_fn))
+        configs = dict.fromkeys(layers, config)
     if not layers:
         raise SpecError(f"there is no Linear layer to calibrate: {why_none(model)}")
     for path, layer in layers.items():
+        if not isinstance(chosen := configs[path], WeightConfig):
+            raise SpecError(f"config is a {type(chosen).__name__}: expected one such as Int4WeightOnlyConfig()")
         check_linear(path, layer)
         with named(path):
-            target_of(config, layer.weight.dtype)
-            config.validate(layer.weight)
-    return layers
+            target_of(chosen, layer.weight.dtype)
+            chosen.validate(layer.weight)
+    return layers, configs
 
 
 @contextmanager

@@ -1,0 +1,198 @@
+"""What ``lq quantize`` does: load, choose, quantize, save, say what was done."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lq_formats import SpecError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, mixed_precision
+from lq_torch.calibrate.sequential import calibrate
+from lq_torch.checkpoint import save_pretrained
+from lq_torch.config import Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
+from lq_torch.config_intx import IntxWeightOnlyConfig
+from lq_torch.integrations.causal_lm import load_dense, token_windows
+from lq_torch.quantize import quantize_, select_linears
+from lq_torch.tensors import LowBitTensor
+
+DATA_FREE = ("rtn", "mse", "hqq")
+CALIBRATED = ("gptq", "awq", "awq+gptq")
+ALGORITHMS = (*DATA_FREE, *CALIBRATED)
+SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REPORT_NAME = "calibration.json"
+_SAMPLE = (8, 512)  # windows and tokens of each that sensitivity is measured on
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """Run ``lq quantize`` with the options of :mod:`lq_torch.cli`.
+
+    Raises:
+        LQError: The named error of whatever is wrong; nothing has been written then.
+    """
+    config = None if options.target_bits is not None else _config(options)
+    device = _device(options.device)
+    exclude = _pattern(options.exclude)
+    text = _text(options)
+    if options.out.exists() and Path(options.model).exists() and options.out.samefile(options.model):
+        raise SpecError(f"{options.out} is the model itself; name another folder to write")
+    model, tokenizer = load_dense(options.model, DTYPES.get(options.dtype))
+    chosen = _chosen(model, exclude)
+    tokens = None if text is None else _windows(tokenizer, text, model, options)
+    configs = dict.fromkeys(chosen, config) if config is not None else _mixed(model, tokens, chosen, device, options)
+    report = None
+    if options.algorithm in CALIBRATED:
+        assert tokens is not None
+        report = _calibrated(model, tokens, configs, device, options)
+    else:
+        model.to(device)
+        for one in dict.fromkeys(configs.values()):
+            quantize_(model, one, lambda _, path, one=one: configs.get(path) == one)  # type: ignore[misc]
+    save_pretrained(model, options.out)
+    tokenizer.save_pretrained(options.out)
+    if report is not None:
+        (options.out / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
+        sys.stdout.write(f"{report}\n")
+    sys.stdout.write(f"{_summary(model)}; saved in {options.out}\n")
+
+
+def _config(options: argparse.Namespace) -> WeightConfig:
+    bits = int((options.scheme or "int4").removeprefix("int"))
+    algorithm: Any = options.algorithm if options.algorithm in DATA_FREE else "mse"
+    common: dict[str, Any] = {
+        "group_size": 128 if options.group_size is None else options.group_size,
+        "symmetric": not options.asymmetric,
+        "scale_dtype": DTYPES.get(options.scale_dtype),
+    }
+    if bits == 4:
+        return Int4WeightOnlyConfig(**common, int4_choose_qparams_algorithm=algorithm)
+    if bits == 8:
+        if options.algorithm not in (None, "rtn") or options.asymmetric:
+            raise SpecError("--scheme int8 is symmetric and rounds to nearest: there is no --algorithm but rtn for it")
+        return Int8WeightOnlyConfig()
+    return IntxWeightOnlyConfig(bits=bits, **common, choose_qparams_algorithm=algorithm)
+
+
+def _mixed(
+    model: nn.Module, tokens: Tensor | None, chosen: set[str], device: torch.device, options: argparse.Namespace
+) -> dict[str, WeightConfig]:
+    if options.scheme is not None or options.group_size is not None or options.algorithm in ("rtn", "hqq"):
+        raise SpecError(
+            "--target-bits chooses bits and groups: it goes with mse, gptq and awq, without --scheme and --group-size"
+        )
+    assert tokens is not None
+    windows, length = _SAMPLE
+    home = next(model.parameters()).device
+    model.to(device)
+    with _progress("measuring") as advance:
+        configs = mixed_precision(
+            model,
+            tokens[:windows, :length],
+            options.target_bits,
+            symmetric=not options.asymmetric,
+            scale_dtype=DTYPES.get(options.scale_dtype),
+            filter_fn=lambda _, path: path in chosen,
+            batch_size=1,
+            progress=lambda done, total: advance(done, total, ""),
+        )
+    model.to(home)
+    return configs
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise SpecError(f"--device {name}: expected for example cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SpecError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs here")
+    return device
+
+
+def _pattern(exclude: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if exclude is None else re.compile(exclude)
+    except re.error as error:
+        raise SpecError(f"--exclude {exclude!r} is no regular expression: {error}") from None
+
+
+def _chosen(model: nn.Module, exclude: re.Pattern[str] | None) -> set[str]:
+    """Return the layers that quantize_ takes by default, without those that the pattern finds."""
+    paths = {path for path, _ in select_linears(model)}
+    kept = {path for path in paths if exclude is None or not exclude.search(path)}
+    if exclude is not None and kept == paths:
+        raise SpecError(f"--exclude {exclude.pattern!r} matches none of {len(paths)} layers, such as {min(paths)!r}")
+    if not kept:
+        raise SpecError("there is no Linear layer to quantize: the model has none, or --exclude takes them all")
+    return kept
+
+
+def _text(options: argparse.Namespace) -> str | None:
+    """Return the calibration text, or None where none is used."""
+    if options.algorithm not in CALIBRATED and options.target_bits is None:
+        if options.calibration is not None:
+            sys.stderr.write(f"lq: --calibration is not used: {options.algorithm or 'this scheme'} needs no data\n")
+        return None
+    if options.calibration is None:
+        user = "--target-bits" if options.target_bits is not None else f"--algorithm {options.algorithm}"
+        raise SpecError(f"{user} needs --calibration FILE, a text like what the model will read")
+    try:
+        return str(options.calibration.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the calibration text as UTF-8: {error}") from None
+
+
+def _windows(tokenizer: Any, text: str, model: nn.Module, options: argparse.Namespace) -> Tensor:
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
+    length = min(2048, context) if options.window_length is None else options.window_length
+    if length < 1 or (options.windows is not None and options.windows < 1):
+        raise SpecError(f"--windows {options.windows} of {length} tokens: expected positive numbers")
+    return token_windows(tokenizer, text, options.windows, length)
+
+
+def _calibrated(
+    model: nn.Module,
+    tokens: Tensor,
+    configs: Mapping[str, WeightConfig],
+    device: torch.device,
+    options: argparse.Namespace,
+) -> CalibrationReport:
+    with _progress("calibrating") as advance:
+        return calibrate(
+            model,
+            tokens,
+            configs,
+            gptq=GPTQOptions() if "gptq" in options.algorithm else None,
+            awq=AWQOptions() if "awq" in options.algorithm else None,
+            batch_size=options.batch_size,
+            device=device,
+            offload=options.offload,
+            resume=options.resume,
+            progress=lambda done, total, layer: advance(done, total, layer.path),
+        )
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar on a terminal; yields what is called with layers done, layers in all, and a layer."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total, layer: bar.update(
+            task, completed=done, total=total, description=f"{label} {layer}".rstrip()
+        )
+
+
+def _summary(model: nn.Module) -> str:
+    weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
+    bits = sum(w.packed_nbytes for w in weights) * 8 / max(sum(w.numel() for w in weights), 1)
+    return f"{len(weights)} layers of {sum(w.numel() for w in weights):,} weights in {bits:.3f} bits each"

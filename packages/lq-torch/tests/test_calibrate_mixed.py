@@ -1,0 +1,128 @@
+"""Bits where they are felt: the measurement, the allocation and its budget."""
+
+import itertools
+
+import pytest
+import torch
+from lq_formats import SpecError
+from lq_torch import Int4Tensor, Int4WeightOnlyConfig, IntxTensor, IntxWeightOnlyConfig, LowBitTensor
+from lq_torch.calibrate import gptq, mixed_precision
+from lq_torch.calibrate.blocks import split_batches
+from lq_torch.calibrate.mixed import Candidate, allocate, sensitivity
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.up = nn.Linear(64, 128, bias=False)
+        self.down = nn.Linear(128, 64, bias=False)
+        self.gain = gain
+
+    def forward(self, x):
+        return x + self.gain * self.down(torch.tanh(self.up(x)))
+
+
+class Model(nn.Module):
+    """The first block hardly matters for what is predicted, the second does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(40, 64)
+        self.blocks = nn.ModuleList([Block(0.01), Block(3.0)])
+        self.lm_head = nn.Linear(64, 40)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def nbytes(model):
+    found = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
+    return sum(p.packed_nbytes for p in found), sum(p.numel() for p in found)
+
+
+def test_sensitivity_is_the_divergence_of_the_model_with_one_layer_at_three_bits(tokens):
+    model = Model()
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if path.startswith("blocks") and hasattr(module, "weight")
+    }
+    before = {path: layer.weight.clone() for path, layer in layers.items()}
+    found = sensitivity(model, layers, split_batches(tokens, 3))
+    assert all(torch.equal(layer.weight, before[path]) for path, layer in layers.items())
+    path = "blocks.1.up"
+    log_p = model(tokens).detach().double().log_softmax(-1)
+    coarse = IntxWeightOnlyConfig(bits=3, group_size=-1).quantize(layers[path].weight.detach()).dequantize()
+    layers[path].weight.data = coarse
+    log_q = model(tokens).detach().double().log_softmax(-1)
+    assert found[path] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
+    assert min(found["blocks.1.up"], found["blocks.1.down"]) > 100 * max(found["blocks.0.up"], found["blocks.0.down"])
+
+
+@pytest.mark.parametrize("target", [2.6, 3.25, 4.5, 7.9])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_the_budget_is_kept_and_used(target, symmetric, tokens):
+    model = Model()
+    configs = mixed_precision(model, tokens, target, symmetric=symmetric, scale_dtype=torch.float16)
+    assert set(configs) == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")}
+    report = gptq(model, tokens, configs)
+    used, weights = nbytes(model)
+    assert used <= target * weights / 8
+    # The next step of the smallest layer would not have fitted.
+    assert used > (target - 1.5) * weights / 8
+    bits = {layer.path: layer.bits_per_weight for layer in report.layers}
+    assert bits["blocks.1.up"] + bits["blocks.1.down"] > bits["blocks.0.up"] + bits["blocks.0.down"] + 0.4
+    for path, config in configs.items():
+        kind = Int4Tensor if isinstance(config, Int4WeightOnlyConfig) else IntxTensor
+        assert type(model.get_submodule(path).weight) is kind
+
+
+def test_a_budget_below_the_cheapest_choice_is_refused(tokens):
+    with pytest.raises(SpecError, match="the least these layers take"):
+        mixed_precision(Model(), tokens, 2.0)
+
+
+def test_allocation_is_the_best_of_all_on_convex_costs():
+    """Against every combination, with divergences that fall fourfold a bit, as they do."""
+    generator = torch.Generator().manual_seed(2)
+    for budget in (24, 30, 41, 48):
+        felt = torch.rand(4, generator=generator).tolist()
+        options = {
+            str(layer): [Candidate(Int4WeightOnlyConfig(), 2 * bits, weight * 4.0**-bits) for bits in (2, 3, 4, 6, 8)]
+            for layer, weight in enumerate(felt)
+        }
+        chosen = allocate(options, budget)
+        assert sum(candidate.nbytes for candidate in chosen.values()) <= budget
+        fitting = [
+            combination
+            for combination in itertools.product(*options.values())
+            if sum(candidate.nbytes for candidate in combination) <= budget
+        ]
+        best = min(sum(candidate.divergence for candidate in combination) for combination in fitting)
+        # Greedy steps lose at most what the last, unaffordable one would have bought.
+        assert sum(candidate.divergence for candidate in chosen.values()) <= 1.35 * best
+
+
+def test_candidates_that_cost_more_and_give_less_are_never_chosen():
+    config = Int4WeightOnlyConfig()
+    options = {
+        "a": [
+            Candidate(config, 10, 1.0),
+            Candidate(config, 20, 2.0),
+            Candidate(config, 20, 0.6),
+            Candidate(config, 30, 0.1),
+        ]
+    }
+    assert allocate(options, 19)["a"] == Candidate(config, 10, 1.0)
+    assert allocate(options, 29)["a"] == Candidate(config, 20, 0.6)
+    assert allocate(options, 30)["a"] == Candidate(config, 30, 0.1)
