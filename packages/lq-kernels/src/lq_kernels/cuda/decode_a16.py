@@ -1,6 +1,7 @@
 """Launch ``src/decode_a16.cu``: a few tokens times an int4 or int8 weight in fragment order, on Hopper."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ def cut(
 def decode_config(
     m: int, blocks: int, k: int, bits: int, scale_bytes: int, sm_count: int, max_token_tiles: int = 4
 ) -> DecodeConfig | None:
-    """Return the fastest cut by a model, or None if the tokens do not fit shared memory.
+    """Return the fastest cut by a model, or None if the tokens do not fit shared memory or the grid.
 
     Args:
         m: Tokens.
@@ -83,19 +84,28 @@ def decode_config(
         sm_count: Multiprocessors.
         max_token_tiles: Largest number of token tiles that is compiled.
     """
+    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles)
+    return min(cuts, key=lambda config: cost(config, m, blocks, k, bits, sm_count), default=None)
+
+
+def candidates(
+    m: int, blocks: int, k: int, bits: int, scale_bytes: int, sm_count: int, max_token_tiles: int = 4
+) -> Iterator[DecodeConfig]:
+    """Yield every cut that makes sense; arguments are those of :func:`decode_config`."""
     wanted = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
-    best: tuple[float, DecodeConfig] | None = None
     for token_tiles in dict.fromkeys((min(wanted, max_token_tiles), 2, 1)):
+        if -(-m // (8 * token_tiles)) > _MAX_GRID_Y:
+            continue
         for per_sm in (2, 1):
             for cluster in (1, 2, 4, 8):
-                clusters = min(blocks, _clusters(sm_count, cluster) * per_sm)
-                config = cut(m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters, _SHARED[per_sm])
-                if config is None:
-                    continue
-                cost = _cost(config, m, blocks, k, bits, per_sm)
-                if best is None or cost < best[0]:
-                    best = (cost, config)
-    return best[1] if best else None
+                once = _clusters(sm_count, cluster)
+                if not once or (per_sm == 2 and blocks <= once):
+                    continue  # too few multiprocessors for the cluster; a CTA for each of them at most
+                config = cut(
+                    m, blocks, k, bits, scale_bytes, token_tiles, cluster, min(blocks, once * per_sm), _SHARED[per_sm]
+                )
+                if config is not None:
+                    yield config
 
 
 def _clusters(sm_count: int, cluster: int) -> int:
@@ -103,8 +113,9 @@ def _clusters(sm_count: int, cluster: int) -> int:
     return sm_count // cluster if cluster <= 2 else (sm_count - 12) // cluster
 
 
-def _cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, per_sm: int) -> float:
+def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
     """Return a time in units of a KB of codes at 17 bytes a clock and SM."""
+    per_sm = 1 if config.clusters <= _clusters(sm_count, config.cluster) else 2
     steps = -(-k // (512 // bits))
     rows = -(-blocks // config.clusters)
     work = rows * -(-steps // config.cluster) * per_sm
@@ -114,7 +125,7 @@ def _cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, per_sm: 
 
 
 def config_of(problem: Problem) -> DecodeConfig | None:
-    """Return the cut of a problem, or None if the tokens do not fit shared memory."""
+    """Return the cut of a problem, or None if the tokens do not fit shared memory or the grid."""
     bits, symmetric = problem.spec.bits, problem.spec.symmetric
     variant = Variant.of(problem.dtype, problem.spec.scale_dtype, bits, problem.group_size, problem.k, not symmetric)
     return _config(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch.sm_count)
@@ -122,8 +133,7 @@ def config_of(problem: Problem) -> DecodeConfig | None:
 
 def _config(m: int, blocks: int, k: int, variant: Variant, sm_count: int) -> DecodeConfig | None:
     most = 2 if variant.groups == 4 and variant.zero else 4
-    config = decode_config(m, blocks, k, variant.bits, variant.scale_bytes, sm_count, most)
-    return None if config is None or -(-m // (8 * config.token_tiles)) > _MAX_GRID_Y else config
+    return decode_config(m, blocks, k, variant.bits, variant.scale_bytes, sm_count, most)
 
 
 def linear(
