@@ -1,4 +1,4 @@
-"""What every 32-element ggml block codec shares: input checks, block views, fp16 fields and ggml's rounding."""
+"""What every ggml block codec shares: input checks, block views, fp16 fields and ggml's rounding."""
 
 from typing import Final
 
@@ -11,24 +11,24 @@ from lq_formats.validation import FLOAT_DTYPES, check_finite, check_float
 BLOCK_SIZE: Final = 32
 
 
-def split_blocks(x: Tensor, name: str, check: bool = True) -> Tensor:
-    """Return ``x: (..., K)`` as float32 blocks ``(..., K // 32, 32)``.
+def split_blocks(x: Tensor, name: str, check: bool = True, block_size: int = BLOCK_SIZE) -> Tensor:
+    """Return ``x: (..., K)`` as float32 blocks ``(..., K // block_size, block_size)``.
 
     Raises:
         DTypeError: If ``x`` is not floating point.
-        ShapeError: If K is not a positive multiple of 32.
+        ShapeError: If K is not a positive multiple of ``block_size``.
         NonFiniteError: If ``check`` and ``x`` holds NaN or infinity, or float64 values beyond float32.
     """
     check_float(x, f"the input of {name}")
-    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
+    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % block_size:
         raise ShapeError(
             f"the input of {name} has shape {tuple(x.shape)}: the last dimension must be a positive multiple of "
-            f"{BLOCK_SIZE}; pad it or keep this tensor in floating point"
+            f"{block_size}; pad it or keep this tensor in floating point"
         )
     values = x.detach().to(torch.float32)
     if check:
         check_finite(values, f"the input of {name}, as float32,")
-    return values.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
+    return values.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
 
 
 def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) -> None:
@@ -36,14 +36,14 @@ def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) ->
     if data.dtype != torch.uint8:
         raise DTypeError(f"{name} blocks have dtype {data.dtype}: expected uint8 bytes")
     if data.dim() < 2 or data.shape[-1] != type_size:
-        raise ShapeError(f"{name} blocks have shape {tuple(data.shape)}: expected (..., K // 32, {type_size}) bytes")
+        raise ShapeError(f"{name} blocks have shape {tuple(data.shape)}: expected (..., blocks, {type_size}) bytes")
     if dtype not in FLOAT_DTYPES:
         raise DTypeError(f"{name} cannot be dequantized to {dtype}: expected a floating point dtype")
 
 
 def merge_blocks(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``(..., blocks, 32)`` values as ``(..., K)`` of ``dtype``."""
-    return values.reshape(*values.shape[:-2], values.shape[-2] * BLOCK_SIZE).to(dtype)
+    """Return ``(..., blocks, block size)`` values as ``(..., K)`` of ``dtype``."""
+    return values.reshape(*values.shape[:-2], values.shape[-2] * values.shape[-1]).to(dtype)
 
 
 def half_bytes(value: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ def first_of(blocks: Tensor, value: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack ``(..., 32)`` codes: element j in the low nibble of byte j, element j + 16 in the high nibble."""
-    codes = codes.to(torch.uint8)
-    return codes[..., :16] | codes[..., 16:] << 4
+    """Pack ``(..., 2 n)`` codes: element j in the low nibble of byte j, element j + n in the high nibble. n is 16 mostly."""
+    low, high = codes.to(torch.uint8).chunk(2, dim=-1)
+    return low | high << 4
 
 
 def unpack_nibbles(octets: Tensor) -> Tensor:
-    """Undo :func:`pack_nibbles`: ``(..., 16) uint8`` to ``(..., 32) uint8``."""
+    """Undo :func:`pack_nibbles`: ``(..., n) uint8`` to ``(..., 2 n) uint8``."""
     return torch.cat((octets & 0x0F, octets >> 4), dim=-1)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from lq_formats.division import divide
 from lq_formats.ggml.blocks import (
+    BLOCK_SIZE,
     check_blocks,
     first_of,
     half_bytes,
@@ -49,15 +50,27 @@ from lq_formats.ggml.blocks import (
     unpack_fifth_bits,
     unpack_nibbles,
 )
+from lq_formats.ggml.importance import by_chunks, finite_reciprocal, search_scale, split_importance
+
+# Levels that a search of Q4_0's scale gives to the extreme of a block: codes reach -8 but only +7.
+_SHARES = tuple(sign * (5 + 0.125 * step) for sign in (-1, 1) for step in range(33 if sign < 0 else 25))
 
 
-def quantize_q4_0(x: Tensor) -> Tensor:
+def quantize_q4_0(x: Tensor, importance: Tensor | None = None) -> Tensor:
     """Quantize ``(..., K)`` floats to Q4_0 blocks ``(..., K // 32, 18) uint8``.
+
+    Args:
+        x: Floating point weights, K a multiple of 32.
+        importance: ``(K,)``, how much an error in a column counts: scales are searched for the least of it. None for
+            the bytes of ggml's reference.
 
     Raises:
         DTypeError, ShapeError, NonFiniteError: If ``x`` is not finite floats with K a multiple of 32.
+        SpecError: If ``importance`` holds negative numbers.
     """
     blocks = split_blocks(x, "quantize_q4_0")
+    if importance is not None:
+        return by_chunks(_search_q4_0, blocks, split_importance(importance, x, BLOCK_SIZE))
     d = divide(signed_extreme(blocks), -8)
     codes = truncate_codes(blocks * reciprocal(d) + 8.5, 15)
     return torch.cat((half_bytes(d), pack_nibbles(codes)), dim=-1)
@@ -131,6 +144,12 @@ def dequantize_q8_0(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     check_blocks(data, 34, "Q8_0", dtype)
     codes = data[..., 2:].contiguous().view(torch.int8).to(torch.float32)
     return merge_blocks(codes * read_half(data, 0), dtype)
+
+
+def _search_q4_0(blocks: Tensor, importance: Tensor | None) -> Tensor:
+    d = search_scale(blocks, importance, _SHARES, lambda levels: levels.round_().clamp_(-8, 7))
+    codes = (blocks * finite_reciprocal(d)).round_().clamp_(-8, 7) + 8
+    return torch.cat((half_bytes(d), pack_nibbles(codes)), dim=-1)
 
 
 def _quantize_range(blocks: Tensor, max_code: int) -> tuple[Tensor, Tensor, Tensor]:
