@@ -24,6 +24,8 @@ _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights at once: a search has a do
 def split_importance(importance: Tensor, x: Tensor, block_size: int) -> Tensor:
     """Return ``importance: (K,)`` as float32 blocks ``(K // block_size, block_size)`` that broadcast over ``x: (..., K)``.
 
+    A block of which nothing counts is quantized as if all of it did.
+
     Raises:
         DTypeError, ShapeError, DeviceError: If it does not fit ``x``.
         NonFiniteError, SpecError: If it holds NaN, infinity or negative numbers.
@@ -39,7 +41,8 @@ def split_importance(importance: Tensor, x: Tensor, block_size: int) -> Tensor:
         raise SpecError("importance holds negative numbers: it says how much an error counts")
     # Only ratios matter; squares of large activations must not overflow the sums.
     values = values / values.amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return values.reshape(-1, block_size)
+    blocks = values.reshape(-1, block_size)
+    return torch.where(blocks.amax(dim=-1, keepdim=True) > 0, blocks, 1.0)
 
 
 def by_chunks(search: Callable[[Tensor, Tensor | None], Tensor], blocks: Tensor, importance: Tensor | None) -> Tensor:
@@ -61,6 +64,11 @@ def ordered_sum(values: Tensor) -> Tensor:
     return values
 
 
+def counted(blocks: Tensor, importance: Tensor | None) -> Tensor:
+    """Return ``blocks`` with 0 where an error does not count: these must not set a scale."""
+    return blocks if importance is None else torch.where(importance > 0, blocks, 0.0)
+
+
 def finite_reciprocal(x: Tensor) -> Tensor:
     """Return ``1 / x``, and 0 where that is not finite."""
     inverse = reciprocal(x)
@@ -78,8 +86,9 @@ def search_scale(
         shares: Each is the level that a candidate gives to the block's (signed) extreme.
         to_levels: Rounds ``x / d`` to levels, clamped.
     """
-    extreme = signed_extreme(blocks)
-    unit = blocks * finite_reciprocal(extreme)  # in units of the extreme, squares neither overflow nor vanish
+    extreme = signed_extreme(counted(blocks, importance))
+    # In units of the extreme squares neither overflow nor vanish. Only what does not count is beyond 1.
+    unit = (blocks * finite_reciprocal(extreme)).clamp_(-2, 2)
     weighted = unit if importance is None else unit * importance
     best_d, best_worth = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for share in shares:

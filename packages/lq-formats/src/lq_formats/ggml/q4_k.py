@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.ggml.blocks import half_bytes, pack_nibbles, reciprocal, split_blocks
-from lq_formats.ggml.importance import by_chunks, finite_reciprocal, ordered_sum, split_importance
+from lq_formats.ggml.importance import by_chunks, counted, finite_reciprocal, ordered_sum, split_importance
 from lq_formats.ggml.kquants import SUPER_BLOCK, pack_scale_min
 
 _GROUP = 32
@@ -40,13 +40,13 @@ def quantize_q4_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
 
 def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
     # In units of the block's largest weight: squares neither overflow nor vanish.
-    unit = blocks.abs().amax(dim=-1, keepdim=True)
-    groups = _groups(blocks * finite_reciprocal(unit))
+    unit = counted(blocks, importance).abs().amax(dim=-1, keepdim=True)
+    groups = _groups((blocks * finite_reciprocal(unit)).clamp_(-2, 2))  # only what does not count is beyond 1
     if importance is None:
         weight = (ordered_sum(groups * groups) / torch.full_like(groups[..., :1], _GROUP)).sqrt() + groups.abs()
     else:
         weight = _groups(importance).expand_as(groups)
-    scale, low = _fit_groups(groups, weight)
+    scale, low = _fit_groups(counted(groups, weight), weight)
     best: tuple[Tensor, ...] | None = None
     for largest in product(_LARGEST, _LARGEST):
         found = _fit_block(groups, weight, unit.unsqueeze(-1), scale, low, largest)
