@@ -77,6 +77,14 @@ def gpu_tests(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Read 200,000 mutated GGUF files; arguments go to pytest. LQ_GGUF_SEED=<seed> repeats a failure."""
+    _sync(session, "dev")
+    test = "packages/lq-formats/tests/test_gguf_fuzz.py"
+    _run_python(session, "-m", "pytest", test, *session.posargs, env={"LQ_GGUF_MUTATIONS": "200000"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff (lint and format) and the import contracts: formats <- kernels <- torch <- eval."""
     _sync(session, "dev")
