@@ -155,7 +155,7 @@ def test_equals_are_decided_by_order(monkeypatch):
 def test_explanation_reads_like_a_sentence():
     text = str(explain(int4(1, CPU)))
     assert text.splitlines()[0] == "int4 m=1 n=4096 k=4096 g=128 sym bfloat16 on cpu"
-    assert re.search(r"-> aten-cpu \(predicted [\d.]+ us\)", text)
+    assert re.search(r"-> aten-cpu \(predicted [\d.]+ us by its cost model\)", text)
     assert "not triton-gemv: needs a GPU" in text
     assert re.search(r"not dequant-blas: predicted slower, [\d.]+ us", text)
 

@@ -3,13 +3,15 @@
 Launchers import Triton or the CUDA runtime compiler when they first run, so reading the catalog needs neither.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, hopper, reference
+from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, hopper, plans, reference
 from lq_kernels.cuda import constraints as cuda_constraints
-from lq_kernels.problem import Problem
+from lq_kernels.plans import Plan
+from lq_kernels.problem import Op, Problem
 from lq_kernels.registry import Kernel
 from lq_kernels.triton import constraints as triton_constraints
 
@@ -45,41 +47,50 @@ def _cuda_q4_0(weight_q: Tensor, activation_q: Tensor) -> Tensor:
     return result
 
 
-_DECODE = (cuda_constraints.why_not_decode, cost.decode_us)
-_PREFILL = (cuda_constraints.why_not_prefill, cost.prefill_us)
-_A8 = (dynamic_kernels.why_not_cuda, dynamic_kernels.predict_cuda_us)
+def _planned(
+    name: str,
+    why_not: Callable[[Problem], str | None],
+    plan: Callable[[Problem], Plan],
+    op: Op,
+    run: Callable[..., Tensor],
+) -> Kernel:
+    return Kernel(name, op, why_not, lambda problem: plan(problem).us, run, plan)
+
+
+_DECODE = ("cuda-decode", cuda_constraints.why_not_decode, plans.decode)
+_PREFILL = ("cuda-prefill", cuda_constraints.why_not_prefill, plans.prefill)
+_A8 = ("cuda-a8", dynamic_kernels.why_not_cuda, plans.a8)
+_DENSE = ("dequant-blas", dequant_blas.why_not, plans.dense)
 _A8_DENSE = (_anything, dynamic_kernels.predict_dense_us)
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cuda-decode", "int4", *_DECODE, hopper.on_canonical_int4(hopper.decode)),
-    Kernel("cuda-prefill", "int4", *_PREFILL, hopper.on_canonical_int4(hopper.prefill)),
+    _planned(*_DECODE, "int4", hopper.OnCanonicalInt4(hopper.decode)),
+    _planned(*_PREFILL, "int4", hopper.OnCanonicalInt4(hopper.prefill)),
     Kernel("triton-gemv", "int4", triton_constraints.why_not_int4, cost.gemv_us, _triton_int4("gemv")),
     Kernel("triton-splitk", "int4", triton_constraints.why_not_int4, cost.splitk_us, _triton_int4("splitk")),
     Kernel("triton-gemm", "int4", triton_constraints.why_not_int4, cost.gemm_us, _triton_int4("gemm")),
     Kernel("aten-cpu", "int4", aten_cpu.why_not_int4, aten_cpu.predict_us, aten_cpu.int4_linear),
-    Kernel("dequant-blas", "int4", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.int4_linear),
+    _planned(*_DENSE, "int4", dequant_blas.int4_linear),
     Kernel("reference", "int4", _anything, cost.reference_us, reference.int4_linear_reference),
-    Kernel("cuda-decode", "int8", *_DECODE, hopper.on_canonical_int8(hopper.decode)),
-    Kernel("cuda-prefill", "int8", *_PREFILL, hopper.on_canonical_int8(hopper.prefill)),
+    _planned(*_DECODE, "int8", hopper.OnCanonicalInt8(hopper.decode)),
+    _planned(*_PREFILL, "int8", hopper.OnCanonicalInt8(hopper.prefill)),
     Kernel("triton-gemv", "int8", triton_constraints.why_not_int8, cost.gemv_us, _triton_int8("gemv")),
     Kernel("triton-splitk", "int8", triton_constraints.why_not_int8, cost.splitk_us, _triton_int8("splitk")),
     Kernel("triton-gemm", "int8", triton_constraints.why_not_int8, cost.gemm_us, _triton_int8("gemm")),
     Kernel("aten-cpu", "int8", aten_cpu.why_not_int8, aten_cpu.predict_us, aten_cpu.int8_linear),
-    Kernel("dequant-blas", "int8", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.int8_linear),
+    _planned(*_DENSE, "int8", dequant_blas.int8_linear),
     Kernel("reference", "int8", _anything, cost.reference_us, reference.int8_linear_reference),
-    Kernel("cuda-decode", "preshuffled", *_DECODE, hopper.decode),
-    Kernel("cuda-prefill", "preshuffled", *_PREFILL, hopper.prefill),
-    Kernel(
-        "dequant-blas", "preshuffled", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.preshuffled_linear
-    ),
+    _planned(*_DECODE, "preshuffled", hopper.decode),
+    _planned(*_PREFILL, "preshuffled", hopper.prefill),
+    _planned(*_DENSE, "preshuffled", dequant_blas.preshuffled_linear),
     Kernel("reference", "preshuffled", _anything, cost.reference_us, reference.preshuffled_linear_reference),
     Kernel("cuda-mma", "q4_0_q8_1", cuda_constraints.why_not_q4_0, cost.q4_0_us, _cuda_q4_0),
     Kernel("dequant-blas", "q4_0_q8_1", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.gemm_q4_0_q8_1),
     Kernel("reference", "q4_0_q8_1", _anything, cost.reference_us, reference.gemm_q4_0_q8_1_reference),
-    Kernel("cuda-a8", "int8_dynamic", *_A8, dynamic_kernels.int8_cuda),
+    _planned(*_A8, "int8_dynamic", dynamic_kernels.int8_cuda),
     Kernel("dequant-blas", "int8_dynamic", *_A8_DENSE, dynamic_kernels.int8_dense),
     Kernel("reference", "int8_dynamic", _anything, cost.reference_us, dynamic_kernels.int8_reference),
-    Kernel("cuda-a8", "int4_dynamic", *_A8, dynamic_kernels.int4_cuda),
+    _planned(*_A8, "int4_dynamic", dynamic_kernels.int4_cuda),
     Kernel("dequant-blas", "int4_dynamic", *_A8_DENSE, dynamic_kernels.int4_dense),
     Kernel("reference", "int4_dynamic", _anything, cost.reference_us, dynamic_kernels.int4_reference),
 )

@@ -44,13 +44,6 @@ def why_not_cuda(problem: Problem) -> str | None:
     return constraints.why_not_compile()
 
 
-def predict_cuda_us(problem: Problem) -> float:
-    """Predict the Hopper kernel from its cut, quantizing the tokens included."""
-    from lq_kernels.cuda import linear_a8
-
-    return linear_a8.predict_us(problem)
-
-
 def predict_dense_us(problem: Problem) -> float:
     """Predict quantizing and dequantizing the tokens, dequantizing the weight, and the dense product."""
     tokens = 6 * problem.dtype.itemsize * problem.m * problem.k / cost.machine(problem.arch).bandwidth

@@ -1,8 +1,8 @@
 """The registry: which kernels there are, which one a problem gets, and why not the others.
 
 Selection is data. A kernel says whether it can run a problem (``why_not``) and how long it would take
-(``predict_us``); the cheapest that can run is taken, the first of equals. Nothing is timed, nothing falls back silently:
-a kernel that is asked for by name runs or raises.
+(``predict_us``: measured where a tuning table holds the problem, else by a model); the cheapest that can run is taken, the
+first of equals. Nothing is timed, nothing falls back silently: a kernel that is asked for by name runs or raises.
 """
 
 import functools
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lq_formats import NoKernelError
 from torch import Tensor
 
+from lq_kernels.plans import MODEL, Plan
 from lq_kernels.problem import Op, Problem
 
 
@@ -28,6 +29,7 @@ class Kernel:
             ``(x, packed, scale, zero, bias, out_features, group_size, bits)``; q4_0_q8_1: ``(weight_q, activation_q)``; dynamic
             activations: see :mod:`lq_kernels.dynamic_kernels`.
             All tensors valid and not empty.
+        plan: What ``predict_us`` is taken from, where a kernel has cuts or measurements.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Kernel:
     why_not: Callable[[Problem], str | None]
     predict_us: Callable[[Problem], float]
     run: Callable[..., Tensor]
+    plan: Callable[[Problem], Plan] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Explanation:
         problem: The problem in question.
         chosen: The kernel it gets; None if none can run it.
         predicted_us: Predicted microseconds of the chosen kernel.
+        cut: Its configuration; empty for a kernel that has none.
+        source: Where the time comes from: ``"model"``, or the name of a tuning table.
         rejected: ``(name, reason)`` of every other kernel, in the registry's order.
     """
 
@@ -52,12 +57,15 @@ class Explanation:
     chosen: str | None
     predicted_us: float
     rejected: tuple[tuple[str, str], ...]
+    cut: str = ""
+    source: str = MODEL
 
     def __str__(self) -> str:
-        head = f"{self.problem}\n  -> " + (
-            f"{self.chosen} (predicted {self.predicted_us:.1f} us)" if self.chosen else "no kernel"
-        )
-        return "\n".join([head, *(f"     not {name}: {reason}" for name, reason in self.rejected)])
+        time = f"predicted {self.predicted_us:.1f} us by "
+        time += "its cost model" if self.source == MODEL else f"measurements in {self.source}"
+        head = [str(self.problem), f"  -> {self.chosen} ({time})" if self.chosen else "  -> no kernel"]
+        cut = [f"     {self.cut}"] if self.cut else []
+        return "\n".join(head + cut + [f"     not {name}: {reason}" for name, reason in self.rejected])
 
 
 def kernel_names(op: Op) -> tuple[str, ...]:
@@ -91,7 +99,8 @@ def select(problem: Problem, name: str = "") -> Kernel:
 
 def explain(problem: Problem) -> Explanation:
     """Say which kernel a problem gets, and for every other kernel why not; ``str()`` of it is for people."""
-    reasons = [(kernel, kernel.why_not(problem)) for kernel in _kernels(problem.op)]
+    kernels = _kernels(problem.op)
+    reasons = [(kernel, kernel.why_not(problem)) for kernel in kernels]
     times = {kernel.name: kernel.predict_us(problem) for kernel, reason in reasons if reason is None}
     chosen = min(times, key=lambda name: times[name]) if times else None
     rejected = tuple(
@@ -99,7 +108,11 @@ def explain(problem: Problem) -> Explanation:
         for kernel, reason in reasons
         if kernel.name != chosen
     )
-    return Explanation(problem, chosen, times[chosen] if chosen else float("nan"), rejected)
+    if chosen is None:
+        return Explanation(problem, None, float("nan"), rejected)
+    plan = next(kernel.plan for kernel in kernels if kernel.name == chosen)
+    found = plan(problem) if plan is not None else Plan(times[chosen])
+    return Explanation(problem, chosen, times[chosen], rejected, found.cut, found.source)
 
 
 @functools.cache

@@ -49,9 +49,9 @@ def why_not_decode(problem: Problem) -> str | None:
     """Return why the decode kernel cannot run ``problem``, or None."""
     reason = why_not_fragment(problem)
     if reason is None:
-        from lq_kernels.cuda.decode_a16 import config_of
+        from lq_kernels.cuda.decode_a16 import choice_of
 
-        if config_of(problem) is None:
+        if choice_of(problem) is None:
             reason = f"the part of x that a multiprocessor keeps does not fit its shared memory (K = {problem.k})"
     return reason
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.jit.launcher import launch
 from lq_kernels.problem import Arch, Problem
+from lq_kernels.tuned.lookup import Choice, choose, measurements
+from lq_kernels.tuned.table import Weight
 
 THREADS = 320
 _WARPS = 8
@@ -20,6 +22,8 @@ _MAX_STAGES = 16
 _SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
 _MAX_GRID_Y = 65535
+_SAME = ("token_tiles", "cluster", "clusters")
+"""Fields of a cut from which the others follow."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,6 @@ def cut(
     return DecodeConfig(token_tiles, slots, cluster, clusters, stages, boxes, pitch, fixed + stages * stage)
 
 
-@functools.lru_cache(maxsize=4096)
 def decode_config(
     m: int, blocks: int, k: int, bits: int, scale_bytes: int, sm_count: int, max_token_tiles: int = 4
 ) -> DecodeConfig | None:
@@ -124,16 +127,44 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     return tokens * (work + 2.0 * passes * per_sm + 0.5 * config.cluster)
 
 
-def config_of(problem: Problem) -> DecodeConfig | None:
+@functools.lru_cache(maxsize=4096)
+def choice(
+    m: int, blocks: int, k: int, bits: int, groups: int, zero: bool, scale_bytes: int, sm_count: int, device: str
+) -> Choice[DecodeConfig] | None:
+    """Return the cut that was measured to be fastest on ``device``, or is by the model; None if none fits.
+
+    Args:
+        m: Tokens.
+        blocks: Blocks of 16 rows.
+        k: In features.
+        bits: As the other fields of :class:`Variant` that follow.
+        groups: Groups in 128 in features.
+        zero: Whether there are zero points.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        sm_count: Multiprocessors.
+        device: Name of the GPU, for the tables; empty for the model.
+    """
+    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups, zero))
+    weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
+    found = measurements("decode_a16", m, weight, device, sm_count)
+    return choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
+
+
+def max_token_tiles(groups: int, zero: bool) -> int:
+    """Return the largest number of token tiles that is compiled for so many groups in a step."""
+    return 2 if groups == 4 and zero else 4
+
+
+def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
     """Return the cut of a problem, or None if the tokens do not fit shared memory or the grid."""
     bits, symmetric = problem.spec.bits, problem.spec.symmetric
     variant = Variant.of(problem.dtype, problem.spec.scale_dtype, bits, problem.group_size, problem.k, not symmetric)
-    return _config(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch.sm_count)
+    return _choice(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch)
 
 
-def _config(m: int, blocks: int, k: int, variant: Variant, sm_count: int) -> DecodeConfig | None:
-    most = 2 if variant.groups == 4 and variant.zero else 4
-    return decode_config(m, blocks, k, variant.bits, variant.scale_bytes, sm_count, most)
+def _choice(m: int, blocks: int, k: int, variant: Variant, arch: Arch) -> Choice[DecodeConfig] | None:
+    scales = (variant.groups, variant.zero, variant.scale_bytes)
+    return choice(m, blocks, k, variant.bits, *scales, arch.sm_count, arch.name)
 
 
 def linear(
@@ -145,6 +176,7 @@ def linear(
     out_features: int,
     group_size: int,
     bits: int,
+    config: DecodeConfig | None = None,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
@@ -157,6 +189,7 @@ def linear(
         out_features: Rows of the weight.
         group_size: In features per scale; K for one scale a row.
         bits: 4 or 8.
+        config: How to cut, for tuning; by default :func:`choice`.
 
     Raises:
         ShapeError: If the tokens do not fit shared memory or the grid.
@@ -166,9 +199,11 @@ def linear(
         x = x.clone(memory_format=torch.contiguous_format)
     variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
     blocks = packed.shape[1]
-    config = _config(m, blocks, k, variant, Arch.of(x.device).sm_count)
     if config is None:
-        raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
+        chosen = _choice(m, blocks, k, variant, Arch.of(x.device))
+        if chosen is None:
+            raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
+        config = chosen.config
     y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
     launch(
         "decode_a16",

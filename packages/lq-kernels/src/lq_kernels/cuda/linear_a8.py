@@ -16,6 +16,8 @@ from lq_kernels.jit.launcher import launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
 from lq_kernels.problem import Arch, Problem
+from lq_kernels.tuned.lookup import Choice, choose, measurements
+from lq_kernels.tuned.table import Weight
 
 ROWS = 128
 STEP = 128
@@ -30,6 +32,8 @@ _SHARED = 232448
 _MAX_STAGES = 16
 _BARRIERS = 2 * _MAX_STAGES * 8 + 16
 _MAX_TILES = 1 << 30
+_SAME = ("tokens", "multicast", "ctas", "shared_tiles", "workers")
+"""Fields of a cut that a table's must have; the rest is order."""
 
 # Estimates for an H200, to be replaced by measurements: 8-bit products of a multiprocessor a clock, and bytes from L2.
 _PRODUCTS = 4096
@@ -149,32 +153,87 @@ def a8_config(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int
     Raises:
         ShapeError: If there are too many tiles to count.
     """
-    return _best(m, n, k, bits, promote, scale_bytes, sm_count)[1]
-
-
-def predict_us(problem: Problem) -> float:
-    """Return the microseconds that the model gives a problem, quantizing the tokens included, on an H200's clock."""
-    grouped = problem.group_size != problem.k
-    promote = promotes(problem.activation, grouped)
-    scale_bytes = BLOCK_ROWS * problem.spec.scale_dtype.itemsize if grouped else 0
-    sm_count = max(problem.arch.sm_count, 1)
-    clocks, _ = _best(problem.m, problem.n, problem.k, problem.spec.bits, promote, scale_bytes, sm_count)
-    # Two bytes read and one written of each element, at 3.5 TB/s.
-    quantize = 1.5 + 3e-6 * problem.m * problem.k / 3.5 * 132 / sm_count
-    return quantize + clocks / _CLOCKS_A_US
+    cuts = candidates(m, n, k, bits, promote, sm_count)
+    return min(cuts, key=lambda config: cost(config, m, n, k, bits, promote, scale_bytes, sm_count))
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> tuple[float, A8Config]:
-    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
-        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
-    cuts = candidates(m, n, k, bits, promote, sm_count)
-    ranked = ((cost(cut, m, n, k, bits, promote, scale_bytes, sm_count), cut) for cut in cuts)
-    return min(ranked, key=lambda pair: pair[0])
+def choice(
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    activation: str,
+    promote: bool,
+    grouped: bool,
+    scale_bytes: int,
+    sm_count: int,
+    device: str,
+) -> Choice[A8Config]:
+    """Return the cut that was measured to be fastest on ``device``, or is by the model.
+
+    Args:
+        m: Tokens.
+        n: Out features.
+        k: In features.
+        bits: Of the weight.
+        activation: What tokens are quantized to.
+        promote: Whether sums are promoted; tables hold measurements of the default, :func:`promotes`.
+        grouped: Whether scales are for groups.
+        scale_bytes: Bytes of scales beside the codes of a block and K step.
+        sm_count: Multiprocessors.
+        device: Name of the GPU, for the tables; empty for the model.
+
+    Raises:
+        ShapeError: If there are too many tiles to count.
+    """
+    weight = Weight(bits, int(grouped), False, scale_bytes, activation, -(-n // BLOCK_ROWS) * BLOCK_ROWS, k)
+    chosen = choose(
+        candidates(m, n, k, bits, promote, sm_count),
+        lambda config: cost(config, m, n, k, bits, promote, scale_bytes, sm_count),
+        _SAME,
+        measurements("linear_a8", m, weight, device, sm_count) if promote == promotes(activation, grouped) else (),
+    )
+    assert chosen is not None, "tiles of 16 tokens fit any size"
+    return chosen
+
+
+def choice_of(problem: Problem) -> Choice[A8Config]:
+    """Return the cut of a problem."""
+    grouped = problem.group_size != problem.k
+    scale_bytes = BLOCK_ROWS * problem.spec.scale_dtype.itemsize if grouped else 0
+    return choice(
+        problem.m,
+        problem.n,
+        problem.k,
+        problem.spec.bits,
+        problem.activation,
+        promotes(problem.activation, grouped),
+        grouped,
+        scale_bytes,
+        max(problem.arch.sm_count, 1),
+        problem.arch.name,
+    )
+
+
+def predict_us(problem: Problem) -> float:
+    """Return the microseconds that the model gives the cut it would choose, on an H200's clock."""
+    grouped, sm_count = problem.group_size != problem.k, max(problem.arch.sm_count, 1)
+    promote = promotes(problem.activation, grouped)
+    scale_bytes = BLOCK_ROWS * problem.spec.scale_dtype.itemsize if grouped else 0
+    sizes = (problem.m, problem.n, problem.k, problem.spec.bits, promote, scale_bytes)
+    return cost(a8_config(*sizes, sm_count), *sizes, sm_count) / _CLOCKS_A_US
+
+
+def quantize_us(problem: Problem) -> float:
+    """Return the microseconds of quantizing the tokens: two bytes read and one written of each element, at 3.5 TB/s."""
+    return 1.5 + 3e-6 * problem.m * problem.k / 3.5 * 132 / max(problem.arch.sm_count, 1)
 
 
 def candidates(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int) -> Iterator[A8Config]:
-    """Yield every cut that makes sense."""
+    """Yield every cut that makes sense; arguments and errors are those of :func:`a8_config`."""
+    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
+        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
     steps = -(-k // STEP)
     for tokens in TOKENS:
         if (tokens > 16 and 2 * m <= tokens) or (promote and tokens > MAX_PROMOTED[bits]):
@@ -261,7 +320,7 @@ def linear(
         dtype: Of the result, bf16 or fp16.
         lowest: Whether the int4 code -8 may occur.
         promote: Whether to add up sums of 128 in features apart; by default :func:`promotes`, and always for groups.
-        config: How to cut, for tuning; by default :func:`a8_config`.
+        config: How to cut, for tuning; by default :func:`choice`.
 
     Raises:
         ShapeError: If there are too many tiles for one launch.
@@ -275,8 +334,10 @@ def linear(
         promote = promotes(activation, grouped)
     variant = A8Variant(bits, activation, dtype, scale.dtype, grouped, lowest, promote)
     if config is None:
-        sm_count = Arch.of(codes.device).sm_count
-        config = a8_config(m, out_features, k, bits, promote, variant.scale_bytes, sm_count)
+        arch, scale_bytes = Arch.of(codes.device), variant.scale_bytes
+        config = choice(
+            m, out_features, k, bits, activation, promote, grouped, scale_bytes, arch.sm_count, arch.name
+        ).config
     stages, shared = ring(config.tokens, bits, variant.scale_bytes)
     y = torch.empty((m, out_features), dtype=dtype, device=codes.device)
     partials: Tensor | int = 0

@@ -15,6 +15,8 @@ from lq_kernels.jit.launcher import launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
 from lq_kernels.problem import Arch, Problem
+from lq_kernels.tuned.lookup import Choice, choose, measurements
+from lq_kernels.tuned.table import Weight
 
 TOKENS = (16, 32, 64, 128, 256)
 """Tokens of a tile, for which the source is written; a tile has 128 out features."""
@@ -25,6 +27,8 @@ _SHARED = 232448
 _MAX_STAGES = 16
 _FIXED = 2 * 32 * 144 + 3 * _MAX_STAGES * 8 + 16  # staging and barriers
 _MAX_TILES = 1 << 30
+_SAME = ("tokens", "ctas", "shared_tiles", "workers")
+"""Fields of a cut that a table's must have; the rest is order."""
 
 _PRODUCTS = {16: 108, 32: 109, 64: 122, 128: 167, 256: 320}
 """Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 220 cuts (H200)."""
@@ -77,28 +81,62 @@ def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count
     Raises:
         ShapeError: If there are too many tiles to count.
     """
-    return _best(m, n, k, bits, scale_bytes, sm_count)[1]
-
-
-def predict_us(problem: Problem) -> float:
-    """Return the microseconds that the model gives a problem, on an H200's clock."""
-    spec = problem.spec
-    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
-    sm_count = max(problem.arch.sm_count, 1)
-    clocks, _ = _best(problem.m, problem.n, problem.k, spec.bits, variant.scale_bytes, sm_count)
-    return clocks / _CLOCKS_A_US
+    cuts = candidates(m, n, k, bits, scale_bytes, sm_count)
+    return min(cuts, key=lambda config: cost(config, m, n, k, bits, sm_count))
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[float, PrefillConfig]:
-    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
-        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
-    ranked = ((cost(c, m, n, k, bits, sm_count), c) for c in candidates(m, n, k, bits, scale_bytes, sm_count))
-    return min(ranked, key=lambda pair: pair[0])
+def choice(
+    m: int, n: int, k: int, bits: int, groups: int, zero: bool, scale_bytes: int, sm_count: int, device: str
+) -> Choice[PrefillConfig]:
+    """Return the cut that was measured to be fastest on ``device``, or is by the model.
+
+    Args:
+        m: Tokens.
+        n: Out features.
+        k: In features.
+        bits: As the other fields of :class:`Variant` that follow.
+        groups: Groups in 128 in features.
+        zero: Whether there are zero points.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        sm_count: Multiprocessors.
+        device: Name of the GPU, for the tables; empty for the model.
+
+    Raises:
+        ShapeError: If there are too many tiles to count.
+    """
+    cuts = candidates(m, n, k, bits, scale_bytes, sm_count)
+    weight = Weight(bits, groups, zero, scale_bytes, "", -(-n // BLOCK_ROWS) * BLOCK_ROWS, k)
+    found = measurements("prefill_a16", m, weight, device, sm_count)
+    chosen = choose(cuts, lambda config: cost(config, m, n, k, bits, sm_count), _SAME, found)
+    assert chosen is not None, "tiles of 16 tokens fit any size"
+    return chosen
+
+
+def choice_of(problem: Problem) -> Choice[PrefillConfig]:
+    """Return the cut of a problem."""
+    spec = problem.spec
+    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    return _choice(problem.m, problem.n, problem.k, variant, problem.arch)
+
+
+def _choice(m: int, n: int, k: int, variant: Variant, arch: Arch) -> Choice[PrefillConfig]:
+    scales = (variant.groups, variant.zero, variant.scale_bytes)
+    return choice(m, n, k, variant.bits, *scales, max(arch.sm_count, 1), arch.name)
+
+
+def predict_us(problem: Problem) -> float:
+    """Return the microseconds that the model gives the cut it would choose, on an H200's clock."""
+    spec, sm_count = problem.spec, max(problem.arch.sm_count, 1)
+    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    sizes = (problem.m, problem.n, problem.k, spec.bits)
+    return cost(prefill_config(*sizes, variant.scale_bytes, sm_count), *sizes, sm_count) / _CLOCKS_A_US
 
 
 def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
-    """Yield every cut that makes sense."""
+    """Yield every cut that makes sense; arguments and errors are those of :func:`prefill_config`."""
+    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
+        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
     steps = -(-k // (512 // bits))
     for tokens in TOKENS:
         # Half-empty tiles only waste, and with two stages loads do not overlap products.
@@ -169,7 +207,7 @@ def linear(
         out_features: Rows of the weight.
         group_size: In features per scale; K for one scale a row.
         bits: 4 or 8.
-        config: How to cut, for tuning; by default :func:`prefill_config`.
+        config: How to cut, for tuning; by default :func:`choice`.
 
     Raises:
         ShapeError: If there are too many tiles for one launch.
@@ -179,7 +217,7 @@ def linear(
         x = x.clone(memory_format=torch.contiguous_format)
     variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
     if config is None:
-        config = prefill_config(m, out_features, k, bits, variant.scale_bytes, Arch.of(x.device).sm_count)
+        config = _choice(m, out_features, k, variant, Arch.of(x.device)).config
     stages, shared = ring(config.tokens, bits, variant.scale_bytes)
     y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
     partials: Tensor | int = 0
