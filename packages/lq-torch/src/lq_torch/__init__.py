@@ -11,6 +11,7 @@ from lq_torch.config import (
 from lq_torch.config_dynamic import Int4DynamicActivationConfig, Int8DynamicActivationConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.gemlite_config import GemliteConfig
+from lq_torch.gguf import load_gguf, save_gguf
 from lq_torch.integrations.gemlite import force_kernel, load_kernel_cache, save_kernel_cache
 from lq_torch.interop import export_pretrained, import_pretrained
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
@@ -67,10 +68,12 @@ __all__ = [
     "force_kernel",
     "import_pretrained",
     "load",
+    "load_gguf",
     "load_kernel_cache",
     "merge_linears",
     "quantize_",
     "replace_linear_with_int4",
+    "save_gguf",
     "save_kernel_cache",
     "save_pretrained",
     "unmerge_linears",

@@ -148,6 +148,24 @@ class GGUFFile:
             )
         return form.dequantize(self.blocks(name), dtype)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory of a tensor that has been copied, where the system can; its next use reads the file anew.
+
+        What was written to the tensor in this process is lost.
+
+        Raises:
+            SpecError: If there is no such tensor.
+        """
+        info = self._find(name)
+        source = self._buffer.obj
+        if not isinstance(source, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        # Whole pages of this tensor only: a page at its ends has bytes of others.
+        begin = info.offset + -info.offset % mmap.PAGESIZE
+        end = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            source.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def _find(self, name: str) -> GGUFTensor:
         found = self.tensors.get(name)
         if found is None:

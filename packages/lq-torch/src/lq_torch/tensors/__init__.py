@@ -1,5 +1,6 @@
 """Quantized weights as tensor subclasses, one a file."""
 
+import lq_torch.tensors.embedding  # noqa: F401  (F.embedding of ggml blocks)
 from lq_torch.tensors.base import LowBitTensor
 from lq_torch.tensors.gemlite_dynamic import GemliteTensor
 from lq_torch.tensors.ggml import GGMLTensor
