@@ -4,6 +4,7 @@ A canonical weight is repacked on first use and the result kept beside it (:mod:
 a weight that is kept in fragment order (:mod:`lq_kernels.preshuffled`) is stored once.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -29,47 +30,51 @@ class _Launcher(Protocol):
     ) -> Tensor: ...
 
 
-def decode(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bits: int,
-) -> Tensor:
-    """Run the decode kernel; see :func:`lq_kernels.cuda.decode_a16.linear`."""
-    from lq_kernels.cuda import decode_a16
+class OnFragments:
+    """A launcher for weights in fragment order."""
 
-    y: Tensor = decode_a16.linear(x, packed, scale, zero, bias, out_features, group_size, bits)
-    return y
+    def __init__(self, module: str) -> None:
+        """Name the module of :mod:`lq_kernels.cuda` whose ``linear`` runs; it is imported then."""
+        self._module = module
+        self._launcher: _Launcher | None = None
 
-
-def prefill(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bits: int,
-) -> Tensor:
-    """Run the prefill kernel; see :func:`lq_kernels.cuda.prefill_a16.linear`."""
-    from lq_kernels.cuda import prefill_a16
-
-    y: Tensor = prefill_a16.linear(x, packed, scale, zero, bias, out_features, group_size, bits)
-    return y
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        out_features: int,
+        group_size: int,
+        bits: int,
+    ) -> Tensor:
+        """Run the kernel; see :func:`lq_kernels.cuda.decode_a16.linear`."""
+        if self._launcher is None:
+            self._launcher = importlib.import_module(f"lq_kernels.cuda.{self._module}").linear
+        return self._launcher(x, packed, scale, zero, bias, out_features, group_size, bits)
 
 
-def on_canonical_int4(launcher: _Launcher) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]:
-    """Return a launcher for canonical int4 weights."""
+decode = OnFragments("decode_a16")
+prefill = OnFragments("prefill_a16")
 
-    def run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+
+class OnCanonicalInt4:
+    """A launcher for canonical int4 weights."""
+
+    def __init__(self, launcher: _Launcher) -> None:
+        self._launcher = launcher
+
+    def __call__(self, x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+        """Repack the weight if need be, and multiply; see :func:`lq_kernels.int4_linear`."""
+        return self.bind(x.shape[1], qweight, scale, zero, group_size)(x)
+
+    def bind(
+        self, k: int, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the product with this weight of ``k`` in features, as it is now: later changes are not seen."""
         from lq_kernels.preshuffled import arranged_groups
 
-        k = x.shape[1]
         groups = arranged_groups(k, group_size)
         packed = _once(qweight, f"fragment-int4-{k}", lambda: FRAGMENT_INT4.pack(unpack_int4(qweight, k)))
         scales = _once(scale, f"fragment-scale-{groups}", lambda: FRAGMENT_INT4.arrange_scales(scale, groups))
@@ -79,23 +84,29 @@ def on_canonical_int4(launcher: _Launcher) -> Callable[[Tensor, Tensor, Tensor, 
             zeros = _once(
                 zero, f"fragment-zero-{groups}-{wide}", lambda: FRAGMENT_INT4.arrange_scales(zero.to(wide), groups)
             )
-        return launcher(x, packed, scales, zeros, None, qweight.shape[0], group_size, 4)
+        launcher, n = self._launcher, qweight.shape[0]
+        return lambda x: launcher(x, packed, scales, zeros, None, n, group_size, 4)
 
-    return run
 
+class OnCanonicalInt8:
+    """A launcher for int8 weights ``(N, K)``."""
 
-def on_canonical_int8(launcher: _Launcher) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return a launcher for int8 weights ``(N, K)``."""
+    def __init__(self, launcher: _Launcher) -> None:
+        self._launcher = launcher
 
-    def run(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-        n, k = qweight.shape
+    def __call__(self, x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+        """Repack the weight if need be, and multiply; see :func:`lq_kernels.int8_gemm`."""
+        return self.bind(x.shape[1], qweight, scale)(x)
+
+    def bind(self, k: int, qweight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the product with this weight of ``k`` in features, as it is now: later changes are not seen."""
+        n = qweight.shape[0]
         packed = _once(qweight, "fragment-int8", lambda: FRAGMENT_INT8.pack(INT8.unpack(qweight)))
         scales = _once(
             scale, f"fragment-scale-{n}", lambda: FRAGMENT_INT8.arrange_scales(scale.expand(n)[:, None].contiguous(), 1)
         )
-        return launcher(x, packed, scales, None, None, n, k, 8)
-
-    return run
+        launcher = self._launcher
+        return lambda x: launcher(x, packed, scales, None, None, n, k, 8)
 
 
 def _once(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:

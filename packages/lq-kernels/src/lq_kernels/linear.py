@@ -5,10 +5,12 @@ leading dimensions, returns an empty result for no tokens, is differentiable in 
 """
 
 import torch
-from lq_formats import DTypeError, ShapeError, dequantize_q4_0
+from lq_formats import DTypeError, QuantSpec, ShapeError, dequantize_q4_0
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.eager import invisible, recall, remember
+from lq_kernels.reference import int4_spec
 from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices, check_int4
 
 
@@ -40,10 +42,16 @@ def int4_linear(
         ShapeError, GroupSizeError, DTypeError, DeviceError: If the arguments do not fit each other.
         NoKernelError: If the forced kernel cannot run this problem.
     """
+    direct = kernel is None and invisible(x)
+    if direct and (y := recall(x, qweight, (scale, zero), (group_size,))) is not None:
+        return y if bias is None else _add_bias(y, x, bias)
     k = check_activations(x)
     check_int4(qweight, scale, zero, group_size, k)
     check_devices(x, qweight=qweight, scale=scale, zero=zero, bias=bias)
     y = torch.ops.lq.int4_linear(x.reshape(-1, k), qweight, scale, zero, group_size, kernel or "")
+    if direct:
+        spec = int4_spec(group_size, k, zero is None, scale.dtype)
+        remember("int4", (qweight, scale, zero), (group_size,), qweight.shape[0], k, spec, x.dtype)
     return _finish(y, x, bias)
 
 
@@ -105,6 +113,9 @@ def int8_gemm(
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
         NoKernelError: If the forced kernel cannot run this problem.
     """
+    direct = kernel is None and invisible(x)
+    if direct and (y := recall(x, weight, (scale,), ())) is not None:
+        return y if bias is None else _add_bias(y, x, bias)
     k = check_activations(x)
     if weight.dtype != torch.int8:
         raise DTypeError(f"weight has dtype {weight.dtype}: expected int8")
@@ -117,7 +128,11 @@ def int8_gemm(
             f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
         )
     check_devices(x, weight=weight, scale=scale, bias=bias)
-    return _finish(torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, kernel or ""), x, bias)
+    y = torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, kernel or "")
+    if direct:
+        spec = QuantSpec(8, "row" if scale.dim() else "tensor", None, True, scale.dtype)
+        remember("int8", (weight, scale), (), weight.shape[0], k, spec, x.dtype)
+    return _finish(y, x, bias)
 
 
 def int4_dequantize(
@@ -254,7 +269,10 @@ class _Q4_0Linear(torch.autograd.Function):  # noqa: N801
 
 def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     y = y.view(*x.shape[:-1], y.shape[-1])
-    if bias is None:
-        return y
+    return y if bias is None else _add_bias(y, x, bias)
+
+
+def _add_bias(y: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    check_devices(x, bias=bias)
     check_bias(bias, y.shape[-1], x.dtype)
     return y + bias

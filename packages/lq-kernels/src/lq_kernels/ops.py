@@ -85,7 +85,8 @@ def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tens
 
 
 @functools.lru_cache(maxsize=1024)
-def _preshuffled_spec(bits: int, group_size: int, in_features: int, symmetric: bool, dtype: torch.dtype) -> QuantSpec:
+def preshuffled_spec(bits: int, group_size: int, in_features: int, symmetric: bool, dtype: torch.dtype) -> QuantSpec:
+    """Return how a weight in fragment order is quantized."""
     if group_size == in_features:
         return QuantSpec(bits, "row", None, symmetric, dtype)
     return QuantSpec(bits, "group", group_size, symmetric, dtype)
@@ -105,7 +106,7 @@ def _preshuffled_linear(
     m, k = x.shape
     if m == 0 or out_features == 0:
         return x.new_empty((m, out_features))
-    spec = _preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
+    spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
     problem = Problem("preshuffled", m, out_features, k, spec, x.dtype, Arch.of(x.device))
     return select(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
 

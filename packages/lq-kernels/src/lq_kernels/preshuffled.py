@@ -10,6 +10,8 @@ from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, INT8, FragmentLayou
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.eager import invisible, recall, remember
+from lq_kernels.ops import preshuffled_spec
 from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
 
 _LAYOUTS = {4: FRAGMENT_INT4, 8: FRAGMENT_INT8}
@@ -104,6 +106,10 @@ def preshuffled_linear(
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
         NoKernelError: If the forced kernel cannot run this problem.
     """
+    direct = kernel is None and invisible(x, bias)
+    values = (out_features, group_size, bits)
+    if direct and (known := recall(x, packed, (scale, zero, bias), values)) is not None:
+        return known
     k = check_activations(x)
     _check(packed, scale, zero, bits, group_size, out_features, k)
     check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
@@ -112,6 +118,9 @@ def preshuffled_linear(
     y: Tensor = torch.ops.lq.preshuffled_linear(
         x.reshape(-1, k), packed, scale, zero, bias, bits, group_size, out_features, kernel or ""
     )
+    if direct:
+        spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
+        remember("preshuffled", (packed, scale, zero, bias), values, out_features, k, spec, x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 

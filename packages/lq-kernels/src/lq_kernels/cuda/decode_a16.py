@@ -10,7 +10,7 @@ from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
 from lq_kernels.cuda.variant import Variant
-from lq_kernels.jit.launcher import launch
+from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
 from lq_kernels.tuned.table import Weight
@@ -197,38 +197,53 @@ def linear(
     m, k = x.shape
     if x.stride() != (k, 1) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
-    blocks = packed.shape[1]
-    if config is None:
-        chosen = _choice(m, blocks, k, variant, Arch.of(x.device))
-        if chosen is None:
-            raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
-        config = chosen.config
-    y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
+    launch = _prepare(
+        x.get_device(),
+        m,
+        out_features,
+        k,
+        packed.shape[1],
+        group_size,
+        Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
+        config,
+    )
+    y = x.new_empty((m, out_features))
     launch(
+        x.data_ptr(),
+        packed.data_ptr(),
+        scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    index: int,
+    m: int,
+    n: int,
+    k: int,
+    blocks: int,
+    group_size: int,
+    variant: Variant,
+    config: DecodeConfig | None,
+) -> Launch:
+    if config is None and (chosen := _choice(m, blocks, k, variant, Arch.of(torch.device("cuda", index)))):
+        config = chosen.config
+    if config is None:
+        raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
+    return Launch(
+        index,
         "decode_a16",
         f"decode_a16_t{config.token_tiles}",
         (config.cluster * config.clusters, -(-m // (8 * config.token_tiles)), 1),
         THREADS,
         config.shared,
-        x.device,
-        x,
-        packed,
-        scale,
-        0 if zero is None else zero,
-        0 if bias is None else bias,
-        y,
-        m,
-        out_features,
-        k,
-        blocks,
-        group_size,
-        config.slots,
-        config.stages,
-        config.boxes,
-        config.pitch,
+        6,
+        (m, n, k, blocks, group_size, config.slots, config.stages, config.boxes, config.pitch),
         cluster=config.cluster,
         dependent=True,
         defines=variant.defines,
     )
-    return y

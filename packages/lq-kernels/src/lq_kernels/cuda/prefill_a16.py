@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from lq_formats import ShapeError
@@ -11,7 +12,7 @@ from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
 from lq_kernels.cuda.variant import Variant
-from lq_kernels.jit.launcher import launch
+from lq_kernels.jit.launcher import Launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
 from lq_kernels.problem import Arch, Problem
@@ -215,40 +216,66 @@ def linear(
     m, k = x.shape
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
-    if config is None:
-        config = _choice(m, out_features, k, variant, Arch.of(x.device)).config
-    stages, shared = ring(config.tokens, bits, variant.scale_bytes)
-    y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
-    partials: Tensor | int = 0
-    arrivals: Tensor | int = 0
-    if config.shared_tiles:
-        partials, arrivals = workspace(x.device, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
-    launch(
-        "prefill_a16",
-        "prefill_a16",
-        (config.ctas, 1, 1),
-        THREADS,
-        shared,
-        x.device,
-        tensor_map(x, config.tokens, 64),
-        packed,
-        scale,
-        0 if zero is None else zero,
-        0 if bias is None else bias,
-        y,
-        partials,
-        arrivals,
+    plan = _prepare(
+        x.get_device(),
         m,
         out_features,
         k,
         packed.shape[1],
         group_size,
-        stages,
-        config.raster,
-        config.shared_tiles,
-        config.workers,
+        Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
+        config,
+    )
+    y = x.new_empty((m, out_features))
+    partials = arrivals = 0
+    if plan.counters:
+        space = workspace(x.device, plan.partials, plan.counters)
+        partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
+    plan.launch(
+        tensor_map(x, plan.tokens, 64),
+        packed.data_ptr(),
+        scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        partials,
+        arrivals,
+    )
+    return y
+
+
+class _Plan(NamedTuple):
+    """A launch, the tokens of its tiles, and the workspace that it wants."""
+
+    launch: Launch
+    tokens: int
+    partials: int
+    counters: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    index: int,
+    m: int,
+    n: int,
+    k: int,
+    blocks: int,
+    group_size: int,
+    variant: Variant,
+    config: PrefillConfig | None,
+) -> _Plan:
+    config = config or _choice(m, n, k, variant, Arch.of(torch.device("cuda", index))).config
+    stages, shared = ring(config.tokens, variant.bits, variant.scale_bytes)
+    launch = Launch(
+        index,
+        "prefill_a16",
+        "prefill_a16",
+        (config.ctas, 1, 1),
+        THREADS,
+        shared,
+        8,
+        (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
         dependent=True,
         defines=(*variant.defines, f"LQ_TOKENS={config.tokens}"),
     )
-    return y
+    return _Plan(launch, config.tokens, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)

@@ -1,8 +1,8 @@
 """Find a compiled kernel for the current GPU and launch it on torch's current stream, cheaply.
 
-A kernel is loaded once a device and process, and a launch (grid, cluster, attributes) is prepared once a thread. A call
-then costs a dictionary look-up, filling an array of 64-bit values, and the driver's launch: about 2 us. Kernels declare
-``long long`` and pointers, and :class:`lq_kernels.jit.tensor_map.TensorMap` parameters, only.
+A kernel is loaded once a device and process, and a launch (grid, cluster, attributes, sizes) is prepared once. A call then
+costs a look-up, filling in the pointers, and the driver's launch: about 2 us. Kernels have pointers and
+:class:`lq_kernels.jit.tensor_map.TensorMap` parameters first and ``long long`` ones after them.
 
 The driver is called through ctypes: ``cuda.core`` has no programmatic dependent launch, and the generated bindings build
 their argument arrays anew in each call.
@@ -29,7 +29,6 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 
 _lock = threading.Lock()
 _functions: dict[tuple[int, str, str, tuple[str, ...]], Any] = {}
-_prepared = threading.local()
 
 
 class _Attribute(ctypes.Structure):
@@ -56,20 +55,44 @@ class _Config(ctypes.Structure):
     )
 
 
-class _Launch:
-    """A kernel with its launch configuration; belongs to one thread, because it holds the argument array."""
+class Launch:
+    """A kernel with its launch configuration and the arguments that do not change.
+
+    May be called by several threads: what the driver reads is filled and read under a lock.
+    """
 
     def __init__(
         self,
-        function: int,
-        label: str,
+        index: int,
+        name: str,
+        kernel: str,
         grid: tuple[int, int, int],
         threads: int,
         shared: int,
-        cluster: int,
-        dependent: bool,
-        arguments: "Sequence[Tensor | int | TensorMap]",
+        pointers: int,
+        sizes: Sequence[int],
+        cluster: int = 0,
+        dependent: bool = False,
+        defines: tuple[str, ...] = (),
     ) -> None:
+        """Load the kernel on GPU ``index``, and compile it if need be.
+
+        Args:
+            index: Which GPU.
+            name: Source file under ``cuda/src``, without its suffix.
+            kernel: Name of an ``extern "C"`` kernel in it.
+            grid: Blocks in x, y and z.
+            threads: Threads in a block.
+            shared: Bytes of dynamic shared memory.
+            pointers: How many parameters are pointers or tensor maps; they come first.
+            sizes: The parameters after them, 64-bit integers.
+            cluster: Blocks in a cluster, along x; 0 for a kernel that uses no cluster instruction (1 is a cluster too).
+            dependent: The kernel waits for its predecessor itself (``griddepcontrol.wait``), so it may start early.
+            defines: ``NAME=VALUE`` of macros that the source is compiled with.
+
+        Raises:
+            CompileError: If the kernel cannot be compiled or loaded.
+        """
         attributes = []
         if cluster:
             attributes.append(_Attribute(_CLUSTER_DIMENSION, b"", (cluster, 1, 1)))
@@ -78,29 +101,63 @@ class _Launch:
         self._attributes = (_Attribute * max(1, len(attributes)))(*attributes)
         self._config = _Config(grid, (threads, 1, 1), shared, None, self._attributes, len(attributes))
         self._reference = ctypes.byref(self._config)
-        self._function = ctypes.c_void_p(function)
-        self._label = label
-        self._values = (ctypes.c_longlong * len(arguments))()
+        self._function = ctypes.c_void_p(int(load(index, name, kernel, shared, defines).handle))
+        self._label = f"{kernel} of {name}.cu"
+        count = pointers + len(sizes)
+        self._values = (ctypes.c_longlong * count)(*([0] * pointers), *sizes)
         start = ctypes.addressof(self._values)
-        self._parameters = (ctypes.c_void_p * len(arguments))(*(start + 8 * i for i in range(len(arguments))))
+        self._parameters = (ctypes.c_void_p * count)(*(start + 8 * i for i in range(count)))
         self._driver = _driver()
+        self._index = index
+        self._lock = threading.Lock()
 
-    def __call__(self, stream: int, arguments: "Sequence[Tensor | int | TensorMap]") -> None:
-        values, parameters = self._values, self._parameters
-        for i, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                values[i] = argument.data_ptr()
-            elif isinstance(argument, int):
-                values[i] = argument
-            else:
-                parameters[i] = argument.address
-        self._config.stream = stream
-        status = self._driver(self._reference, self._function, parameters, None)
+    def __call__(self, *pointers: "int | TensorMap") -> None:
+        """Launch on the GPU's current torch stream.
+
+        Args:
+            pointers: Addresses in the GPU's memory, and tensor maps, in the kernel's order.
+
+        Raises:
+            LaunchError: If the driver refuses the launch.
+        """
+        index = self._index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                self(*pointers)
+            return
+        with self._lock:
+            for i, pointer in enumerate(pointers):
+                if type(pointer) is int:
+                    self._values[i] = pointer
+                else:
+                    self._parameters[i] = pointer.address  # type: ignore[union-attr]
+            # What torch.compile's generated code calls as well: 0.1 us, where torch.cuda.current_stream takes 1 us.
+            self._config.stream = torch._C._cuda_getCurrentRawStream(index)
+            status = self._driver(self._reference, self._function, self._parameters, None)
         if status:
             raise LaunchError(
                 f"the driver refuses to launch {self._label} with grid {tuple(self._config.grid)} and "
                 f"{self._config.shared} bytes of shared memory: CUDA error {status}"
             )
+
+
+@functools.lru_cache(maxsize=4096)
+def prepared(
+    index: int,
+    name: str,
+    kernel: str,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    pointers: int,
+    sizes: tuple[int, ...],
+    *,
+    cluster: int = 0,
+    dependent: bool = False,
+    defines: tuple[str, ...] = (),
+) -> Launch:
+    """Return :class:`Launch` of these arguments, made once."""
+    return Launch(index, name, kernel, grid, threads, shared, pointers, sizes, cluster, dependent, defines)
 
 
 def launch(
@@ -118,40 +175,39 @@ def launch(
     """Launch a kernel on ``device``'s current torch stream.
 
     Args:
-        name: Source file under ``cuda/src``, without its suffix.
-        kernel: Name of an ``extern "C"`` kernel in it.
+        name: See :class:`Launch`, and so on.
+        kernel: Name of the kernel.
         grid: Blocks in x, y and z.
         threads: Threads in a block.
         shared: Bytes of dynamic shared memory.
         device: The GPU.
-        arguments: Tensors (passed as pointers), ints (passed as 64 bits) and tensor maps (passed by value).
-        cluster: Blocks in a cluster, along x; 0 for a kernel that uses no cluster instruction (1 is a cluster too).
-        dependent: The kernel waits for its predecessor itself (``griddepcontrol.wait``), so it may start early.
-        defines: ``NAME=VALUE`` of macros that the source is compiled with.
+        arguments: Tensors (passed as pointers) and tensor maps (passed by value), then ints.
+        cluster: Blocks in a cluster.
+        dependent: Whether it may start early.
+        defines: Macros.
 
     Raises:
         CompileError: If the kernel cannot be compiled or loaded.
         LaunchError: If the driver refuses the launch.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, name, kernel, defines, grid, threads, shared, cluster, dependent)
-    try:
-        launches = _prepared.launches
-    except AttributeError:
-        launches = _prepared.launches = {}
-    prepared = launches.get(key)
-    if prepared is None:
-        function = load(index, name, kernel, shared, defines)
-        label = f"{kernel} of {name}.cu"
-        prepared = _Launch(int(function.handle), label, grid, threads, shared, cluster, dependent, arguments)
-        launches[key] = prepared
-    # What torch.compile's generated code calls as well: 0.1 us, where torch.cuda.current_stream takes 1 us.
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    if index == torch.cuda.current_device():
-        prepared(stream, arguments)
-    else:
-        with torch.cuda.device(index):
-            prepared(stream, arguments)
+    addresses = [a if isinstance(a, int) else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    pointers = 1 + max(i for i, argument in enumerate(arguments) if not isinstance(argument, int))
+    sizes = tuple(argument for argument in arguments[pointers:] if isinstance(argument, int))
+    ready = prepared(
+        index,
+        name,
+        kernel,
+        grid,
+        threads,
+        shared,
+        pointers,
+        sizes,
+        cluster=cluster,
+        dependent=dependent,
+        defines=defines,
+    )
+    ready(*addresses[:pointers])
 
 
 def cubin(name: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
@@ -173,6 +229,9 @@ def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ..
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
+    known = _functions.get((index, name, kernel, defines))
+    if known is not None and shared <= 48 << 10:
+        return known
     arch = architecture(torch.cuda.get_device_capability(index))
     code = cubin(name, arch, defines)  # outside of the lock: several kernels may compile at once
     with _lock:

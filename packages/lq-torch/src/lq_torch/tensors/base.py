@@ -150,9 +150,10 @@ class LowBitTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            return linear(*args, **kwargs)
+        # Inside, reading a shape or a dtype of this tensor does not come back here.
         with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.nn.functional.linear:
+                return linear(*args, **kwargs)
             return func(*args, **kwargs)
 
     @classmethod
@@ -221,18 +222,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if isinstance(input, LowBitTensor) or not isinstance(weight, LowBitTensor):
         raise UnsupportedError("F.linear takes a quantized weight as its second argument only")
-    if weight.dim() != 2:
-        raise ShapeError(f"a quantized weight of shape {tuple(weight.shape)} is not a matrix")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise ShapeError(
-            f"x has shape {tuple(input.shape)}: a weight of shape {tuple(weight.shape)} needs (..., {weight.shape[1]})"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
-    for name, tensor in (("the quantized weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != input.device:
-            raise DeviceError(f"x is on {input.device} and {name} on {tensor.device}; move one of them with .to()")
-    kind = input.device.type
+    shape, device = weight.shape, input.device
+    if len(shape) != 2:
+        raise ShapeError(f"a quantized weight of shape {tuple(shape)} is not a matrix")
+    if input.dim() == 0 or input.shape[-1] != shape[1]:
+        raise ShapeError(f"x has shape {tuple(input.shape)}: a weight of shape {tuple(shape)} needs (..., {shape[1]})")
+    if bias is not None and tuple(bias.shape) != (shape[0],):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({shape[0]},)")
+    if weight.device != device:
+        raise DeviceError(f"x is on {device} and the quantized weight on {weight.device}; move one of them with .to()")
+    if bias is not None and bias.device != device:
+        raise DeviceError(f"x is on {device} and bias on {bias.device}; move one of them with .to()")
+    kind = device.type
     if torch.is_autocast_enabled(kind) and input.dtype in SCALE_DTYPES:
         dtype = torch.get_autocast_dtype(kind)
         # What autocast does to a dense layer. Inside, a reference in float32 must not be cast again.
