@@ -32,7 +32,7 @@ def quantize_tokens(x: Tensor, activation: Literal["int8", "fp8"]) -> tuple[Tens
     pitch = -(-k // _PITCH) * _PITCH
     codes = torch.empty((m, pitch), dtype=CODE_DTYPES[activation], device=x.device)
     scales = torch.empty((m,), dtype=torch.float32, device=x.device)
-    threads, vectors = _cut(k)
+    threads, vectors = cut(k)
     launch(
         "quantize_tokens",
         "quantize_tokens",
@@ -57,7 +57,7 @@ def defines(dtype: torch.dtype, activation: str, vectors: int) -> tuple[str, ...
     return (f"LQ_X={TYPES[dtype]}", f"LQ_CODES={CODES[activation]}", f"LQ_VECTORS={vectors}")
 
 
-def _cut(k: int) -> tuple[int, int]:
+def cut(k: int) -> tuple[int, int]:
     """Return the threads of a CTA, and the vectors of a thread: four where possible, for as many loads in flight."""
     total = -(-k // _ELEMENTS)
     threads = 128

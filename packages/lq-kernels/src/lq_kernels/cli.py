@@ -1,0 +1,165 @@
+"""The ``lq-kernels`` command: ``lq-kernels tune`` measures which cuts of the kernels are fastest on this GPU.
+
+A named error ends it with one line on standard error and exit status 2. Results go to standard output, progress to standard
+error.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lq_formats import DeviceError, LQError, SpecError
+
+from lq_kernels.prepare import compile_units
+from lq_kernels.problem import Arch
+from lq_kernels.tuned import run
+from lq_kernels.tuned.lookup import shipped, user_path
+from lq_kernels.tuned.shapes import model_shapes, parse_counts, parse_shapes
+from lq_kernels.tuned.worker import WorkerTimer
+
+_DESCRIPTION = """\
+Measure which cuts of the Hopper kernels are fastest on this GPU, and write them to a table that lq reads from then on
+(the folder 'tuned' of lq's cache, LQ_CACHE_DIR). Products that no table holds go by lq's cost models. Nothing else changes:
+results are the same whether a weight was tuned or not, but for the order of sums.
+
+  lq-kernels tune --model path/to/model            the linear layers of a transformers model, from its config.json
+  lq-kernels tune --shape 4096x4096,llama-3-8b     sizes (out x in features) and models by name
+  lq-kernels tune --device-preset h200 --budget 500 --output h200.json
+                                                   what the table that ships for H200s holds, the most important first
+
+A run adds to what the file holds: measured points are not measured again unless --again is given, so a run that was
+interrupted, or ran out of its budget, goes on when the same command is given again. Points that were measured with other
+sources of a kernel are dropped. Cuts run in a process of their own: one that fails, hangs or gives other results than the
+rest is reported and left out.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with status 2 on a named error and on wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        _tune(options)
+    except LQError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"lq-kernels: {type(error).__name__}: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("\nlq-kernels: stopped; what was measured has been written\n")
+        raise SystemExit(130) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lq-kernels", description="Matrix products with low-bit weights.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "tune",
+        help="measure the fastest cuts on this GPU",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("--shape", action="append", default=[], metavar="NxK,...", help="sizes (out x in features), names of models")
+    add("--model", action="append", default=[], type=Path, metavar="PATH", help="a model's folder or config.json")
+    add("--device-preset", choices=("h200", "h100"), help="the shapes and forms of the table that ships for this class")
+    add("--bits", default="4", metavar="LIST", help="of the weights: 4, 8 or both (default: 4)")
+    add("--group-size", default="128", metavar="LIST", help="of 4-bit weights; -1: one scale a row (default: 128)")
+    add("--zeros", choices=("no", "yes", "both"), default="no", help="4-bit weights with zero points (default: no)")
+    add(
+        "--activation",
+        default="none",
+        metavar="LIST",
+        help="what tokens are quantized to: none, int8, fp8 (default: none)",
+    )
+    add("--tokens", metavar="LIST", help="numbers of tokens (default: 1 to 4096, 16 of them)")
+    add("--budget", type=float, metavar="SECONDS", help="start no new measurement after so long (default: no limit)")
+    add("--candidates", type=int, default=10, metavar="N", help="cuts of each kernel that are timed (default: 10)")
+    add("--output", type=Path, metavar="FILE", help="write here (default: the user's table of this GPU)")
+    add("--again", action="store_true", help="measure again what the file holds")
+    add("--list", action="store_true", help="print what would be measured, and stop; needs no GPU")
+    add("--debug", action="store_true", help="show tracebacks of named errors")
+    return parser
+
+
+def _tune(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    tasks = _tasks(options)
+    if options.candidates < 1:
+        raise SpecError(f"--candidates {options.candidates}: expected at least 1")
+    if options.list:
+        sys.stdout.writelines(f"{weight} M={m}\n" for weight, m in tasks)
+        return
+    with WorkerTimer() as timer:
+        device = timer.device
+        if options.device_preset and shipped(device.name)[:1] != (options.device_preset,):
+            raise DeviceError(f"--device-preset {options.device_preset}: this GPU is {device.name}")
+        path = options.output or user_path(device.name)
+        table = run.opened(path, device.name, device.sm_count)
+        if not options.again:
+            tasks = run.without_measured(tasks, table, device.sm_count)
+        _say(f"{device.name}, {device.sm_count} multiprocessors; {len(tasks)} products to measure, into {path.name}")
+        if not tasks:
+            return
+        deadline = started + options.budget if options.budget else float("inf")
+        units = run.compilations(tasks, device.sm_count, options.candidates)
+        arch = Arch("cuda", device.capability, device.name, device.sm_count)
+        compile_units(units, arch, progress=lambda done, total, what: _bar(done, total, f"compiled {what}"))
+        stamp = run.stamp(device.name, device.sm_count, device.torch, device.driver)
+        job = run.Run(table, path, stamp, timer, options.candidates)
+        reported, done = 0, 0
+        for done, (weight, m), found in job.measure(tasks, deadline):
+            _clear()
+            for one in found:
+                model = f"(model's cut {one.model_us:.2f})" if one.model_us else "(model's cut failed)"
+                sys.stdout.write(f"{weight} M={m} {one.kernel} {one.point.us:.2f} us {model}\n")
+            for failed_weight, failed_m, failure in job.failures[reported:]:
+                cut = " ".join(f"{name}={value}" for name, value in failure.cut)
+                _say(f"{failed_weight} M={failed_m} {failure.kernel} {cut}: {failure.reason}")
+            sys.stdout.flush()
+            reported = len(job.failures)
+            _bar(done, len(tasks), f"{time.monotonic() - started:.0f} s")
+        _clear()
+        left = len(tasks) - done
+        rest = f"; {left} left, give the same command again to go on" if left else ""
+        _say(f"{done} products measured, {len(job.failures)} cuts failed, in {path.name}{rest}")
+
+
+def _tasks(options: argparse.Namespace) -> list[run.Task]:
+    if options.device_preset:
+        if options.shape or options.model:
+            raise SpecError("--device-preset says what is measured; leave out --shape and --model")
+        return run.device_preset()
+    shapes = [shape for text in options.shape for shape in parse_shapes(text)]
+    shapes += [shape for path in options.model for shape in model_shapes(path)]
+    if not shapes:
+        raise SpecError("nothing to tune; give --shape, --model or --device-preset")
+    activations = ["" if each == "none" else each for each in options.activation.split(",")]
+    return run.requested(
+        dict.fromkeys(shapes),
+        parse_counts(options.tokens, "--tokens") if options.tokens else run.TOKENS,
+        bits=parse_counts(options.bits, "--bits"),
+        group_sizes=parse_counts(options.group_size, "--group-size"),
+        symmetric={"no": (True,), "yes": (False,), "both": (True, False)}[options.zeros],
+        activations=activations,
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _bar(done: int, total: int, what: str) -> None:
+    """Show progress: a line that is written over on a terminal, and one line in ten steps elsewhere."""
+    if sys.stderr.isatty():
+        filled = 30 * done // total
+        sys.stderr.write(f"\r\x1b[K[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {what}")
+        sys.stderr.flush()
+    elif done == total or done % max(1, total // 10) == 0:
+        _say(f"{done}/{total} {what}")
+
+
+def _clear() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")

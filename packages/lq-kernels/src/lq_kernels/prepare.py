@@ -1,0 +1,114 @@
+"""Compile ahead: everything that a product may ask for, whatever its number of tokens, in parallel."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from lq_kernels.cuda import constraints
+from lq_kernels.cuda.variant import Variant
+from lq_kernels.problem import Arch, Problem
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: a source under ``cuda/src`` and ``NAME=VALUE`` of its macros."""
+
+    source: str
+    defines: tuple[str, ...] = ()
+
+
+def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
+    """Return every CUDA compilation that a weight's products may ask for, at any number of tokens; the longest first.
+
+    Which of them are asked for depends on the tokens and on the tables; all of them together take no longer than the
+    longest where there are as many processors. Triton's kernels are not among them.
+
+    Args:
+        problem: One of the products; its ``m`` is not looked at.
+        lowest: Of an int4 weight for 8-bit tokens, whether the code -8 occurs.
+    """
+    if problem.arch.kind != "cuda" or constraints.why_not_compile() is not None:
+        return ()
+    if problem.op == "q4_0_q8_1":
+        able = constraints.why_not_q4_0(problem) is None
+        return (Unit("gemm_q4_0_q8_1"), Unit("quantize_q8_1")) if able else ()
+    if problem.op in ("int8_dynamic", "int4_dynamic"):
+        return tuple(_a8(problem, lowest))
+    return tuple(_a16(problem))
+
+
+def _a16(problem: Problem) -> Iterator[Unit]:
+    from lq_kernels.cuda import prefill_a16
+
+    spec = problem.spec
+    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    if constraints.why_not_fragment(problem) is None:
+        yield Unit("decode_a16", variant.defines)
+    if constraints.why_not_prefill(problem) is None:
+        most = prefill_a16.TOKENS[-1]  # every size of tile makes sense for as many tokens as the largest has
+        cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
+        for tokens in sorted({cut.tokens for cut in cuts}, reverse=True):
+            yield Unit("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}"))
+    if problem.op == "preshuffled":
+        yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))
+
+
+def _a8(problem: Problem, lowest: bool) -> Iterator[Unit]:
+    from lq_kernels.cuda import linear_a8, quantize_tokens
+    from lq_kernels.dynamic_kernels import why_not_cuda
+
+    if why_not_cuda(problem) is not None:
+        return
+    bits, activation, grouped = problem.spec.bits, problem.activation, problem.group_size != problem.k
+    promote = linear_a8.promotes(activation, grouped)
+    lowest = lowest and bits == 4 and activation == "fp8"
+    scale = problem.spec.scale_dtype
+    variant = linear_a8.A8Variant(bits, activation, problem.dtype, scale, grouped, lowest, promote)
+    cuts = linear_a8.candidates(linear_a8.TOKENS[-1], problem.n, problem.k, bits, promote, _sms(problem))
+    for _, macros in sorted({(cut.tokens, cut.defines) for cut in cuts}, reverse=True):
+        yield Unit("linear_a8", (*variant.defines, *macros))
+    _, vectors = quantize_tokens.cut(problem.k)
+    yield Unit("quantize_tokens", quantize_tokens.defines(problem.dtype, activation, vectors))
+
+
+def _sms(problem: Problem) -> int:
+    return max(problem.arch.sm_count, 1)
+
+
+def compile_units(
+    wanted: Iterable[Unit],
+    arch: Arch,
+    *,
+    compiler: Callable[[str, str, tuple[str, ...]], object] | None = None,
+    threads: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> int:
+    """Compile for a GPU, into the disk cache, in threads; what the cache holds is not compiled again.
+
+    Args:
+        wanted: What to compile; what is there twice is compiled once.
+        arch: The GPU.
+        compiler: Of source, architecture and macros; by default :func:`lq_kernels.jit.launcher.cubin`.
+        threads: At once; 0 for as many as there are processors, at most 32.
+        progress: Called after each with how many are done, how many there are, and which it was.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        CompileError: If one does not compile; the others are finished first.
+    """
+    from lq_kernels.jit.compiler import architecture
+    from lq_kernels.jit.launcher import cubin
+
+    run = compiler or cubin
+    distinct, target = list(dict.fromkeys(wanted)), architecture(arch.capability)
+    with ThreadPoolExecutor(threads or max(1, min(32, os.cpu_count() or 1))) as pool:
+        running = {pool.submit(run, unit.source, target, unit.defines): unit for unit in distinct}
+        for done, future in enumerate(as_completed(running), 1):
+            if progress is not None:
+                progress(done, len(distinct), running[future].source)
+        for future in running:
+            future.result()
+    return len(distinct)

@@ -1,0 +1,164 @@
+"""The kernels that can be tuned: which cuts they take for a weight, in the order of their models, and what is compiled."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from lq_formats import SpecError
+from lq_formats.layouts.fragment import BLOCK_ROWS
+
+from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda.variant import Variant
+from lq_kernels.prepare import Unit
+from lq_kernels.tuned.table import Cut, Weight, cut_of
+
+DTYPE = torch.bfloat16
+"""dtype of the activations that are timed; fp16 takes as long."""
+
+
+def weight(bits: int, group_size: int, n: int, k: int, *, symmetric: bool = True, activation: str = "") -> Weight:
+    """Return a weight as tables name it, with scales as lq's layers have them: bf16, and float32 of 8-bit weights.
+
+    Args:
+        bits: 4 or 8.
+        group_size: In features per scale, -1 for one scale a row (8-bit weights have no other).
+        n: Out features.
+        k: In features.
+        symmetric: Whether there are no zero points.
+        activation: ``"int8"`` or ``"fp8"`` where tokens are quantized, else empty.
+
+    Raises:
+        SpecError: If there is no kernel for it to tune.
+    """
+    size = k if group_size == -1 or group_size == k or bits == 8 else group_size
+    divisor = 16 if activation and bits == 8 else 8
+    grouped = size != k
+    if (
+        bits not in (4, 8)
+        or k % divisor
+        or (grouped and (k % size or (size not in (32, 64) and size % 128) or (activation and size % 128)))
+        or (not symmetric and (activation or bits == 8))
+    ):
+        raise SpecError(
+            f"no kernel to tune for int{bits}, groups of {size}, {activation or '16-bit'} tokens, {n}x{k}"
+            f"{'' if symmetric else ', with zeros'}: expected 4 or 8 bits, in features divisible by {divisor}, and groups of "
+            "32, 64 or a multiple of 128 that divides them (8 bits: one scale a row; 8-bit tokens: multiples of 128)"
+        )
+    variant = Variant.of(DTYPE, torch.bfloat16, bits, size, k, not symmetric)
+    rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
+    return Weight(bits, variant.groups, variant.zero, variant.scale_bytes, activation, rows, k)
+
+
+def group_size(weight: Weight) -> int:
+    """Return in features per scale; the smallest of those that share a table's entry."""
+    return 128 // weight.groups if weight.groups else weight.k
+
+
+def scale_dtype(weight: Weight) -> torch.dtype:
+    """Return the dtype of the scales: of their size where they are read with the codes."""
+    if not weight.groups:
+        return torch.float32 if weight.bits == 8 or weight.activation else torch.bfloat16
+    size = weight.scale_bytes // (BLOCK_ROWS * weight.groups * (2 if weight.zero else 1))
+    return torch.float32 if size == 4 else torch.bfloat16
+
+
+def variant_of(weight: Weight) -> Variant:
+    """Return what the kernels for 16-bit tokens are compiled for."""
+    return Variant.of(DTYPE, scale_dtype(weight), weight.bits, group_size(weight), weight.k, weight.zero)
+
+
+class Tunable(Protocol):
+    """A kernel, as the tuner sees it."""
+
+    def useful(self, weight: Weight, m: int) -> bool:
+        """Return whether it may be the fastest for ``m`` tokens, or what that is compared with."""
+        ...
+
+    def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
+        """Return every configuration, the one that the model chooses first; ``[None]`` for a kernel without cuts."""
+        ...
+
+    def unit(self, weight: Weight, config: Any) -> Unit:
+        """Return what a configuration compiles."""
+        ...
+
+
+class _Decode:
+    def useful(self, weight: Weight, m: int) -> bool:
+        return not weight.activation and m <= 128
+
+    def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
+        blocks, sizes = weight.n // BLOCK_ROWS, (weight.k, weight.bits)
+        most = decode_a16.max_token_tiles(weight.groups, weight.zero)
+        cuts = decode_a16.candidates(m, blocks, *sizes, weight.scale_bytes, sm_count, most)
+        return sorted(cuts, key=lambda config: decode_a16.cost(config, m, blocks, *sizes, sm_count))
+
+    def unit(self, weight: Weight, config: Any) -> Unit:
+        return Unit("decode_a16", variant_of(weight).defines)
+
+
+class _Prefill:
+    def useful(self, weight: Weight, m: int) -> bool:
+        return not weight.activation
+
+    def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
+        sizes = (m, weight.n, weight.k, weight.bits)
+        cuts = prefill_a16.candidates(*sizes, weight.scale_bytes, sm_count)
+        return sorted(cuts, key=lambda config: prefill_a16.cost(config, *sizes, sm_count))
+
+    def unit(self, weight: Weight, config: Any) -> Unit:
+        return Unit("prefill_a16", (*variant_of(weight).defines, f"LQ_TOKENS={config.tokens}"))
+
+
+class _A8:
+    def useful(self, weight: Weight, m: int) -> bool:
+        return bool(weight.activation)
+
+    def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
+        promote = linear_a8.promotes(weight.activation, weight.groups > 0)
+        sizes = (m, weight.n, weight.k, weight.bits, promote)
+        cuts = linear_a8.candidates(*sizes, sm_count)
+        return sorted(cuts, key=lambda config: linear_a8.cost(config, *sizes, weight.scale_bytes, sm_count))
+
+    def unit(self, weight: Weight, config: Any) -> Unit:
+        grouped = weight.groups > 0
+        promote = linear_a8.promotes(weight.activation, grouped)
+        scale = scale_dtype(weight)
+        variant = linear_a8.A8Variant(weight.bits, weight.activation, DTYPE, scale, grouped, False, promote)
+        return Unit("linear_a8", (*variant.defines, *config.defines))
+
+
+class _Dense:
+    def useful(self, weight: Weight, m: int) -> bool:
+        return not weight.activation and m >= 128
+
+    def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
+        return [None]
+
+    def unit(self, weight: Weight, config: Any) -> Unit:
+        defines = tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant_of(weight).defines)
+        return Unit("dequantize_fragment", defines)
+
+
+TUNABLES: Mapping[str, Tunable] = MappingProxyType(
+    {"decode_a16": _Decode(), "prefill_a16": _Prefill(), "linear_a8": _A8(), "dequant_blas": _Dense()}
+)
+"""By their names in tables."""
+
+
+def config_of(kernel: str, weight: Weight, m: int, sm_count: int, cut: Cut) -> Any:
+    """Return the configuration with these fields, one of the kernel's own; None for a kernel without cuts.
+
+    Raises:
+        SpecError: If the kernel does not take it.
+    """
+    for config in TUNABLES[kernel].ranked(weight, m, sm_count):
+        if fields_of(config) == cut:
+            return config
+    raise SpecError(f"{kernel} does not take {dict(cut)} for {weight} and {m} tokens")
+
+
+def fields_of(config: Any) -> Cut:
+    """Return a configuration's fields as tables hold them."""
+    return () if config is None else cut_of(config)

@@ -1,0 +1,182 @@
+"""What a run of the tuner measures, the most important first, and how its results become a table."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+from lq_formats import DeviceError
+
+from lq_kernels.prepare import Unit
+from lq_kernels.tuned.kernels import TUNABLES, weight
+from lq_kernels.tuned.lookup import source_digests
+from lq_kernels.tuned.search import CANDIDATES, Failed, Found, Timer, proposals, search
+from lq_kernels.tuned.shapes import MODELS, Shape, linear_shapes
+from lq_kernels.tuned.table import Stamp, Table, Weight, read, write
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+A8_TOKENS = tuple(m for m in TOKENS if m >= 16)
+SHAPES: tuple[Shape, ...] = (
+    (4096, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (2048, 2048),
+    (2048, 8192),
+    (8192, 2048),
+    (6144, 4096),
+    (28672, 4096),
+    (1024, 4096),
+)
+"""What the shipped tables hold first: out features, in features."""
+
+Task = tuple[Weight, int]
+"""A weight and a number of tokens."""
+
+
+def device_preset() -> list[Task]:
+    """Return the tasks of a table that ships: int4 in groups of 128, int8, other groups and zeros, 8-bit tokens, models."""
+    main = SHAPES[:4]
+    groups: list[tuple[Sequence[Shape], Sequence[int], dict[str, object]]] = [
+        (SHAPES, TOKENS, {"bits": 4, "group_size": 128}),
+        (SHAPES, TOKENS, {"bits": 8, "group_size": -1}),
+        (main, TOKENS, {"bits": 4, "group_size": 128, "symmetric": False}),
+        (main, TOKENS, {"bits": 4, "group_size": 64}),
+        (main, TOKENS, {"bits": 4, "group_size": 32}),
+        (main, TOKENS, {"bits": 4, "group_size": -1}),
+        (main, A8_TOKENS, {"bits": 8, "group_size": -1, "activation": "int8"}),
+        (main, A8_TOKENS, {"bits": 8, "group_size": -1, "activation": "fp8"}),
+        (main, A8_TOKENS, {"bits": 4, "group_size": 128, "activation": "fp8"}),
+        (main, A8_TOKENS, {"bits": 4, "group_size": 128, "activation": "int8"}),
+    ]
+    models = tuple(dict.fromkeys(shape for model in MODELS.values() for shape in linear_shapes(model)))
+    rest = tuple(shape for shape in models if shape not in SHAPES)
+    groups += [(rest, TOKENS, {"bits": 4, "group_size": 128}), (rest, TOKENS, {"bits": 8, "group_size": -1})]
+    groups += [
+        (SHAPES, (8192,), {"bits": 4, "group_size": 128}),
+        (SHAPES, (3, 6, 12, 24, 48), {"bits": 4, "group_size": 128}),
+    ]
+    tasks = [
+        (weight(n=n, k=k, **form), m)  # type: ignore[arg-type]
+        for shapes, ms, form in groups
+        for n, k in shapes
+        for m in ms
+    ]
+    return list(dict.fromkeys(tasks))
+
+
+def requested(
+    shapes: Iterable[Shape],
+    ms: Sequence[int],
+    *,
+    bits: Sequence[int] = (4,),
+    group_sizes: Sequence[int] = (128,),
+    symmetric: Sequence[bool] = (True,),
+    activations: Sequence[str] = ("",),
+) -> list[Task]:
+    """Return the tasks of these shapes in all these forms, one form after the other.
+
+    Raises:
+        SpecError: If a form has no kernel.
+    """
+    weights = [
+        weight(b, g, n, k, symmetric=s, activation=a)
+        for b in bits
+        for a in activations
+        for s in symmetric
+        for g in group_sizes
+        for n, k in shapes
+    ]
+    return [(each, m) for each in dict.fromkeys(weights) for m in sorted(set(ms))]
+
+
+def without_measured(tasks: Iterable[Task], table: Table, sm_count: int) -> list[Task]:
+    """Return the tasks of which some kernel that can run them has not been measured."""
+    return [
+        (each, m)
+        for each, m in tasks
+        if any(
+            tunable.useful(each, m)
+            and all(point.m != m for point in table.points.get((kernel, each), ()))
+            and tunable.ranked(each, m, sm_count)
+            for kernel, tunable in TUNABLES.items()
+        )
+    ]
+
+
+def compilations(tasks: Iterable[Task], sm_count: int, candidates: int = CANDIDATES) -> list[Unit]:
+    """Return what the cuts of the tasks compile, in the order in which they are needed."""
+    found = (unit for each, m in tasks for _, _, unit in proposals(each, m, sm_count, candidates=candidates))
+    return list(dict.fromkeys(found))
+
+
+def opened(path: Path, device: str, sm_count: int) -> Table:
+    """Return the table in ``path`` that a run adds to, without what other sources were measured for; or a new one.
+
+    Raises:
+        FormatError: If the file is not a table.
+        DeviceError: If it was measured on another GPU.
+    """
+    if not path.exists():
+        return Table(Stamp(device, sm_count))
+    table = read(path)
+    if (table.stamp.device, table.stamp.sm_count) != (device, sm_count):
+        raise DeviceError(
+            f"{path.name} was measured on {table.stamp.device} ({table.stamp.sm_count} multiprocessors), this is "
+            f"{device} ({sm_count}); write to another file"
+        )
+    return table.without_stale(source_digests())
+
+
+def stamp(device: str, sm_count: int, torch: str, driver: str) -> Stamp:
+    """Return the stamp of what is measured now."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        release = version("lq-kernels")
+    except PackageNotFoundError:
+        release = "checkout"
+    return Stamp(device, sm_count, release, torch, driver, date.today().isoformat())
+
+
+@dataclass
+class Run:
+    """A run of the tuner, which measures tasks one by one and keeps the file up to date.
+
+    Attributes:
+        table: What has been measured, this time and before.
+        path: Where it is written, after each weight and at the end.
+        stamp: Where and when.
+        timer: Times cuts.
+        candidates: Cuts of each kernel that are timed.
+        failures: What failed, with its weight and tokens.
+    """
+
+    table: Table
+    path: Path
+    stamp: Stamp
+    timer: Timer
+    candidates: int = CANDIDATES
+    failures: list[tuple[Weight, int, Failed]] = field(default_factory=list)
+
+    def measure(
+        self, tasks: Sequence[Task], deadline: float, now: Callable[[], float] = time.monotonic
+    ) -> Iterator[tuple[int, Task, list[Found]]]:
+        """Measure tasks until ``now()`` passes the deadline; yield how many are done, which it was and what was found."""
+        digests, last = source_digests(), None
+        try:
+            for done, (each, m) in enumerate(tasks, 1):
+                if now() > deadline:
+                    break
+                if last is not None and last != each:
+                    write(self.table, self.path)
+                last = each
+                found, failed = search(each, m, self.timer, self.stamp.sm_count, candidates=self.candidates)
+                self.failures += [(each, m, failure) for failure in failed]
+                for one in found:
+                    self.table = self.table.merged(self.stamp, one.kernel, digests[one.kernel], each, one.point)
+                yield done, (each, m), found
+        finally:
+            if self.table.points:
+                write(self.table, self.path)

@@ -1,0 +1,207 @@
+"""Time cuts on the GPU of this process: in CUDA graphs, with weights that are not in the cache.
+
+A decoding step reads every weight of a model once, so each read comes from memory. Each call in a graph has its own copy of
+the weight, and a round over the copies is several times larger than the L2 cache (50 MB on an H200). Graphs are replayed in
+turn, so that cuts meet the same clocks and temperatures; the median of the replays counts.
+"""
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lq_formats import LQError
+from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
+from torch import Tensor
+
+from lq_kernels.preshuffled import arranged_groups
+from lq_kernels.problem import Arch
+from lq_kernels.tuned.kernels import DTYPE, config_of, group_size, scale_dtype
+from lq_kernels.tuned.table import Cut, Weight
+
+COLD_BYTES = 160 << 20
+MAX_COPIES = 64
+_MIN_CALLS = 8
+_MAX_DIFFERENCE = 0.05
+"""Of the largest result: three times what rounding weights and scales to bf16 makes."""
+
+_Call = Callable[[Tensor, Any], Tensor]
+
+
+class GraphTimer:
+    """Times cuts of one weight after another; see the module docstring."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sm_count = Arch.of(device).sm_count
+        self._copies: tuple[Weight, list[dict[str, _Call]]] | None = None
+
+    def times(
+        self,
+        weight: Weight,
+        m: int,
+        cuts: Sequence[tuple[str, Cut]],
+        replays: int,
+        announce: Callable[[int], None] = lambda index: None,
+    ) -> list[float | str]:
+        """Return the median microseconds of each of ``cuts``, kernels and their fields; of one that fails, why.
+
+        Args:
+            weight: What is multiplied.
+            m: Tokens.
+            cuts: Kernels and cuts.
+            replays: How often each graph is replayed.
+            announce: Called with a cut's position before it runs, so that one that never ends is known.
+
+        Raises:
+            RuntimeError: If a cut broke the process's CUDA context; nothing can run after it.
+        """
+        copies = self._prepare(weight)
+        x = torch.randn(m, weight.k, device=self._device, dtype=DTYPE)
+        found: dict[int, float | str] = {}
+        graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        expected: Tensor | None = None
+        count = len(copies) * math.ceil(_MIN_CALLS / len(copies))
+        for index, (kernel, cut) in enumerate(cuts):
+            announce(index)
+            try:
+                config = config_of(kernel, weight, m, self._sm_count, cut)
+                calls = [functools.partial(copy[kernel], x, config) for copy in copies]
+                result = calls[0]()
+                torch.cuda.synchronize(self._device)
+                expected = result if expected is None else expected
+                reason = _difference(result, expected)
+                if reason:
+                    found[index] = reason
+                    continue
+                graphs[index] = _capture(calls, count)
+                torch.cuda.synchronize(self._device)
+            except (LQError, RuntimeError) as error:
+                found[index] = _last_line(error)
+                torch.cuda.synchronize(self._device)  # raises if the context is broken
+        times: dict[int, list[float]] = {index: [] for index in graphs}
+        for _ in range(replays):
+            for index, graph in graphs.items():
+                announce(index)
+                start, stop = _event(), _event()
+                start.record()
+                graph.replay()
+                stop.record()
+                torch.cuda.synchronize(self._device)
+                times[index].append(start.elapsed_time(stop) * 1e3 / count)
+        found |= {index: statistics.median(each) for index, each in times.items()}
+        return [found[index] for index in range(len(cuts))]
+
+    def _prepare(self, weight: Weight) -> list[dict[str, _Call]]:
+        if self._copies is None or self._copies[0] != weight:
+            self._copies = None  # freed before the next weight is made
+            nbytes = weight.n * weight.k * weight.bits // 8
+            count = max(2, min(MAX_COPIES, math.ceil(COLD_BYTES / nbytes)))
+            make = _a8_calls if weight.activation else _a16_calls
+            generator = torch.Generator(self._device).manual_seed(0)
+            first = make(weight, self._device, generator)
+            copies = [first, *(make(weight, self._device, generator) for _ in range(count - 1))]
+            self._copies = (weight, copies)
+        return self._copies[1]
+
+
+def _a16_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
+    from lq_kernels import dequant_blas
+    from lq_kernels.cuda import decode_a16, prefill_a16
+
+    layout = FRAGMENT_INT4 if weight.bits == 4 else FRAGMENT_INT8
+    size, rows = group_size(weight), weight.n
+    shape = layout.packed_shape(rows, weight.k)
+    packed = torch.randint(-(2**31), 2**31 - 1, shape, device=device, dtype=torch.int32, generator=generator)
+    scales = (arranged_groups(weight.k, size), shape[1] * 16)
+    scale = (torch.rand(scales, device=device, generator=generator) * 0.01 + 0.001).to(scale_dtype(weight))
+    zero = None
+    if weight.zero:
+        zero = torch.randint(0, 16, scales, device=device, generator=generator).to(scale.dtype)
+    rest = (packed, scale, zero, None, rows, size, weight.bits)
+    return {
+        "decode_a16": lambda x, config: decode_a16.linear(x, *rest, config),
+        "prefill_a16": lambda x, config: prefill_a16.linear(x, *rest, config),
+        "dequant_blas": lambda x, config: dequant_blas.preshuffled_linear(x, *rest),
+    }
+
+
+def _a8_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
+    from lq_kernels.cuda import linear_a8
+    from lq_kernels.cuda.quantize_tokens import CODE_DTYPES
+    from lq_kernels.dynamic_reference import LAYOUTS
+
+    grouped, rows = weight.groups > 0, weight.n
+    size = group_size(weight)
+    codes = CODE_DTYPES[weight.activation]
+    if weight.bits == 4:
+        unsigned = torch.randint(1, 16, (rows, weight.k), device=device, dtype=torch.uint8, generator=generator)
+        packed = LAYOUTS[weight.activation].pack(unsigned)
+        scales: tuple[int, ...] = (arranged_groups(weight.k, size), packed.shape[1] * 16)
+    else:
+        packed = torch.randint(-100, 101, (rows, weight.k), device=device, generator=generator).float().to(codes)
+        scales = (rows,)
+    scale = (torch.rand(scales, device=device, generator=generator) * 0.01 + 0.001).to(scale_dtype(weight))
+
+    def run(x: Tensor, config: Any) -> Tensor:
+        tokens, token_scale = _quantized(x, weight.activation)
+        size = group_size(weight) if grouped else weight.k
+        y: Tensor = linear_a8.linear(
+            tokens, token_scale, packed, scale, None, rows, size, DTYPE, lowest=False, config=config
+        )
+        return y
+
+    return {"linear_a8": run}
+
+
+_tokens: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _quantized(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Quantize once; the product alone is timed."""
+    from lq_kernels.dynamic_kernels import quantize
+
+    found = _tokens.get((id(x), activation))
+    if found is None or found[0] is not x:
+        _tokens.clear()
+        found = _tokens[id(x), activation] = (x, *quantize(x, activation))
+    return found[1], found[2]
+
+
+def _capture(calls: Sequence[Callable[[], Tensor]], count: int) -> torch.cuda.CUDAGraph:
+    """Return a graph of ``count`` calls, replayed once."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # workspaces and prepared launches must exist before the capture
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            calls[index % len(calls)]()
+    graph.replay()
+    return graph
+
+
+def _difference(result: Tensor, expected: Tensor) -> str:
+    """Return what is wrong with a result, or nothing; ``expected`` is that of the first cut."""
+    if not bool(result.isfinite().all()):
+        return "gives results that are not finite"
+    most = float(expected.abs().max())
+    difference = float((result - expected).abs().max())
+    if difference <= _MAX_DIFFERENCE * most:
+        return ""
+    return f"differs from the first cut's results by {difference:.3g}, where the largest is {most:.3g}"
+
+
+def _last_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else ''}"[:300]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
