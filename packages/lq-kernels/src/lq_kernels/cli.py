@@ -5,13 +5,15 @@ error.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lq_formats import DeviceError, LQError, SpecError
+from lq_formats import CompileError, DeviceError, LQError, SpecError
 
+from lq_kernels.jit.launcher import cubin
 from lq_kernels.prepare import compile_units
 from lq_kernels.problem import Arch
 from lq_kernels.tuned import run
@@ -105,7 +107,10 @@ def _tune(options: argparse.Namespace) -> None:
         deadline = started + options.budget if options.budget else float("inf")
         units = run.compilations(tasks, device.sm_count, options.candidates)
         arch = Arch("cuda", device.capability, device.name, device.sm_count)
-        compile_units(units, arch, progress=lambda done, total, what: _bar(done, total, f"compiled {what}"))
+        compile_units(
+            units, arch, compiler=_compile, progress=lambda done, total, what: _bar(done, total, f"compiled {what}")
+        )
+        _clear()
         stamp = run.stamp(device.name, device.sm_count, device.torch, device.driver)
         job = run.Run(table, path, stamp, timer, options.candidates)
         reported, done = 0, 0
@@ -136,14 +141,23 @@ def _tasks(options: argparse.Namespace) -> list[run.Task]:
     if not shapes:
         raise SpecError("nothing to tune; give --shape, --model or --device-preset")
     activations = ["" if each == "none" else each for each in options.activation.split(",")]
-    return run.requested(
-        dict.fromkeys(shapes),
+    tasks, skipped = run.requested(
+        tuple(dict.fromkeys(shapes)),
         parse_counts(options.tokens, "--tokens") if options.tokens else run.TOKENS,
         bits=parse_counts(options.bits, "--bits"),
         group_sizes=parse_counts(options.group_size, "--group-size"),
         symmetric={"no": (True,), "yes": (False,), "both": (True, False)}[options.zeros],
         activations=activations,
     )
+    for reason in skipped:
+        _say(f"left out: {reason}")
+    return tasks
+
+
+def _compile(source: str, target: str, defines: tuple[str, ...]) -> None:
+    """Compile into the cache; what does not compile fails again, and is reported, where it is timed."""
+    with contextlib.suppress(CompileError):
+        cubin(source, target, defines)
 
 
 def _say(text: str) -> None:

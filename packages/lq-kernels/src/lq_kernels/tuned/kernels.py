@@ -36,6 +36,7 @@ def weight(bits: int, group_size: int, n: int, k: int, *, symmetric: bool = True
     grouped = size != k
     if (
         bits not in (4, 8)
+        or activation not in ("", "int8", "fp8")
         or k % divisor
         or (grouped and (k % size or (size not in (32, 64) and size % 128) or (activation and size % 128)))
         or (not symmetric and (activation or bits == 8))

@@ -6,11 +6,12 @@ of its own cuts, so that a table cannot make it run another.
 
 import functools
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from lq_kernels import env
 from lq_kernels.tuned.table import SOURCES, Point, Table, Weight, read
@@ -171,16 +172,11 @@ def _fresh(table: Table, name: str) -> Table:
 
 
 def forget() -> None:
-    """Read tables anew when they are next needed, and choose anew; for tests and after tuning in this process."""
-    import sys
-
+    """Read tables anew when they are next needed, and choose anew; for tests, and after tuning in this process."""
     tables.cache_clear()
-    for name in ("lq_kernels.cuda.decode_a16", "lq_kernels.cuda.prefill_a16", "lq_kernels.cuda.linear_a8"):
-        module: Any = sys.modules.get(name)
-        if module is not None:
-            module.choice.cache_clear()
-            if hasattr(module, "_prepare"):
-                module._prepare.cache_clear()
-    registry: Any = sys.modules.get("lq_kernels.registry")
-    if registry is not None:
-        registry.select.cache_clear()
+    for module in ("cuda.decode_a16", "cuda.prefill_a16", "cuda.linear_a8", "registry", "eager"):
+        loaded = sys.modules.get(f"lq_kernels.{module}")
+        for name in ("choice", "_prepare", "select", "_selected"):
+            clear = getattr(getattr(loaded, name, None), "cache_clear", None)
+            if clear is not None:
+                clear()

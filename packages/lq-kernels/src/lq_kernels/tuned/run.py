@@ -1,12 +1,13 @@
 """What a run of the tuner measures, the most important first, and how its results become a table."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-from lq_formats import DeviceError
+from lq_formats import DeviceError, SpecError
 
 from lq_kernels.prepare import Unit
 from lq_kernels.tuned.kernels import TUNABLES, weight
@@ -67,28 +68,29 @@ def device_preset() -> list[Task]:
 
 
 def requested(
-    shapes: Iterable[Shape],
+    shapes: Collection[Shape],
     ms: Sequence[int],
     *,
     bits: Sequence[int] = (4,),
     group_sizes: Sequence[int] = (128,),
     symmetric: Sequence[bool] = (True,),
     activations: Sequence[str] = ("",),
-) -> list[Task]:
-    """Return the tasks of these shapes in all these forms, one form after the other.
+) -> tuple[list[Task], list[str]]:
+    """Return the tasks of these shapes in all these forms, one form after the other, and why some have none.
 
     Raises:
-        SpecError: If a form has no kernel.
+        SpecError: If none of them has a kernel.
     """
-    weights = [
-        weight(b, g, n, k, symmetric=s, activation=a)
-        for b in bits
-        for a in activations
-        for s in symmetric
-        for g in group_sizes
-        for n, k in shapes
-    ]
-    return [(each, m) for each in dict.fromkeys(weights) for m in sorted(set(ms))]
+    weights, skipped = [], []
+    for b, a, sym, g in itertools.product(bits, activations, symmetric, group_sizes):
+        for n, k in shapes:
+            try:
+                weights.append(weight(b, g, n, k, symmetric=sym, activation=a))
+            except SpecError as error:
+                skipped.append(str(error))
+    if not weights:
+        raise SpecError(skipped[0] if skipped else "there is no shape to tune")
+    return [(each, m) for each in dict.fromkeys(weights) for m in sorted(set(ms))], list(dict.fromkeys(skipped))
 
 
 def without_measured(tasks: Iterable[Task], table: Table, sm_count: int) -> list[Task]:

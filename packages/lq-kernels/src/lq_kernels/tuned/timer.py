@@ -23,7 +23,8 @@ from lq_kernels.tuned.table import Cut, Weight
 
 COLD_BYTES = 160 << 20
 MAX_COPIES = 64
-_MIN_CALLS = 8
+_MIN_CALLS = {512: 16, 1 << 31: 4}
+"""Calls in a graph, at least, up to so many tokens."""
 _MAX_DIFFERENCE = 0.05
 """Of the largest result: three times what rounding weights and scales to bf16 makes."""
 
@@ -63,7 +64,8 @@ class GraphTimer:
         found: dict[int, float | str] = {}
         graphs: dict[int, torch.cuda.CUDAGraph] = {}
         expected: Tensor | None = None
-        count = len(copies) * math.ceil(_MIN_CALLS / len(copies))
+        least = next(calls for most, calls in _MIN_CALLS.items() if m <= most)
+        count = len(copies) * math.ceil(least / len(copies))
         for index, (kernel, cut) in enumerate(cuts):
             announce(index)
             try:

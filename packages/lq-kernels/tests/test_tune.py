@@ -1,0 +1,395 @@
+"""The tuner without a GPU: which cuts it times, what it keeps, and what becomes of a timing process that dies or hangs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from lq_formats import DeviceError, FormatError, SpecError
+from lq_kernels import cli
+from lq_kernels.tuned import run, search, shapes, worker
+from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, weight
+from lq_kernels.tuned.lookup import source_digests
+from lq_kernels.tuned.table import Point, Stamp, Table, read
+
+H200 = ("NVIDIA H200", 132)
+W4 = weight(4, 128, 4096, 4096)
+WEIGHTS = (
+    W4,
+    weight(4, 32, 2048, 8192, symmetric=False),
+    weight(4, -1, 1024, 4096),
+    weight(8, -1, 4100, 1008),
+    weight(8, -1, 4096, 4096, activation="fp8"),
+    weight(4, 128, 4096, 4096, activation="int8"),
+)
+
+
+class FakeTimer:
+    """Gives cuts times by a rule, and remembers what it was asked."""
+
+    def __init__(self, rule):
+        self.rule, self.asked = rule, []
+
+    def times(self, weight, m, cuts, replays):
+        self.asked.append((weight, m, list(cuts), replays))
+        return [self.rule(kernel, cut) for kernel, cut in cuts]
+
+
+@pytest.mark.parametrize("each", WEIGHTS, ids=str)
+@pytest.mark.parametrize("m", [1, 17, 128, 1000])
+def test_what_is_timed_are_the_kernels_own_cuts_and_the_models_choice_first(each, m):
+    found = list(search.proposals(each, m, 132, candidates=4))
+    by_kernel = {}
+    for kernel, cut, unit in found:
+        by_kernel.setdefault(kernel, []).append(cut)
+        assert fields_of(config_of(kernel, each, m, 132, cut)) == cut
+        assert unit.source in source_digests() or unit.source == "dequantize_fragment"
+    assert set(by_kernel) == {kernel for kernel, tunable in TUNABLES.items() if tunable.useful(each, m)}
+    for kernel, cuts in by_kernel.items():
+        ranked = TUNABLES[kernel].ranked(each, m, 132)
+        assert cuts == [fields_of(config) for config in ranked[:4]]
+        assert len(set(cuts)) == len(cuts)
+
+
+def test_the_models_choice_is_what_runs_without_a_table():
+    from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+
+    scales = (W4.groups, W4.zero, W4.scale_bytes, 132, "")
+    for m in (1, 16, 100, 1000):
+        (_, first, _), *_ = search.proposals(W4, m, 132, kernels=["prefill_a16"])
+        assert first == fields_of(prefill_a16.choice(m, W4.n, W4.k, 4, *scales).config)
+        if m <= 100:
+            (_, first, _), *_ = search.proposals(W4, m, 132, kernels=["decode_a16"])
+            assert first == fields_of(decode_a16.choice(m, W4.n // 16, W4.k, 4, *scales).config)
+        a8 = WEIGHTS[4]
+        (_, first, _), *_ = search.proposals(a8, m, 132)
+        assert first == fields_of(linear_a8.choice(m, a8.n, a8.k, 8, "fp8", True, False, 0, 132, "").config)
+
+
+def test_the_fastest_cut_of_each_kernel_is_found_and_the_finalists_are_timed_again():
+    cuts = {name: [c for k, c, _ in search.proposals(W4, 128, 132) if k == name] for name in TUNABLES}
+    fastest = {"decode_a16": cuts["decode_a16"][-1], "prefill_a16": cuts["prefill_a16"][3], "dequant_blas": ()}
+    timer = FakeTimer(lambda kernel, cut: 5.0 if cut == fastest[kernel] else 9.0)
+    found, failed = search.search(W4, 128, timer, 132)
+    assert not failed
+    assert {one.kernel: (one.point.cut, one.point.us, one.point.m) for one in found} == {
+        kernel: (cut, 5.0, 128) for kernel, cut in fastest.items()
+    }
+    assert {one.kernel: one.model_us for one in found} == {"decode_a16": 9.0, "prefill_a16": 9.0, "dequant_blas": 5.0}
+    (_, _, first, short), (_, _, second, long) = timer.asked
+    assert short < long
+    assert len(first) == sum(one.tried for one in found)
+    for kernel, own in cuts.items():
+        again = [cut for name, cut in second if name == kernel]
+        assert len(again) <= 4
+        if own:
+            assert fastest[kernel] in again
+            assert own[0] in again  # what the model chose, to say what was gained
+
+
+def test_a_cut_that_fails_is_reported_and_never_chosen():
+    first = next(cut for kernel, cut, _ in search.proposals(W4, 64, 132, kernels=["prefill_a16"]))
+    timer = FakeTimer(lambda kernel, cut: "LaunchError: no" if cut == first else 7.0)
+    found, failed = search.search(W4, 64, timer, 132, kernels=["prefill_a16"])
+    assert [(one.kernel, one.cut, one.reason) for one in failed] == [("prefill_a16", first, "LaunchError: no")]
+    assert found[0].point.cut != first
+    assert found[0].model_us is None
+    # All of them fail: nothing is found, nothing is raised. A time of zero is no time.
+    found, failed = search.search(W4, 64, FakeTimer(lambda kernel, cut: 0.0), 132)
+    assert not found
+    assert failed
+
+
+def test_a_run_writes_resumes_and_keeps_to_its_budget(tmp_path):
+    path = tmp_path / "table.json"
+    tasks, skipped = run.requested([(4096, 4096), (2048, 2048), (64, 100)], [1, 64])
+    assert len(skipped) == 1
+    assert "64x100" in skipped[0]
+    stamp = Stamp(*H200)
+    clock = iter(range(100))
+    timer = FakeTimer(lambda kernel, cut: 10.0)
+    job = run.Run(run.opened(path, *H200), path, stamp, timer)
+    assert [task for _, task, _ in job.measure(tasks, deadline=2.5, now=lambda: next(clock))] == tasks[:3]
+    table = read(path)
+    assert table == job.table
+    assert table.sources.keys() == {"decode_a16", "prefill_a16"}
+    left = run.without_measured(tasks, run.opened(path, *H200), 132)
+    assert left == tasks[3:]
+    again = run.Run(run.opened(path, *H200), path, stamp, FakeTimer(lambda kernel, cut: 8.0))
+    assert len(list(again.measure(left, float("inf")))) == 1
+    merged = read(path)
+    assert {point.us for points in merged.points.values() for point in points} == {10.0, 8.0}
+    assert run.without_measured(tasks, merged, 132) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(tmp_path):
+    def rule(kernel, cut):
+        if len(timer.asked) > 3:
+            raise KeyboardInterrupt
+        return 3.0
+
+    timer = FakeTimer(rule)
+    job = run.Run(Table(Stamp(*H200)), tmp_path / "t.json", Stamp(*H200), timer)
+    with pytest.raises(KeyboardInterrupt):
+        list(job.measure([(W4, 1), (W4, 2), (W4, 4)], float("inf")))
+    assert {point.m for points in read(tmp_path / "t.json").points.values() for point in points} == {1}
+
+
+def test_a_file_of_another_gpu_is_not_added_to_and_stale_points_are_dropped(tmp_path):
+    from lq_kernels.tuned.table import write
+
+    path = tmp_path / "t.json"
+    point = Point(1, 2.0, (("cluster", 1),))
+    fresh = Table(Stamp(*H200)).merged(Stamp(*H200), "decode_a16", source_digests()["decode_a16"], W4, point)
+    write(fresh.merged(Stamp(*H200), "prefill_a16", "old", W4, point), path)
+    assert run.opened(path, *H200) == fresh
+    with pytest.raises(DeviceError, match=r"t\.json was measured on NVIDIA H200 \(132"):
+        run.opened(path, "NVIDIA H100 PCIe", 114)
+
+
+def test_the_preset_begins_with_what_counts_most():
+    tasks = run.device_preset()
+    first = tasks[: len(run.SHAPES) * len(run.TOKENS)]
+    assert {m for _, m in first} == set(run.TOKENS)
+    assert list(dict.fromkeys((each.n, each.k) for each, _ in first)) == list(run.SHAPES)
+    assert {(each.bits, each.groups, each.zero, each.activation) for each, _ in first} == {(4, 1, False, "")}
+    assert len(set(tasks)) == len(tasks)
+
+
+# ---- shapes ----
+
+
+def test_shapes_of_models_and_sizes():
+    assert shapes.parse_shapes("4096x11008, 128X64,") == ((4096, 11008), (128, 64))
+    llama = shapes.parse_shapes("llama-3-8b")
+    assert set(llama) == {(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)}
+    assert (8192, 5120) in shapes.parse_shapes("qwen3-32b")  # q has more features than the residual stream
+    for text in ("4096", "0x5", "axb", "1x2x3", "llama", "4096x99999999"):
+        with pytest.raises(SpecError, match="unknown shape"):
+            shapes.parse_shapes(text)
+    for text in ("", "1,x", "0", "-2"):
+        with pytest.raises(SpecError, match="positive integers"):
+            shapes.parse_counts(text, "--tokens")
+
+
+def test_shapes_of_a_transformers_configuration(tmp_path):
+    bundled = Path(__file__).parents[2] / "lq-eval/src/lq_eval/data/tiny-llama"
+    config = json.loads((bundled / "config.json").read_text())
+    found = shapes.model_shapes(bundled)
+    assert found == shapes.model_shapes(bundled / "config.json")
+    assert (config["intermediate_size"], config["hidden_size"]) in found
+    assert (config["hidden_size"], config["intermediate_size"]) in found
+    moe = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": moe}))
+    assert {(32, 64), (64, 32), (96, 64), (192, 64)} <= set(shapes.model_shapes(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"hidden_size": "64"}', '{"hidden_size": -1}', '{"hidden_size": true}', "[" * 100_000, "\xff"],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(FormatError, match="configuration"):
+        shapes.model_shapes(path)
+    with pytest.raises(SpecError, match="cannot be read"):
+        shapes.model_shapes(tmp_path / "missing.json")
+
+
+def test_forms_without_a_kernel_are_refused():
+    for form in (
+        {"bits": 3, "group_size": 128},
+        {"bits": 4, "group_size": 16},
+        {"bits": 4, "group_size": 96},
+        {"bits": 4, "group_size": 64, "activation": "int8"},
+        {"bits": 8, "group_size": -1, "symmetric": False},
+    ):
+        with pytest.raises(SpecError, match="no kernel to tune"):
+            weight(n=4096, k=4096, **form)
+    with pytest.raises(SpecError, match="no kernel to tune"):
+        weight(4, -1, 64, 4097)
+
+
+# ---- the timing process ----
+
+FAKE_WORKER = """
+import json, os, sys, time
+mood = sys.argv[1]
+starts = sys.argv[2]
+count = int(open(starts).read()) if os.path.exists(starts) else 0
+open(starts, "w").write(str(count + 1))
+def say(message):
+    print(json.dumps(message), flush=True)
+if mood == "no-gpu":
+    say({"error": "torch finds none on this machine"})
+    sys.exit()
+if mood == "crash" or (mood == "never-again" and count):
+    sys.exit("ImportError: nothing works here")
+say({"name": "NVIDIA H200", "sm_count": 132, "capability": [9, 0], "torch": "2", "driver": "CUDA 13.0"})
+for line in sys.stdin:
+    request = json.loads(line)
+    times = []
+    for index, (kernel, cut) in enumerate(request["cuts"]):
+        say({"at": index})
+        if kernel == "prefill_a16" and cut.get("tokens") == 64:
+            if mood == "hang":
+                time.sleep(60)
+            if mood in ("die", "never-again"):
+                sys.exit("RuntimeError: CUDA error: an illegal memory access was encountered")
+        times.append("LaunchError: refused" if cut.get("tokens") == 16 else 1.0 + index)
+    say({"times": times})
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a timing process of a certain mood; ``starts(mood)`` is how many there were."""
+    script = tmp_path / "fake_worker.py"
+    script.write_text(FAKE_WORKER)
+    started = []
+
+    def begin(mood, **options):
+        timer = worker.WorkerTimer([sys.executable, "-S", str(script), mood, str(tmp_path / mood)], **options)
+        started.append(timer)
+        return timer
+
+    begin.starts = lambda mood: int((tmp_path / mood).read_text())
+    yield begin
+    for timer in started:
+        timer.close()
+
+
+def cuts_of(*tokens):
+    return [("prefill_a16", (("tokens", each),)) for each in tokens]
+
+
+def test_times_and_failures_of_a_process(start):
+    timer = start("well")
+    assert timer.device == worker.Device("NVIDIA H200", 132, (9, 0), "2", "CUDA 13.0")
+    assert timer.times(W4, 4, cuts_of(32, 16, 128), 3) == [1.0, "LaunchError: refused", 3.0]
+    assert timer.times(W4, 4, [], 3) == []
+    assert start.starts("well") == 1
+
+
+@pytest.mark.parametrize(
+    ("mood", "reason"), [("hang", "did not end within 1 s"), ("die", "an illegal memory access was encountered")]
+)
+def test_a_cut_that_takes_the_process_with_it_fails_alone(start, mood, reason):
+    timer = start(mood, silent_s=1.0)
+    times = timer.times(W4, 4, cuts_of(32, 64, 128), 3)
+    assert [times[0], times[2]] == [1.0, 2.0]
+    assert reason in times[1]
+    assert start.starts(mood) == 2
+    assert timer.times(W4, 4, cuts_of(32), 3) == [1.0]
+
+
+def test_a_process_that_cannot_be_had_is_a_named_error(start, monkeypatch):
+    with pytest.raises(DeviceError, match="torch finds none"):
+        start("no-gpu")
+    with pytest.raises(DeviceError, match="ImportError: nothing works here"):
+        start("crash")
+    timer = start("never-again")
+    with pytest.raises(DeviceError, match="nothing works here"):
+        timer.times(W4, 4, cuts_of(64, 32), 3)
+    monkeypatch.setattr(worker, "MAX_RESTARTS", 0)
+    with pytest.raises(DeviceError, match="lost 1 times"):
+        start("die").times(W4, 4, cuts_of(64), 3)
+
+
+# ---- the command ----
+
+
+class FakeWorker(FakeTimer):
+    device = worker.Device(*H200, (9, 0), "2.11.0", "CUDA 13.0")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What the command compiles, with a GPU that is not there."""
+    seen = []
+    monkeypatch.setattr(cli, "cubin", lambda source, arch, defines: seen.append((source, arch, defines)))
+    monkeypatch.setattr(cli, "WorkerTimer", lambda: FakeWorker(lambda kernel, cut: 4.0 + sum(v for _, v in cut) % 7))
+    return seen
+
+
+def test_the_command_writes_the_users_table_and_lq_reads_it(tmp_path, monkeypatch, capsys, compiled):
+    import torch
+    from lq_formats import QuantSpec
+    from lq_kernels import Arch, Problem, explain
+    from lq_kernels.cuda import constraints
+    from lq_kernels.tuned import lookup
+
+    monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
+    monkeypatch.setattr(lookup, "SHIPPED_FOLDER", tmp_path / "none")
+    arguments = ["tune", "--shape", "512x1024", "--tokens", "1,128", "--candidates", "3"]
+    cli.main(arguments)
+    out = capsys.readouterr()
+    assert "int4-g128-sym-512x1024 M=1 decode_a16" in out.out
+    assert "2 products measured, 0 cuts failed, in nvidia-h200.json" in out.err
+    assert {source for source, _, _ in compiled} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
+    assert {arch for _, arch, _ in compiled} == {"sm_90a"}
+    path = tmp_path / "tuned" / "nvidia-h200.json"
+    table = read(path)
+    lookup.forget()
+    spec = QuantSpec(4, "group", 128, True, torch.bfloat16)
+    problem = Problem("preshuffled", 1, 512, 1024, spec, torch.bfloat16, Arch("cuda", (9, 0), *H200))
+    found = explain(problem)
+    measured = {kernel: point.us for (kernel, _), points in table.points.items() for point in points if point.m == 1}
+    assert found.predicted_us == min(measured.values())
+    assert found.source == "nvidia-h200.json"
+    assert "measurements in nvidia-h200.json" in str(found)
+    lookup.forget()
+    cli.main(arguments)
+    assert "0 products to measure" in capsys.readouterr().err
+    assert read(path) == table
+
+
+def test_the_command_keeps_to_its_budget_and_to_the_device_of_a_preset(tmp_path, capsys, compiled):
+    path = tmp_path / "out.json"
+    cli.main(["tune", "--device-preset", "h200", "--budget", "0.0001", "--output", str(path), "--candidates", "1"])
+    assert "0 products measured" in capsys.readouterr().err
+    assert not path.exists()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--device-preset", "h100", "--output", str(path)])
+    assert caught.value.code == 2
+    assert "this GPU is NVIDIA H200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to tune"),
+        (["--shape", "17"], "unknown shape"),
+        (["--shape", "64x64", "--bits", "5"], "no kernel to tune for int5"),
+        (["--shape", "64x128", "--candidates", "0"], "at least 1"),
+        (["--shape", "64x64", "--device-preset", "h200"], "leave out"),
+        (["--model", "nowhere.json"], "cannot be read"),
+        (["--shape", "64x128", "--activation", "int3"], "no kernel to tune"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", *arguments])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_gpu_the_command_says_so(capsys, monkeypatch, start):
+    monkeypatch.setattr(cli, "WorkerTimer", lambda: start("no-gpu"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--shape", "64x128"])
+    assert caught.value.code == 2
+    assert "needs a GPU that it can use: torch finds none" in capsys.readouterr().err
+    cli.main(["tune", "--shape", "128x128", "--tokens", "2", "--list"])
+    assert capsys.readouterr().out == "int4-row-sym-128x128 M=2\n"
