@@ -7,6 +7,7 @@ a new process takes over. What the process itself prints goes to standard error.
 
 import collections
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -171,6 +172,15 @@ def _overhear(stream: TextIO, words: "collections.deque[str]") -> None:
         words.extend(stream)
 
 
+def _driver() -> str:
+    """Return the CUDA version of the driver that torch has loaded."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
 def main() -> None:
     """Serve requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -193,14 +203,13 @@ def main() -> None:
     if arch.kind != "cuda" or arch.capability != (9, 0):
         say({"error": f"the kernels that are tuned run on Hopper GPUs (compute capability 9.0), this is {arch.name}"})
         return
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     say(
         {
             "name": arch.name,
             "sm_count": arch.sm_count,
             "capability": arch.capability,
             "torch": str(torch.__version__),
-            "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}",
+            "driver": _driver(),
         }
     )
     timer = GraphTimer(device)
