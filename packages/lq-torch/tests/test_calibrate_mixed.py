@@ -1,14 +1,18 @@
 """Bits where they are felt: the measurement, the allocation and its budget."""
 
+import copy
 import itertools
+import json
 
 import pytest
 import torch
-from lq_formats import SpecError
-from lq_torch import Int4Tensor, Int4WeightOnlyConfig, IntxTensor, IntxWeightOnlyConfig, LowBitTensor
-from lq_torch.calibrate import gptq, mixed_precision
-from lq_torch.calibrate.blocks import split_batches
-from lq_torch.calibrate.mixed import Candidate, allocate, sensitivity
+from lq_formats import FormatError, SpecError
+from lq_torch import Int4Tensor, Int4WeightOnlyConfig, IntxTensor, LowBitTensor, quantize_
+from lq_torch.calibrate import GPTQOptions, gptq, mixed_precision
+from lq_torch.calibrate.mixed import Candidate, allocate
+from lq_torch.calibrate.resume import SensitivityFile
+from lq_torch.calibrate.sensitivity import COARSE, sensitivity
+from lq_torch.quantize import select_linears
 from torch import nn
 
 
@@ -30,7 +34,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(40, 64)
-        self.blocks = nn.ModuleList([Block(0.01), Block(3.0)])
+        self.blocks = nn.ModuleList([Block(0.1), Block(3.0)])
         self.lm_head = nn.Linear(64, 40)
 
     def forward(self, ids):
@@ -50,23 +54,56 @@ def nbytes(model):
     return sum(p.packed_nbytes for p in found), sum(p.numel() for p in found)
 
 
-def test_sensitivity_is_the_divergence_of_the_model_with_one_layer_at_three_bits(tokens):
+@pytest.mark.parametrize("options", [None, GPTQOptions()], ids=["data-free", "gptq"])
+def test_sensitivity_is_the_divergence_of_the_model_with_one_layer_at_three_bits(options, tokens):
     model = Model()
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if path.startswith("blocks") and hasattr(module, "weight")
-    }
+    layers = dict(select_linears(model))
     before = {path: layer.weight.clone() for path, layer in layers.items()}
-    found = sensitivity(model, layers, split_batches(tokens, 3))
+    found = sensitivity(model, layers, tokens, options, 3, SensitivityFile(None, model, tokens, options))
     assert all(torch.equal(layer.weight, before[path]) for path, layer in layers.items())
-    path = "blocks.1.up"
     log_p = model(tokens).detach().double().log_softmax(-1)
-    coarse = IntxWeightOnlyConfig(bits=3, group_size=-1).quantize(layers[path].weight.detach()).dequantize()
-    layers[path].weight.data = coarse
-    log_q = model(tokens).detach().double().log_softmax(-1)
-    assert found[path] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    assert min(found["blocks.1.up"], found["blocks.1.down"]) > 100 * max(found["blocks.0.up"], found["blocks.0.down"])
+    for path in layers:
+        coarse = copy.deepcopy(model)
+        if options is None:
+            quantize_(coarse, COARSE, lambda _, name, path=path: name == path)
+        else:
+            gptq(coarse, tokens, {path: COARSE}, GPTQOptions(sweeps=0, correct_inputs=0))
+        log_q = coarse(tokens).detach().double().log_softmax(-1)
+        assert found[path] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=2e-3, abs=1e-7)
+    assert min(found["blocks.1.up"], found["blocks.1.down"]) > 30 * max(found["blocks.0.up"], found["blocks.0.down"])
+
+
+def test_what_was_measured_is_kept(tokens, tmp_path):
+    """An interrupted measurement goes on where it stopped, and serves every budget."""
+
+    def interrupt(done, total):
+        assert total == 4
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mixed_precision(Model(), tokens, 4.5, gptq=GPTQOptions(), resume=tmp_path, progress=interrupt)
+    seen = []
+    resumed = mixed_precision(
+        Model(), tokens, 4.5, gptq=GPTQOptions(), resume=tmp_path, progress=lambda done, _: seen.append(done)
+    )
+    assert seen == [4]
+    assert resumed == mixed_precision(Model(), tokens, 4.5, gptq=GPTQOptions())
+    mixed_precision(Model(), tokens, 3.5, gptq=GPTQOptions(), resume=tmp_path, progress=lambda *_: pytest.fail("again"))
+    other = Model()
+    other.lm_head.weight.data += 1
+    for case, named in (
+        (lambda: mixed_precision(Model(), tokens, 4.5, resume=tmp_path), "gptq"),
+        (lambda: mixed_precision(Model(), tokens.flip(0), 4.5, gptq=GPTQOptions(), resume=tmp_path), "tokens"),
+        (lambda: mixed_precision(other, tokens, 4.5, gptq=GPTQOptions(), resume=tmp_path), "model"),
+    ):
+        with pytest.raises(SpecError, match=f": {named} differ"):
+            case()
+    file = tmp_path / "sensitivity.json"
+    for layers in ([], {"blocks.0.up": -1.0}, {"blocks.0.up": "1"}, None):
+        file.write_text("{" if layers is None else json.dumps({**json.loads(file.read_text()), "layers": layers}))
+        with pytest.raises(FormatError, match=r"sensitivity\.json"):
+            mixed_precision(Model(), tokens, 4.5, gptq=GPTQOptions(), resume=tmp_path)
 
 
 @pytest.mark.parametrize("target", [2.6, 3.25, 4.5, 7.9])
@@ -90,6 +127,9 @@ def test_the_budget_is_kept_and_used(target, symmetric, tokens):
 def test_a_budget_below_the_cheapest_choice_is_refused(tokens):
     with pytest.raises(SpecError, match="the least these layers take"):
         mixed_precision(Model(), tokens, 2.0)
+    for nothing in (0.0, -4.5, float("nan"), float("inf")):
+        with pytest.raises(SpecError, match="target_bits"):
+            mixed_precision(Model(), tokens, nothing)
 
 
 def test_allocation_is_the_best_of_all_on_convex_costs():

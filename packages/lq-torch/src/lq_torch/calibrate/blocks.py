@@ -141,15 +141,27 @@ def record_stream(
     return found
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return tuples, lists and dictionaries of tensors with the tensors on a device."""
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return tuples, lists and dictionaries with ``function`` of each of their tensors."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(item, function) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(map_tensors(item, function) for item in value)
     return value
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode (no dropout), and back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def split_batches(tokens: Tensor, batch_size: int) -> list[Tensor]:
@@ -169,7 +181,7 @@ def split_batches(tokens: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def _call(block: nn.Module, hidden: Tensor, extras: Extras) -> Any:
-    args, kwargs = to_device(extras, hidden.device)
+    args, kwargs = map_tensors(extras, lambda tensor: tensor.to(hidden.device))
     if _HIDDEN in kwargs:
         return block(*args, **{**kwargs, _HIDDEN: hidden})
     return block(hidden, *args, **kwargs)

@@ -1,14 +1,16 @@
 """Mixed precision: which bits and groups each layer gets, so that a budget of bits is spent where it is felt.
 
-1. Sensitivity: one layer at a time is quantized coarsely (3 bits) without data, and the Kullback-Leibler divergence of the
-   model's predictions on calibration text is measured.
+1. Sensitivity (:mod:`lq_torch.calibrate.sensitivity`): one layer at a time is quantized coarsely, by the algorithm that will
+   quantize it, and the Kullback-Leibler divergence of the model's predictions on calibration text is measured.
 2. Divergence grows with the squared error of a weight, so a candidate's is that measurement times the ratio of the errors
-   that the candidate and the coarse quantization make on a sample of rows.
+   that rounding to the candidate and to the coarse codes makes on a sample of rows.
 3. Allocation: every layer starts at its cheapest candidate; the step that lowers the summed divergence most per bit is
    taken, again and again, as long as it fits. The sum of all codes, scales and zeros never exceeds the budget.
 """
 
 import heapq
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +19,15 @@ from lq_formats import GroupSizeError, SpecError
 from torch import Tensor, nn
 
 from lq_torch.calibrate.blocks import split_batches
+from lq_torch.calibrate.options import GPTQOptions
+from lq_torch.calibrate.resume import SensitivityFile
+from lq_torch.calibrate.sensitivity import COARSE, sensitivity
 from lq_torch.config import Int4WeightOnlyConfig, WeightConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
 
 BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (32, 64, 128)
-_COARSE = IntxWeightOnlyConfig(bits=3, group_size=-1)
+GROUPS = (32, 64, 128, 256)
 _ROWS = 128  # of a weight, in the sample for errors
 
 
@@ -47,71 +51,53 @@ def mixed_precision(
     tokens: Tensor,
     target_bits: float,
     *,
+    gptq: GPTQOptions | None = None,
     symmetric: bool = True,
     scale_dtype: torch.dtype | None = None,
     filter_fn: FilterFn | None = None,
     batch_size: int = 8,
+    resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, WeightConfig]:
     """Choose a configuration for every layer within a budget.
 
     Args:
         model: Dense, on the device where it runs; unchanged afterwards.
-        tokens: ``(windows, length)`` token ids; a few windows are enough.
-        target_bits: Bits a weight on average, scales and zeros included.
+        tokens: Calibration windows ``(windows, length)`` of token ids. Divergence is measured on about 4096 tokens of them.
+        target_bits: Bits a weight on average, scales and zeros included. Never exceeded.
+        gptq: Options of the GPTQ that will quantize the layers, which spares some of them much more than others; None if
+            they will be rounded without data.
         symmetric: No zero points.
         scale_dtype: dtype of the scales; None for each weight's.
         filter_fn: Which layers; the default is that of :func:`lq_torch.quantize_`.
         batch_size: Windows at a time.
+        resume: A folder that keeps what has been measured; also for other budgets.
         progress: Called with layers measured and layers in all.
 
     Returns:
         Configurations by path, for :func:`lq_torch.calibrate.gptq` and its siblings.
 
     Raises:
-        SpecError: If the budget is below the cheapest choice, or there is no layer.
+        SpecError: If the budget is no positive number or below the cheapest choice, or there is no layer, or ``resume``
+            holds the state of another run.
         LQError: As :func:`lq_torch.quantize_` for a layer that cannot be quantized.
     """
+    if not (math.isfinite(target_bits) and target_bits > 0):
+        raise SpecError(f"target_bits={target_bits}: expected a positive number of bits a weight")
     layers = dict(select_linears(model, filter_fn))
     if not layers:
         raise SpecError(f"there is no Linear layer to quantize: {why_none(model)}")
     for path, layer in layers.items():
         check_linear(path, layer)
-    batches = split_batches(tokens, batch_size)
-    measured = sensitivity(model, layers, batches, progress)
+    split_batches(tokens, batch_size)
+    kept = SensitivityFile(resume, model, tokens, gptq)
+    measured = sensitivity(model, layers, tokens, gptq, batch_size, kept, progress)
     candidates = {
         path: _candidates(path, layer.weight.detach(), measured[path], symmetric, scale_dtype)
         for path, layer in layers.items()
     }
     weights = sum(layer.weight.numel() for layer in layers.values())
     return {path: chosen.config for path, chosen in allocate(candidates, int(target_bits * weights / 8)).items()}
-
-
-def sensitivity(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    batches: Sequence[Tensor],
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """Return KL(model || model with one layer at 3 bits), in nats a token, for every layer."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        expected = [_log_probabilities(model, batch.to(device)) for batch in batches]
-        found = {}
-        for number, (path, layer) in enumerate(layers.items(), 1):
-            exact = layer.weight.data
-            layer.weight.data = _COARSE.quantize(exact).dequantize()
-            try:
-                total = 0.0
-                for batch, log_p in zip(batches, expected, strict=True):
-                    log_q = _log_probabilities(model, batch.to(device))
-                    total += float(((log_p - log_q) * log_p.exp()).sum())
-            finally:
-                layer.weight.data = exact
-            found[path] = max(total, 0.0) / sum(batch.numel() for batch in batches)
-            if progress is not None:
-                progress(number, len(layers))
-    return found
 
 
 def allocate(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
@@ -157,7 +143,7 @@ def _candidates(
     path: str, w: Tensor, measured: float, symmetric: bool, scale_dtype: torch.dtype | None
 ) -> list[Candidate]:
     sample = w[:: max(1, w.shape[0] // _ROWS)]
-    coarse = _squared_error(sample, _COARSE)
+    coarse = _squared_error(sample, COARSE)
     found = []
     with named(path):
         for bits in BITS:
@@ -183,9 +169,3 @@ def _candidates(
 
 def _squared_error(w: Tensor, config: WeightConfig) -> float:
     return float((config.quantize(w).dequantize(torch.float32) - w.float()).square().sum())
-
-
-def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    output = model(ids, **options)
-    return torch.log_softmax(getattr(output, "logits", output).float(), dim=-1)

@@ -1,6 +1,7 @@
 """The state of an interrupted calibration: one lq checkpoint per finished block, in a folder that the user names.
 
     calibration.json            what the run is: configuration, options, tokens, model
+    sensitivity.json            what mixed precision has measured, layer by layer, and of which model and tokens
     block-00000/                written under another name, then renamed: a block is there whole or not at all
         lq.json, model-...safetensors
         report.json             the reports of its layers
@@ -25,7 +26,7 @@ from lq_torch.calibrate.report import LayerReport
 from lq_torch.checkpoint import load, save_pretrained
 from lq_torch.config import WeightConfig
 
-_STATE, _REPORT, _VERSION = "calibration.json", "report.json", 1
+_STATE, _REPORT, _SENSITIVITY, _VERSION = "calibration.json", "report.json", "sensitivity.json", 1
 _SAMPLE = 4096  # values of every parameter that go into the model's fingerprint
 
 
@@ -69,13 +70,7 @@ class ResumeFolder:
         if not file.exists():
             file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             return
-        saved = _read(file)
-        differs = [name for name in state if not isinstance(saved, dict) or saved.get(name) != state[name]]
-        if differs:
-            raise SpecError(
-                f"{self._folder} holds the state of another calibration run: {', '.join(differs)} differ; resume with the "
-                "same model, tokens and options, or name an empty folder"
-            )
+        _check_state(file, _read(file), state)
 
     def has(self, number: int) -> bool:
         """Return whether a block is finished."""
@@ -102,6 +97,64 @@ class ResumeFolder:
 
     def _block(self, number: int) -> Path:
         return self._folder / f"block-{number:05d}"
+
+
+class SensitivityFile:
+    """What has been measured of each layer, kept as it is measured.
+
+    Args:
+        folder: Made if needed; None keeps nothing.
+        model: The dense model.
+        tokens: What it is measured on.
+        gptq: Options of GPTQ, or None.
+
+    Attributes:
+        known: Nats a token by path.
+
+    Raises:
+        SpecError: If the folder holds measurements of another model, or on other tokens.
+        FormatError: If they cannot be read.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, model: nn.Module, tokens: Tensor, gptq: GPTQOptions | None
+    ) -> None:
+        self.known: dict[str, float] = {}
+        self._file = None if folder is None else Path(folder) / _SENSITIVITY
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._state = {
+            "version": _VERSION,
+            "gptq": gptq and gptq.to_dict(),
+            "tokens": _digest(tokens),
+            "model": _model_digest(model),
+        }
+        if not self._file.exists():
+            return
+        saved = _read(self._file)
+        _check_state(self._file, saved, self._state)
+        layers = saved.get("layers")
+        if not isinstance(layers, dict) or not all(type(value) is float and value >= 0 for value in layers.values()):
+            raise FormatError(f"{self._file}: its layers are no measurements; delete it")
+        self.known.update(layers)
+
+    def add(self, path: str, value: float) -> None:
+        """Keep the measurement of a layer."""
+        self.known[path] = value
+        if self._file is not None:
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps({**self._state, "layers": self.known}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self._file)
+
+
+def _check_state(file: Path, saved: Any, state: Mapping[str, Any]) -> None:
+    differs = [name for name in state if not isinstance(saved, dict) or saved.get(name) != state[name]]
+    if differs:
+        raise SpecError(
+            f"{file.parent} holds the state of another calibration run: {', '.join(differs)} differ; resume with the same "
+            "model, tokens and options, or name an empty folder"
+        )
 
 
 def _digest(tensor: Tensor) -> str:

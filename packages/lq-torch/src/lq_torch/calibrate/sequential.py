@@ -8,14 +8,13 @@ loads it instead of quantizing again, and goes on with the same bits as if it ha
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from lq_formats import SpecError
 from torch import Tensor, nn
 
-from lq_torch.calibrate.blocks import Stream, find_blocks, record_stream, split_batches
+from lq_torch.calibrate.blocks import Stream, evaluation, find_blocks, record_stream, split_batches
 from lq_torch.calibrate.layers import quantize_together
 from lq_torch.calibrate.moments import Moments
 from lq_torch.calibrate.options import AWQOptions, GPTQOptions
@@ -55,7 +54,7 @@ def calibrate(
     folder = None if resume is None else ResumeFolder(resume, model, tokens, configs, gptq, awq)
     calibration = _Calibration(configs, gptq, awq, shared_parameters(model), progress)
     resumed = 0
-    with torch.no_grad(), _evaluation(model):
+    with torch.no_grad(), evaluation(model):
         stream = record_stream(model, blocks, batches, where, torch.device("cpu") if offload else where)
         exact = stream.copy() if gptq is not None and gptq.correct_inputs else None
         for number, (path, block) in enumerate(blocks):
@@ -214,15 +213,3 @@ def _checked(
             target_of(chosen, layer.weight.dtype)
             chosen.validate(layer.weight)
     return layers, configs
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode (no dropout), and back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
