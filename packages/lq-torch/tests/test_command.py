@@ -122,6 +122,31 @@ def test_bits_by_layer_within_a_budget(lq, folder, text, tmp_path, algorithm):
     assert len({weight.packed_nbytes / weight.numel() for weight in found}) > 1
     assert 4.2 < 8 * sum(w.packed_nbytes for w in found) / sum(w.numel() for w in found) <= 4.5
     assert "12 layers of" in out
+    chosen = [line for line in out.splitlines() if " bits, groups of " in line]
+    assert len(chosen) == 12
+    assert chosen[0].startswith("model.layers.0.self_attn.k_proj: ")
+
+
+@pytest.mark.parametrize(("flag", "heads"), [("--rotate", 2), ("--rotate-stream", 0)])
+def test_a_rotated_model_is_saved_untied(lq, folder, tmp_path, flag, heads):
+    """8 bits of a rotated model, read back, predict what the model does: the rotation is nowhere left."""
+    tied = tmp_path / "tied"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.model.norm.weight.data.copy_(torch.linspace(0.5, 2, 64))
+    model.save_pretrained(tied)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tied)
+    status, out, err = lq("quantize", tied, tmp_path / "out", flag, "--scheme", "int8", "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert "rotated a residual stream of 64" in out
+    assert ("heads of 2 blocks" in out) == bool(heads)
+    assert "the output head has a weight of its own" in out
+    loaded = load(tmp_path / "out")
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    ids = torch.randint(len(WORDS), (4, 16), generator=torch.Generator().manual_seed(0))
+    before, after = model(ids).logits.detach(), loaded(ids).logits.detach()
+    assert (after - before).norm() < 0.05 * before.norm()
 
 
 def test_as_a_module(folder, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from lq_torch.interop import export_pretrained, import_pretrained
 from lq_torch.linear import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from lq_torch.merge import merge_linears, unmerge_linears
 from lq_torch.quantize import dequantize_, quantize_
+from lq_torch.rotation import Rotation, rotate_
 from lq_torch.safetensors_header import SafetensorsHeader, check_safetensors
 from lq_torch.tensors import (
     GemliteTensor,
@@ -60,6 +61,7 @@ __all__ = [
     "IntxWeightOnlyConfig",
     "LowBitTensor",
     "QuantizedLinear",
+    "Rotation",
     "SafetensorsHeader",
     "WeightConfig",
     "check_safetensors",
@@ -73,6 +75,7 @@ __all__ = [
     "merge_linears",
     "quantize_",
     "replace_linear_with_int4",
+    "rotate_",
     "save_gguf",
     "save_kernel_cache",
     "save_pretrained",

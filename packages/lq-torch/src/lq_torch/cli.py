@@ -48,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a UTF-8 text like what the model will read: for gptq, awq and --target-bits",
     )
+    rotate = command.add_mutually_exclusive_group()
+    rotate.add_argument(
+        "--rotate", action="store_const", const="heads", help="first rotate the residual stream and the heads' values"
+    )
+    rotate.add_argument(
+        "--rotate-stream", action="store_const", const="stream", dest="rotate", help="the residual stream only"
+    )
     add("--windows", type=int, metavar="N", help="calibration windows (default: 128, or as many as the text has)")
     add("--window-length", type=int, metavar="T", help="tokens in each (default: 2048, or the model's context)")
     add("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default: 8)")

@@ -21,6 +21,7 @@ from lq_torch.config import Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightCo
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.integrations.causal_lm import load_dense, token_windows
 from lq_torch.quantize import quantize_, select_linears
+from lq_torch.rotation import rotate_
 from lq_torch.tensors import LowBitTensor
 
 DATA_FREE = ("rtn", "mse", "hqq")
@@ -29,7 +30,6 @@ ALGORITHMS = (*DATA_FREE, *CALIBRATED)
 SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "calibration.json"
-_SAMPLE = (8, 512)  # windows and tokens of each that sensitivity is measured on
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -47,7 +47,14 @@ def quantize(options: argparse.Namespace) -> None:
     model, tokenizer = load_dense(options.model, DTYPES.get(options.dtype))
     chosen = _chosen(model, exclude)
     tokens = None if text is None else _windows(tokenizer, text, model, options)
-    configs = dict.fromkeys(chosen, config) if config is not None else _mixed(model, tokens, chosen, device, options)
+    said = []
+    if options.rotate is not None:
+        said.append(_rotated(model, device, options))
+    if config is not None:
+        configs = dict.fromkeys(chosen, config)
+    else:
+        configs = _mixed(model, tokens, chosen, device, options)
+        said += [f"{path}: {_described(one)}" for path, one in configs.items()]
     report = None
     if options.algorithm in CALIBRATED:
         assert tokens is not None
@@ -60,8 +67,8 @@ def quantize(options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(options.out)
     if report is not None:
         (options.out / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
-        sys.stdout.write(f"{report}\n")
-    sys.stdout.write(f"{_summary(model)}; saved in {options.out}\n")
+        said.append(str(report))
+    sys.stdout.write("\n".join([*said, f"{_summary(model)}; saved in {options.out}\n"]))
 
 
 def _config(options: argparse.Namespace) -> WeightConfig:
@@ -81,6 +88,17 @@ def _config(options: argparse.Namespace) -> WeightConfig:
     return IntxWeightOnlyConfig(bits=bits, **common, choose_qparams_algorithm=algorithm)
 
 
+def _rotated(model: nn.Module, device: torch.device, options: argparse.Namespace) -> str:
+    """Rotate the model, giving a tied output head its own weight, and say so."""
+    home = next(model.parameters()).device
+    model.to(device)
+    done = rotate_(model, heads=options.rotate == "heads", untie=True)
+    model.to(home)
+    heads = f" and the heads of {len(done.heads)} blocks" if done.heads else ""
+    untied = "; the output head has a weight of its own now" if done.untied else ""
+    return f"rotated a residual stream of {done.width}{heads}{untied}"
+
+
 def _mixed(
     model: nn.Module, tokens: Tensor | None, chosen: set[str], device: torch.device, options: argparse.Namespace
 ) -> dict[str, WeightConfig]:
@@ -89,22 +107,29 @@ def _mixed(
             "--target-bits chooses bits and groups: it goes with mse, gptq and awq, without --scheme and --group-size"
         )
     assert tokens is not None
-    windows, length = _SAMPLE
     home = next(model.parameters()).device
     model.to(device)
     with _progress("measuring") as advance:
         configs = mixed_precision(
             model,
-            tokens[:windows, :length],
+            tokens,
             options.target_bits,
+            gptq=GPTQOptions() if "gptq" in (options.algorithm or "") else None,
             symmetric=not options.asymmetric,
             scale_dtype=DTYPES.get(options.scale_dtype),
             filter_fn=lambda _, path: path in chosen,
-            batch_size=1,
+            batch_size=options.batch_size,
+            resume=options.resume,
             progress=lambda done, total: advance(done, total, ""),
         )
     model.to(home)
     return configs
+
+
+def _described(config: WeightConfig) -> str:
+    assert isinstance(config, Int4WeightOnlyConfig | IntxWeightOnlyConfig)
+    bits = config.bits if isinstance(config, IntxWeightOnlyConfig) else 4
+    return f"{bits} bits, groups of {config.group_size}"
 
 
 def _device(name: str | None) -> torch.device:
