@@ -6,6 +6,7 @@ others computes something else from the same weights.
 
 import math
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,9 +58,11 @@ def rope_factors(config: Any) -> Tensor | None:
     high_freq_factor`` not at all, and frequencies between are interpolated.
     """
     rope = _rope(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    size = _head_dim(config)
+    return llama3_factors(rope, _head_dim(config)) if rope["rope_type"] == "llama3" else None
+
+
+def llama3_factors(rope: Mapping[str, Any], size: int) -> Tensor:
+    """Return the factors ``(size // 2,) float32`` of rope parameters of type ``llama3`` for heads of ``size``."""
     exponent = torch.arange(0, size, 2, dtype=torch.float64) / size
     turns = rope["original_max_position_embeddings"] * torch.pow(float(rope["rope_theta"]), -exponent) / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -83,7 +86,7 @@ def check_hyperparameters(file: GGUFFile, architecture: Architecture, config: An
         )
     prefix = architecture.name + "."
     expected = _UNSCALED | {key.removeprefix(prefix): value for key, value in describe(architecture, config).items()}
-    for key, value in _said(file, prefix).items():
+    for key, value in said(file, prefix).items():
         wanted = expected.get(key)
         if not _same(value, wanted):
             raise FormatError(
@@ -103,12 +106,16 @@ _REQUIRED = (
 )
 
 
-def _said(file: GGUFFile, prefix: str) -> dict[str, Any]:
-    """Return what a file says, with what llama.cpp takes for keys that it leaves out."""
+def said(file: GGUFFile, prefix: str) -> dict[str, Any]:
+    """Return what a file says, without the prefix, with what llama.cpp takes for keys that it leaves out.
+
+    Raises:
+        FormatError: If it lacks one that has no default.
+    """
     if lost := [prefix + key for key in _REQUIRED if prefix + key not in file.metadata]:
         raise FormatError(f"{file.name} lacks the metadata {', '.join(lost)}: it is incomplete")
-    said = {key: file.get(prefix + key) for key in _REQUIRED}
-    heads, width = said["attention.head_count"], said["embedding_length"]
+    values = {key: file.get(prefix + key) for key in _REQUIRED}
+    heads, width = values["attention.head_count"], values["embedding_length"]
     size = width // heads if type(heads) is int and type(width) is int and heads > 0 else None
     size = file.get(prefix + "attention.key_length", size)
     defaults = {
@@ -118,11 +125,11 @@ def _said(file: GGUFFile, prefix: str) -> dict[str, Any]:
         "rope.dimension_count": size,
         "rope.freq_base": 10000.0,
     }
-    said |= {key: file.get(prefix + key, default) for key, default in defaults.items()}
-    said |= _said_scaling(file, prefix)
+    values |= {key: file.get(prefix + key, default) for key, default in defaults.items()}
+    values |= _said_scaling(file, prefix)
     # Converters leave it out for Mistral, and llama.cpp does without: only what is said is compared.
     window = prefix + "attention.sliding_window"
-    return said | ({"attention.sliding_window": file.get(window)} if window in file.metadata else {})
+    return values | ({"attention.sliding_window": file.get(window)} if window in file.metadata else {})
 
 
 def _said_scaling(file: GGUFFile, prefix: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lq_torch.checkpoint import assign_tensor, resolve_tensor
 from lq_torch.gguf.architecture import ROPE_FREQS, architecture_of, check_heads, split_rows
+from lq_torch.gguf.configuration import configuration
 from lq_torch.gguf.hyperparameters import check_hyperparameters
 from lq_torch.merge import refuse_merged
 from lq_torch.tensors import GGMLTensor, LowBitTensor
@@ -22,7 +23,7 @@ _HEAD = "lm_head.weight"
 
 def load_gguf(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    model: nn.Module | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     dequantize: Collection[str] = (),
@@ -37,7 +38,7 @@ def load_gguf(
     Args:
         path: A file of architecture ``llama``, ``qwen2`` or ``qwen3``.
         model: A causal language model of transformers, of type llama, mistral, qwen2 or qwen3, on any device including ``meta``
-            (its buffers elsewhere): its weights are replaced.
+            (its buffers elsewhere): its weights are replaced. None builds the one that the file describes, in bf16.
         device: Where the weights go.
         dtype: Compute in this dtype: that of packed weights' products, and plain tensors (norms, biases) are converted to it.
             None keeps each parameter's.
@@ -45,7 +46,7 @@ def load_gguf(
             lq reads and cannot keep packed is an error unless it is named here.
 
     Returns:
-        The model.
+        The model, in evaluation mode if it was built here.
 
     Raises:
         FormatError: If the file is damaged, of another architecture, has other hyperparameters than the model, or its tensors
@@ -53,11 +54,17 @@ def load_gguf(
         ShapeError: If a tensor has another shape in the model.
         UnsupportedError: If the model or the type of a tensor is none that lq knows, or the model holds merged layers.
         SpecError, DTypeError: If ``dequantize`` names no type, or ``dtype`` is not fp16, bf16 or fp32.
+        MissingPackageError: If a model is to be built and transformers is not installed.
     """
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
     dense = {ggml_type(name).name for name in dequantize}
     file = open_gguf(path)
+    built = model is None
+    if model is None:
+        from lq_torch.integrations.transformers import build_causal_lm
+
+        model = build_causal_lm(configuration(file, dtype or torch.bfloat16))
     refuse_merged(model, "load_gguf")
     plan, tied = _plan(file, model, dtype, dense)
     target = torch.device(device)
@@ -68,7 +75,7 @@ def load_gguf(
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(target)
-    return model
+    return model.eval() if built else model
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Build a Hugging Face model from its config.json, without weights. Imports transformers when called."""
+"""Build a Hugging Face model from its configuration, without weights. Imports transformers when called."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,7 @@ def build_model(folder: Path) -> nn.Module:
         MissingPackageError: If transformers is not installed.
         FormatError: If the folder has no config.json, or transformers does not know its model.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise MissingPackageError(
-            "transformers", "Loading a model without passing one", "pip install 'lq-torch[hf]'"
-        ) from None
+    transformers = _import()
     if not (folder / "config.json").is_file():
         raise FormatError(f"{folder} has no config.json; pass the model to load into")
     try:
@@ -36,6 +32,33 @@ def build_model(folder: Path) -> nn.Module:
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
         model.generation_config = generation
     return model
+
+
+def build_causal_lm(values: Mapping[str, Any]) -> nn.Module:
+    """Return the causal language model of a configuration given as its values, as :func:`build_model` does.
+
+    Raises:
+        MissingPackageError: If transformers is not installed.
+        FormatError: If transformers does not take the values.
+    """
+    transformers = _import()
+    try:
+        config = transformers.AutoConfig.for_model(**values)
+        with _ParametersOnMeta():
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of values from anywhere
+        raise FormatError(f"transformers cannot build the model of {dict(values)}: {error}") from error
+    return model
+
+
+def _import() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingPackageError(
+            "transformers", "Loading a model without passing one", "pip install 'lq-torch[hf]'"
+        ) from None
+    return transformers
 
 
 def _build(transformers: Any, config: Any) -> Any:
