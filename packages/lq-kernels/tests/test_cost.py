@@ -7,6 +7,7 @@ import torch
 from lq_formats import QuantSpec
 from lq_kernels import Arch, Problem, cost
 from lq_kernels.catalog import KERNELS
+from lq_kernels.tuned import lookup
 
 ARCHITECTURES = {
     "cpu": Arch("cpu"),
@@ -19,6 +20,14 @@ ARCHITECTURES = {
 }
 TOKENS = (1, 2, 8, 16, 17, 64, 65, 256, 1000, 8192)
 SIZES = ((1, 32), (33, 96), (4096, 4096), (11008, 4096), (4096, 14336), (128256, 16384))
+
+
+@pytest.fixture(autouse=True)
+def _models_alone(monkeypatch):
+    monkeypatch.setattr(lookup, "_loaded", lambda device, sm_count: ())
+    lookup.forget()
+    yield
+    lookup.forget()
 
 
 def specs(op):

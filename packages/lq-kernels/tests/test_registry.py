@@ -8,6 +8,7 @@ from lq_formats import NoKernelError, QuantSpec
 from lq_kernels import Arch, Problem, explain, kernel_names, select
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.triton import constraints as triton_constraints
+from lq_kernels.tuned import lookup
 
 CPU = Arch("cpu")
 H200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
@@ -21,9 +22,10 @@ HOPPER = ("cuda-decode", "cuda-prefill")
 def _packages_installed(monkeypatch):
     monkeypatch.setattr(triton_constraints, "_installed", lambda: True)
     monkeypatch.setattr(cuda_constraints, "why_not_compile", lambda: None)
-    select.cache_clear()
+    monkeypatch.setattr(lookup, "_loaded", lambda device, sm_count: ())  # the models alone; tables: test_tuned.py
+    lookup.forget()
     yield
-    select.cache_clear()
+    lookup.forget()
 
 
 def int4(m, arch, *, n=4096, k=4096, group=128, symmetric=True, dtype=torch.bfloat16, scale_dtype=torch.bfloat16):

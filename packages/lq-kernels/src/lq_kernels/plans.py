@@ -73,7 +73,8 @@ def weight_of(problem: Problem) -> Weight:
 def _plan(problem: Problem, choice: Choice[Any] | None, model: Callable[[Problem], float]) -> Plan:
     if choice is None:
         return Plan(model(problem))
-    us, source = _time(problem, choice.measured, model)
+    near = choice.near if choice.near is not None and choice.near.point.m != problem.m else None
+    us, source = _time(problem, choice.measured or near, model)
     return Plan(us, str(choice.config), source)
 
 

@@ -91,7 +91,7 @@ class _Decode:
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         blocks, sizes = weight.n // BLOCK_ROWS, (weight.k, weight.bits)
-        most = decode_a16.max_token_tiles(weight.groups, weight.zero)
+        most = decode_a16.max_token_tiles(weight.groups)
         cuts = decode_a16.candidates(m, blocks, *sizes, weight.scale_bytes, sm_count, most)
         return sorted(cuts, key=lambda config: decode_a16.cost(config, m, blocks, *sizes, sm_count))
 

@@ -48,10 +48,12 @@ class Choice(Generic[_C]):
     Attributes:
         config: Its configuration.
         measured: Where it was measured; None if the cost model chose it.
+        near: Where another cut was measured at more tokens, whose time tells how far the model is off.
     """
 
     config: _C
     measured: Measured | None
+    near: Measured | None = None
 
 
 def choose(
@@ -65,13 +67,13 @@ def choose(
         same: Fields by which a cut is found again at another number of tokens; of several, the one nearest in all fields.
         found: What :func:`measurements` yields.
     """
-    known = list(cuts)
-    for each in found:
+    known, points = list(cuts), list(found)
+    for each in points:
         wanted = dict(each.point.cut)
         alike = [config for config in known if all(int(getattr(config, name)) == wanted.get(name, -1) for name in same)]
         if alike:
             return Choice(min(alike, key=lambda config: _distance(config, wanted)), each)
-    return Choice(min(known, key=cost), None) if known else None
+    return Choice(min(known, key=cost), None, next(iter(points), None)) if known else None
 
 
 def _distance(config: object, wanted: dict[str, int]) -> int:
@@ -101,9 +103,11 @@ def tables(device: str, sm_count: int) -> tuple[tuple[Table, str, bool], ...]:
     Raises:
         FormatError: If a file is not a table.
     """
+    return _loaded(device, sm_count) if device else ()
+
+
+def _loaded(device: str, sm_count: int) -> tuple[tuple[Table, str, bool], ...]:
     found: list[tuple[Table, str, bool]] = []
-    if not device:
-        return ()
     user = user_path(device)
     if not env.cache_disabled() and user.is_file():
         table = _fresh(read(user), user.name)
