@@ -351,6 +351,14 @@ def test_other_hyperparameters_are_refused(key, value, saved):
     refused(rewritten(path, {f"llama.{key}": value}), FormatError, f"llama.{stated} = .*compute something else")
 
 
+def test_parts_and_experts_are_refused(saved):
+    path, _ = saved
+    part = rewritten(path, {"split.count": GGUFValue(ValueType.UINT16, 3), "split.no": GGUFValue(ValueType.UINT16, 0)})
+    refused(part, UnsupportedError, r"one of 3 files.*--merge")
+    refused(rewritten(path, {"llama.expert_count": 8}), UnsupportedError, "mixture of experts")
+    assert logits(load_gguf(rewritten(path, {"llama.expert_count": 0, "split.count": 1}))).shape == (2, 15, 48)
+
+
 def test_yarn_is_refused(saved):
     path, _ = saved
     changed = rewritten(path, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0})

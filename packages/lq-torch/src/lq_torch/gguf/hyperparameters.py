@@ -76,7 +76,7 @@ def check_hyperparameters(file: GGUFFile, architecture: Architecture, config: An
 
     Raises:
         FormatError: If the file is of another architecture, lacks a required value, or has another one.
-        UnsupportedError: As :func:`describe`.
+        UnsupportedError: As :func:`describe` and :func:`said`.
     """
     found = file.get("general.architecture")
     if found != architecture.name:
@@ -111,7 +111,15 @@ def said(file: GGUFFile, prefix: str) -> dict[str, Any]:
 
     Raises:
         FormatError: If it lacks one that has no default.
+        UnsupportedError: If it is one of several files of a model, or a mixture of experts.
     """
+    parts = file.get("split.count", 1)
+    if parts not in (0, 1):
+        raise UnsupportedError(
+            f"{file.name} is one of {parts!r:.20} files of a model: join them first (llama.cpp's llama-gguf-split --merge)"
+        )
+    if file.get(prefix + "expert_count", 0) != 0:
+        raise UnsupportedError(f"{file.name} holds a mixture of experts, which lq does not read from GGUF files")
     if lost := [prefix + key for key in _REQUIRED if prefix + key not in file.metadata]:
         raise FormatError(f"{file.name} lacks the metadata {', '.join(lost)}: it is incomplete")
     values = {key: file.get(prefix + key) for key in _REQUIRED}
