@@ -1,10 +1,11 @@
 """Layouts: where the bits of quantized weights lie, as objects with ``pack``, ``unpack`` and ``packed_shape``.
 
-Two kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``, ``FRAGMENT_INT4``,
+Three kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``GEMLITE``, ``FRAGMENT_INT4``,
 ``FRAGMENT_INT8``, ``FRAGMENT_A8_INT8``, ``FRAGMENT_A8_FP8``) turns codes ``(N, K)`` into one
 tensor; scales and zeros are kept beside it. A *checkpoint layout* (``GPTQ``, ``GPTQ_V2``, ``AWQ``,
 ``COMPRESSED_TENSORS``, ``HQQ``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
-linear layer. Both directions are exact: no layout rounds, and what a format cannot hold is an error.
+linear layer. A *plane layout* (``GGML_PLANES``, one a ggml type) takes ggml's blocks apart for kernels. All directions are
+exact: no layout rounds, and what a format cannot hold is an error.
 """
 
 from lq_formats.layouts.affine_weight import AffineWeight
@@ -13,6 +14,7 @@ from lq_formats.layouts.compressed_tensors import COMPRESSED_TENSORS, Compressed
 from lq_formats.layouts.fragment import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
 from lq_formats.layouts.fragment8 import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, Fragment8Layout
 from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
+from lq_formats.layouts.ggml_planes import GGML_PLANES, GGMLPlanes, GGMLPlanesLayout, ggml_planes
 from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
 from lq_formats.layouts.hqq import HQQ, HQQLayout
 from lq_formats.layouts.int4 import INT4, Int4Layout
@@ -26,6 +28,7 @@ __all__ = [
     "FRAGMENT_INT4",
     "FRAGMENT_INT8",
     "GEMLITE",
+    "GGML_PLANES",
     "GPTQ",
     "GPTQ_V2",
     "HQQ",
@@ -36,9 +39,12 @@ __all__ = [
     "CompressedTensorsLayout",
     "Fragment8Layout",
     "FragmentLayout",
+    "GGMLPlanes",
+    "GGMLPlanesLayout",
     "GPTQLayout",
     "GemliteLayout",
     "HQQLayout",
     "Int4Layout",
     "Int8Layout",
+    "ggml_planes",
 ]
