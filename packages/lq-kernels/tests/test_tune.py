@@ -315,7 +315,7 @@ class FakeWorker(FakeTimer):
 def compiled(monkeypatch):
     """What the command compiles, with a GPU that is not there."""
     seen = []
-    monkeypatch.setattr(cli, "cubin", lambda source, arch, defines: seen.append((source, arch, defines)))
+    monkeypatch.setattr(cli, "into_cache", lambda arch: lambda unit: seen.append((unit.source, arch.capability)))
     monkeypatch.setattr(cli, "WorkerTimer", lambda: FakeWorker(lambda kernel, cut: 4.0 + sum(v for _, v in cut) % 7))
     return seen
 
@@ -335,8 +335,8 @@ def test_the_command_writes_the_users_table_and_lq_reads_it(tmp_path, monkeypatc
     out = capsys.readouterr()
     assert "int4-g128-sym-512x1024 M=1 decode_a16" in out.out
     assert "2 products measured, 0 cuts failed, in nvidia-h200.json" in out.err
-    assert {source for source, _, _ in compiled} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
-    assert {arch for _, arch, _ in compiled} == {"sm_90a"}
+    sources = {"decode_a16", "prefill_a16", "dequantize_fragment"}
+    assert set(compiled) == {(source, (9, 0)) for source in sources}
     path = tmp_path / "tuned" / "nvidia-h200.json"
     table = read(path)
     lookup.forget()

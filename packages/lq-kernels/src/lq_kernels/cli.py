@@ -8,13 +8,12 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lq_formats import CompileError, DeviceError, LQError, SpecError
 
-from lq_kernels.jit.launcher import cubin
-from lq_kernels.prepare import compile_units
+from lq_kernels.prepare import Unit, compile_units, into_cache
 from lq_kernels.problem import Arch
 from lq_kernels.tuned import run
 from lq_kernels.tuned.lookup import shipped, user_path
@@ -108,7 +107,7 @@ def _tune(options: argparse.Namespace) -> None:
         units = run.compilations(tasks, device.sm_count, options.candidates)
         arch = Arch("cuda", device.capability, device.name, device.sm_count)
         compile_units(
-            units, arch, compiler=_compile, progress=lambda done, total, what: _bar(done, total, f"compiled {what}")
+            units, _lenient(into_cache(arch)), progress=lambda done, total, what: _bar(done, total, f"compiled {what}")
         )
         _clear()
         stamp = run.stamp(device.name, device.sm_count, device.torch, device.driver)
@@ -154,10 +153,14 @@ def _tasks(options: argparse.Namespace) -> list[run.Task]:
     return tasks
 
 
-def _compile(source: str, target: str, defines: tuple[str, ...]) -> None:
-    """Compile into the cache; what does not compile fails again, and is reported, where it is timed."""
-    with contextlib.suppress(CompileError):
-        cubin(source, target, defines)
+def _lenient(compiler: Callable[[Unit], object]) -> Callable[[Unit], None]:
+    """Let what does not compile fail, and be reported, where it is timed."""
+
+    def compile_one(unit: Unit) -> None:
+        with contextlib.suppress(CompileError):
+            compiler(unit)
+
+    return compile_one
 
 
 def _say(text: str) -> None:

@@ -3,19 +3,31 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lq_kernels.cuda import constraints
+from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.problem import Arch, Problem
+from lq_kernels.registry import select
+from lq_kernels.triton.config import tile_m
+
+_PROBES = tuple(sorted({m for power in range(14) for m in (1 << power, (1 << power) + 1, 3 << power) if m <= 8192}))
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One compilation: a source under ``cuda/src`` and ``NAME=VALUE`` of its macros."""
+    """One compilation.
+
+    Attributes:
+        source: File under ``cuda/src``, without its suffix.
+        defines: ``NAME=VALUE`` of its macros.
+        kernels: The kernels in it; empty for one with the source's name.
+    """
 
     source: str
     defines: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
 
 def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
@@ -32,19 +44,21 @@ def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
         return ()
     if problem.op == "q4_0_q8_1":
         able = constraints.why_not_q4_0(problem) is None
-        return (Unit("gemm_q4_0_q8_1"), Unit("quantize_q8_1")) if able else ()
+        return tuple(Unit(source, (), kernels) for source, kernels in SOURCES.items()) if able else ()
     if problem.op in ("int8_dynamic", "int4_dynamic"):
         return tuple(_a8(problem, lowest))
     return tuple(_a16(problem))
 
 
 def _a16(problem: Problem) -> Iterator[Unit]:
-    from lq_kernels.cuda import prefill_a16
+    from lq_kernels.cuda import decode_a16, prefill_a16
 
     spec = problem.spec
     variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
     if constraints.why_not_fragment(problem) is None:
-        yield Unit("decode_a16", variant.defines)
+        most = decode_a16.max_token_tiles(variant.groups)
+        kernels = tuple(f"decode_a16_t{tiles}" for tiles in (1, 2, 4) if tiles <= most)
+        yield Unit("decode_a16", variant.defines, kernels)
     if constraints.why_not_prefill(problem) is None:
         most = prefill_a16.TOKENS[-1]  # every size of tile makes sense for as many tokens as the largest has
         cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
@@ -76,21 +90,31 @@ def _sms(problem: Problem) -> int:
     return max(problem.arch.sm_count, 1)
 
 
+def representatives(problem: Problem) -> tuple[int, ...]:
+    """Return a number of tokens for each kernel, and each tile of a Triton kernel, that the registry selects up to 8192.
+
+    A product with each of them, once, leaves nothing to be compiled or unpacked at another number.
+    """
+    found: dict[tuple[str, int], int] = {}
+    for m in _PROBES:
+        name = select(replace(problem, m=m)).name
+        found.setdefault((name, tile_m(m) if name.startswith("triton-") else 0), m)
+    return tuple(found.values())
+
+
 def compile_units(
     wanted: Iterable[Unit],
-    arch: Arch,
+    compiler: Callable[[Unit], object],
     *,
-    compiler: Callable[[str, str, tuple[str, ...]], object] | None = None,
     threads: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
-    """Compile for a GPU, into the disk cache, in threads; what the cache holds is not compiled again.
+    """Compile in threads.
 
     Args:
         wanted: What to compile; what is there twice is compiled once.
-        arch: The GPU.
-        compiler: Of source, architecture and macros; by default :func:`lq_kernels.jit.launcher.cubin`.
-        threads: At once; 0 for as many as there are processors, at most 32.
+        compiler: Compiles one, for example :func:`into_cache` or :func:`onto_gpu`; called by several threads at once.
+        threads: How many; 0 for as many as there are processors, at most 32.
         progress: Called after each with how many are done, how many there are, and which it was.
 
     Returns:
@@ -99,16 +123,27 @@ def compile_units(
     Raises:
         CompileError: If one does not compile; the others are finished first.
     """
-    from lq_kernels.jit.compiler import architecture
-    from lq_kernels.jit.launcher import cubin
-
-    run = compiler or cubin
-    distinct, target = list(dict.fromkeys(wanted)), architecture(arch.capability)
+    distinct = list(dict.fromkeys(wanted))
     with ThreadPoolExecutor(threads or max(1, min(32, os.cpu_count() or 1))) as pool:
-        running = {pool.submit(run, unit.source, target, unit.defines): unit for unit in distinct}
+        running = {pool.submit(compiler, unit): unit for unit in distinct}
         for done, future in enumerate(as_completed(running), 1):
             if progress is not None:
                 progress(done, len(distinct), running[future].source)
         for future in running:
             future.result()
     return len(distinct)
+
+
+def into_cache(arch: Arch) -> Callable[[Unit], object]:
+    """Return a compiler for GPUs like ``arch``, which may be elsewhere: results are kept in the disk cache."""
+    from lq_kernels.jit.compiler import architecture
+    from lq_kernels.jit.launcher import cubin
+
+    return lambda unit: cubin(unit.source, architecture(arch.capability), unit.defines)
+
+
+def onto_gpu(index: int) -> Callable[[Unit], object]:
+    """Return a compiler for GPU ``index`` that loads what it compiles, so that a first launch does neither."""
+    from lq_kernels.jit.launcher import load
+
+    return lambda unit: [load(index, unit.source, kernel, 0, unit.defines) for kernel in unit.kernels or (unit.source,)]

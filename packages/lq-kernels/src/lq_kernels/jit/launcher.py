@@ -233,7 +233,8 @@ def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ..
     if known is not None and shared <= 48 << 10:
         return known
     arch = architecture(torch.cuda.get_device_capability(index))
-    code = cubin(name, arch, defines)  # outside of the lock: several kernels may compile at once
+    # Outside of the lock: several kernels may compile at once.
+    code = b"" if known is not None else cubin(name, arch, defines)
     with _lock:
         Device(index).set_current()
         function = _functions.get((index, name, kernel, defines))
