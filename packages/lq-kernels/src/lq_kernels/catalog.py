@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, hopper, plans, reference
+from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, hopper, plans, q4_0, reference
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.plans import Plan
 from lq_kernels.problem import Op, Problem
@@ -60,6 +60,8 @@ def _planned(
 _DECODE = ("cuda-decode", cuda_constraints.why_not_decode, plans.decode)
 _PREFILL = ("cuda-prefill", cuda_constraints.why_not_prefill, plans.prefill)
 _A8 = ("cuda-a8", dynamic_kernels.why_not_cuda, plans.a8)
+_Q4_0_DECODE = q4_0.OnQ4_0("decode_a16", plans.decode, cuda_constraints.why_not_decode)
+_Q4_0_PREFILL = q4_0.OnQ4_0("prefill_a16", plans.prefill, cuda_constraints.why_not_prefill)
 _DENSE = ("dequant-blas", dequant_blas.why_not, plans.dense)
 _A8_DENSE = (_anything, dynamic_kernels.predict_dense_us)
 
@@ -84,6 +86,19 @@ KERNELS: tuple[Kernel, ...] = (
     _planned(*_PREFILL, "preshuffled", hopper.prefill),
     _planned(*_DENSE, "preshuffled", dequant_blas.preshuffled_linear),
     Kernel("reference", "preshuffled", _anything, cost.reference_us, reference.preshuffled_linear_reference),
+    _planned("cuda-decode", _Q4_0_DECODE.why_not, _Q4_0_DECODE.plan, "q4_0", _Q4_0_DECODE),
+    _planned("cuda-prefill", _Q4_0_PREFILL.why_not, _Q4_0_PREFILL.plan, "q4_0", _Q4_0_PREFILL),
+    Kernel("cuda-mma", "q4_0", cuda_constraints.why_not_q4_0, cost.q4_0_us, q4_0.quantized(_cuda_q4_0)),
+    Kernel(
+        "dequant-blas",
+        "q4_0",
+        dequant_blas.why_not,
+        dequant_blas.predict_us,
+        q4_0.quantized(dequant_blas.gemm_q4_0_q8_1),
+    ),
+    Kernel("reference", "q4_0", _anything, cost.reference_us, q4_0.quantized(reference.gemm_q4_0_q8_1_reference)),
+    _planned("cuda-decode", _Q4_0_DECODE.why_not, _Q4_0_DECODE.plan_of_blocks, "q4_0_q8_1", _Q4_0_DECODE.of_blocks),
+    _planned("cuda-prefill", _Q4_0_PREFILL.why_not, _Q4_0_PREFILL.plan_of_blocks, "q4_0_q8_1", _Q4_0_PREFILL.of_blocks),
     Kernel("cuda-mma", "q4_0_q8_1", cuda_constraints.why_not_q4_0, cost.q4_0_us, _cuda_q4_0),
     Kernel("dequant-blas", "q4_0_q8_1", dequant_blas.why_not, dequant_blas.predict_us, dequant_blas.gemm_q4_0_q8_1),
     Kernel("reference", "q4_0_q8_1", _anything, cost.reference_us, reference.gemm_q4_0_q8_1_reference),

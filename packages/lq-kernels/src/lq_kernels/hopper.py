@@ -76,12 +76,12 @@ class OnCanonicalInt4:
         from lq_kernels.preshuffled import arranged_groups
 
         groups = arranged_groups(k, group_size)
-        packed = _once(qweight, f"fragment-int4-{k}", lambda: FRAGMENT_INT4.pack(unpack_int4(qweight, k)))
-        scales = _once(scale, f"fragment-scale-{groups}", lambda: FRAGMENT_INT4.arrange_scales(scale, groups))
+        packed = once(qweight, f"fragment-int4-{k}", lambda: FRAGMENT_INT4.pack(unpack_int4(qweight, k)))
+        scales = once(scale, f"fragment-scale-{groups}", lambda: FRAGMENT_INT4.arrange_scales(scale, groups))
         zeros = None
         if zero is not None:
             wide = scale.dtype
-            zeros = _once(
+            zeros = once(
                 zero, f"fragment-zero-{groups}-{wide}", lambda: FRAGMENT_INT4.arrange_scales(zero.to(wide), groups)
             )
         launcher, n = self._launcher, qweight.shape[0]
@@ -101,15 +101,20 @@ class OnCanonicalInt8:
     def bind(self, k: int, qweight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the product with this weight of ``k`` in features, as it is now: later changes are not seen."""
         n = qweight.shape[0]
-        packed = _once(qweight, "fragment-int8", lambda: FRAGMENT_INT8.pack(INT8.unpack(qweight)))
-        scales = _once(
+        packed = once(qweight, "fragment-int8", lambda: FRAGMENT_INT8.pack(INT8.unpack(qweight)))
+        scales = once(
             scale, f"fragment-scale-{n}", lambda: FRAGMENT_INT8.arrange_scales(scale.expand(n)[:, None].contiguous(), 1)
         )
         launcher = self._launcher
         return lambda x: launcher(x, packed, scales, None, None, n, k, 8)
 
 
-def _once(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
+def once(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
+    """Return :func:`lq_kernels.derived.derived`; while a CUDA graph is captured, only what has been made before.
+
+    Raises:
+        DeviceError: If it would have to be made during a capture.
+    """
     if not has_derived(weight, key) and torch.cuda.is_current_stream_capturing():
         # What is made during a capture would exist only in the graph's replays.
         raise DeviceError(

@@ -5,13 +5,15 @@ leading dimensions, returns an empty result for no tokens, is differentiable in 
 """
 
 import torch
-from lq_formats import DTypeError, QuantSpec, ShapeError, dequantize_q4_0
+from lq_formats import DTypeError, QuantSpec, ShapeError
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.reference import int4_spec
 from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices, check_int4
+
+_Q4_0 = QuantSpec(4, "group", 32, True, torch.float16)
 
 
 def int4_linear(
@@ -219,10 +221,11 @@ def quantize_activation_q8_1(x: Tensor) -> Tensor:
 
 
 def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
-    """Multiply activations with Q4_0 weights: quantize x to Q8_1, multiply blocks, round to x's dtype.
+    """Multiply activations with Q4_0 weights: ``y = x @ w.T + bias``.
 
-    Differentiable in ``x`` with the straight-through gradient of the dequantized weight (the rounding of x to 8 bits is
-    passed through).
+    On Hopper x of 16 bits is multiplied as it is. Elsewhere it is quantized to Q8_1 and blocks are multiplied, as
+    llama.cpp does. Differentiable in ``x`` with the gradient of the dequantized weight (the rounding of x to 8 bits is passed
+    through).
 
     Args:
         x: ``(..., K)`` fp16, bf16 or fp32.
@@ -236,35 +239,19 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
     Raises:
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
     """
+    direct = kernel is None and invisible(x)
+    if direct and (y := recall(x, weight_q, (), ())) is not None:
+        return y if bias is None else _add_bias(y, x, bias)
     k = check_activations(x)
     if weight_q.dtype != torch.uint8:
         raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
     if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:
         raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: x with {k} in features needs (M, {k} / 32, 18)")
     check_devices(x, weight_q=weight_q, bias=bias)
-    y = _Q4_0Linear.apply(x.reshape(-1, k), weight_q, kernel or "")
+    y = torch.ops.lq.q4_0_linear(x.reshape(-1, k), weight_q, kernel or "")
+    if direct:
+        remember("q4_0", (weight_q,), (), weight_q.shape[0], k, _Q4_0, x.dtype)
     return _finish(y, x, bias)
-
-
-class _Q4_0Linear(torch.autograd.Function):  # noqa: N801
-    """The composition of two operators, with the gradient of the dequantized weight."""
-
-    @staticmethod
-    def forward(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
-        blocks = torch.ops.lq.quantize_q8_1(x)
-        product: Tensor = torch.ops.lq.gemm_q4_0_q8_1(weight_q, blocks, kernel)
-        return product.t().to(x.dtype).contiguous()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        x, weight_q, _ = inputs
-        ctx.save_for_backward(weight_q)
-        ctx.dtype = x.dtype
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (weight_q,) = ctx.saved_tensors
-        return grad @ dequantize_q4_0(weight_q, ctx.dtype), None, None
 
 
 def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ activations. Arguments are validated by the callers in :mod:`lq_kernels.linear`.
 import functools
 
 import torch
-from lq_formats import QuantSpec, quantize_q8_1
+from lq_formats import QuantSpec, dequantize_q4_0, quantize_q8_1
 from torch import Tensor
 
 from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference
@@ -36,6 +36,7 @@ _LIBRARY.define(
     "SymInt in_features, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define("gemm_q4_0_q8_1(Tensor weight_q, Tensor activation_q, str kernel) -> Tensor")
+_LIBRARY.define("q4_0_linear(Tensor x, Tensor weight_q, str kernel) -> Tensor")
 _LIBRARY.define("quantize_q8_1(Tensor x) -> Tensor")
 _LIBRARY.define("quantize_tokens(Tensor x, str activation) -> (Tensor, Tensor)")
 _LIBRARY.define("int8_dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str kernel) -> Tensor")
@@ -120,6 +121,15 @@ def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tens
     return select(problem, kernel).run(weight_q, activation_q)
 
 
+def _q4_0_linear(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
+    m, k = x.shape
+    n = weight_q.shape[0]
+    if m == 0 or n == 0:
+        return x.new_empty((m, n))
+    problem = Problem("q4_0", m, n, k, _Q4_0, x.dtype, Arch.of(x.device))
+    return select(problem, kernel).run(x, weight_q)
+
+
 def _quantize_q8_1(x: Tensor) -> Tensor:
     arch = Arch.of(x.device)
     capable = arch.kind == "cuda" and arch.capability >= cuda_constraints.MIN_CAPABILITY
@@ -173,6 +183,7 @@ for _name, _implementation in (
     ("preshuffled_linear", _preshuffled_linear),
     ("preshuffled_dequantize", dequant_blas.preshuffled_dequantize),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
+    ("q4_0_linear", _q4_0_linear),
     ("quantize_q8_1", _quantize_q8_1),
     ("quantize_tokens", _quantize_tokens),
     ("int8_dynamic_linear", _int8_dynamic_linear),
@@ -238,6 +249,11 @@ def _(
 @torch.library.register_fake("lq::gemm_q4_0_q8_1", lib=_LIBRARY)
 def _(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
     return weight_q.new_empty((weight_q.shape[0], activation_q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("lq::q4_0_linear", lib=_LIBRARY)
+def _(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
+    return x.new_empty((x.shape[0], weight_q.shape[0]))
 
 
 @torch.library.register_fake("lq::quantize_q8_1", lib=_LIBRARY)
@@ -332,6 +348,21 @@ def _preshuffled_backward(ctx, grad):
 torch.library.register_autograd(
     "lq::preshuffled_linear", _preshuffled_backward, setup_context=_preshuffled_setup, lib=_LIBRARY
 )
+
+
+def _q4_0_setup(ctx, inputs, output) -> None:
+    x, weight_q, _ = inputs
+    ctx.save_for_backward(weight_q)
+    ctx.dtype = x.dtype
+
+
+def _q4_0_backward(ctx, grad):
+    (weight_q,) = ctx.saved_tensors
+    return grad @ dequantize_q4_0(weight_q, ctx.dtype), None, None
+
+
+# Straight through, where activations are rounded to 8 bits.
+torch.library.register_autograd("lq::q4_0_linear", _q4_0_backward, setup_context=_q4_0_setup, lib=_LIBRARY)
 
 
 def _int8_dynamic_setup(ctx, inputs, output) -> None:

@@ -144,15 +144,15 @@ def choice(
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
     """
-    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups, zero))
+    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups))
     weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
     found = measurements("decode_a16", m, weight, device, sm_count)
     return choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
 
 
-def max_token_tiles(groups: int, zero: bool) -> int:
+def max_token_tiles(groups: int) -> int:
     """Return the largest number of token tiles that is compiled for so many groups in a step."""
-    return 2 if groups == 4 and zero else 4
+    return 2 if groups == 4 else 4
 
 
 def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
@@ -177,6 +177,7 @@ def linear(
     group_size: int,
     bits: int,
     config: DecodeConfig | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
@@ -190,6 +191,7 @@ def linear(
         group_size: In features per scale; K for one scale a row.
         bits: 4 or 8.
         config: How to cut, for tuning; by default :func:`choice`.
+        transposed: Whether the result is ``(out_features, M) float32`` instead.
 
     Raises:
         ShapeError: If the tokens do not fit shared memory or the grid.
@@ -206,8 +208,9 @@ def linear(
         group_size,
         Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
         config,
+        transposed,
     )
-    y = x.new_empty((m, out_features))
+    y = x.new_empty((out_features, m), dtype=torch.float32) if transposed else x.new_empty((m, out_features))
     launch(
         x.data_ptr(),
         packed.data_ptr(),
@@ -229,6 +232,7 @@ def _prepare(
     group_size: int,
     variant: Variant,
     config: DecodeConfig | None,
+    transposed: bool,
 ) -> Launch:
     if config is None and (chosen := _choice(m, blocks, k, variant, Arch.of(torch.device("cuda", index)))):
         config = chosen.config
@@ -245,5 +249,5 @@ def _prepare(
         (m, n, k, blocks, group_size, config.slots, config.stages, config.boxes, config.pitch),
         cluster=config.cluster,
         dependent=True,
-        defines=variant.defines,
+        defines=(*variant.defines, "LQ_TRANSPOSED=1") if transposed else variant.defines,
     )

@@ -194,6 +194,7 @@ def linear(
     group_size: int,
     bits: int,
     config: PrefillConfig | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
@@ -209,6 +210,7 @@ def linear(
         group_size: In features per scale; K for one scale a row.
         bits: 4 or 8.
         config: How to cut, for tuning; by default :func:`choice`.
+        transposed: Whether the result is ``(out_features, M) float32`` instead.
 
     Raises:
         ShapeError: If there are too many tiles for one launch.
@@ -225,8 +227,9 @@ def linear(
         group_size,
         Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
         config,
+        transposed,
     )
-    y = x.new_empty((m, out_features))
+    y = x.new_empty((out_features, m), dtype=torch.float32) if transposed else x.new_empty((m, out_features))
     partials = arrivals = 0
     if plan.counters:
         space = workspace(x.device, plan.partials, plan.counters)
@@ -263,6 +266,7 @@ def _prepare(
     group_size: int,
     variant: Variant,
     config: PrefillConfig | None,
+    transposed: bool,
 ) -> _Plan:
     config = config or _choice(m, n, k, variant, Arch.of(torch.device("cuda", index))).config
     stages, shared = ring(config.tokens, variant.bits, variant.scale_bytes)
@@ -276,6 +280,6 @@ def _prepare(
         8,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
         dependent=True,
-        defines=(*variant.defines, f"LQ_TOKENS={config.tokens}"),
+        defines=(*variant.defines, f"LQ_TOKENS={config.tokens}", *(("LQ_TRANSPOSED=1",) if transposed else ())),
     )
     return _Plan(launch, config.tokens, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)

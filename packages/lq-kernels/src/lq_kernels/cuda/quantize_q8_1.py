@@ -5,7 +5,8 @@ from torch import Tensor
 
 from lq_kernels.jit.launcher import launch
 
-_WARPS = 8
+_THREADS = 256
+_LANES = 4  # of a block
 
 
 def quantize_q8_1(x: Tensor) -> Tensor:
@@ -18,8 +19,32 @@ def quantize_q8_1(x: Tensor) -> Tensor:
         ``(..., K // 32, 36) uint8``.
     """
     x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
     blocks = x.numel() // 32
     out = torch.empty((*x.shape[:-1], x.shape[-1] // 32, 36), dtype=torch.uint8, device=x.device)
     name = f"quantize_q8_1_{str(x.dtype).removeprefix('torch.')}"
-    launch("quantize_q8_1", name, (-(-blocks // _WARPS), 1, 1), _WARPS * 32, 0, x.device, x, out, blocks)
+    launch("quantize_q8_1", name, (-(-blocks * _LANES // _THREADS), 1, 1), _THREADS, 0, x.device, x, out, blocks)
+    return out
+
+
+def dequantize_q8_1(blocks: Tensor) -> Tensor:
+    """Return ``(M, K) bf16`` of Q8_1 blocks ``(M, K // 32, 36) uint8``, contiguous, on a Hopper GPU, not empty."""
+    if blocks.data_ptr() % 4:
+        blocks = blocks.clone()
+    rows, count, _ = blocks.shape
+    out = torch.empty((rows, count * 32), dtype=torch.bfloat16, device=blocks.device)
+    grid = (-(-rows * count * _LANES // _THREADS), 1, 1)
+    launch(
+        "dequantize_q8_1",
+        "dequantize_q8_1",
+        grid,
+        _THREADS,
+        0,
+        blocks.device,
+        blocks,
+        out,
+        rows * count,
+        dependent=True,
+    )
     return out

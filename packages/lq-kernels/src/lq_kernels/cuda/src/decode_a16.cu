@@ -19,7 +19,7 @@
 // and 64 for int8, 1 KB a block.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
-// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1).
+// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1) and LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/hopper.cuh"
@@ -36,6 +36,10 @@ constexpr int kBits = LQ_BITS;
 constexpr int kGroups = LQ_GROUPS;
 constexpr bool kZero = LQ_ZERO != 0;
 constexpr bool kPerRow = kGroups == 0;
+#ifndef LQ_TRANSPOSED
+#define LQ_TRANSPOSED 0
+#endif
+constexpr bool kTransposed = LQ_TRANSPOSED != 0;
 
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
@@ -234,9 +238,15 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       }
       if (row < rows_left && row0 + row < p.n) {
         const float bias = p.bias ? to_float(X{}, p.bias[row0 + row]) : 0.0f;
-        u16* to = p.y + (token0 + token) * p.n + row0 + row;
-        to[0] = from_float(X{}, total[0] + bias);
-        if (token + 1 < m) to[p.n] = from_float(X{}, total[1] + bias);
+        if constexpr (kTransposed) {
+          float* to = reinterpret_cast<float*>(p.y) + (row0 + row) * p.m + token0 + token;
+          to[0] = total[0] + bias;
+          if (token + 1 < m) to[1] = total[1] + bias;
+        } else {
+          u16* to = p.y + (token0 + token) * p.n + row0 + row;
+          to[0] = from_float(X{}, total[0] + bias);
+          if (token + 1 < m) to[p.n] = from_float(X{}, total[1] + bias);
+        }
       }
     }
   };
@@ -431,6 +441,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
 LQ_DECODE(1, LQ_GROUPS == 4 ? 1 : LQ_ZERO || LQ_GROUPS == 2 ? 2 : 3)
 LQ_DECODE(2, LQ_GROUPS == 4 || LQ_ZERO ? 1 : 2)
-#if LQ_GROUPS != 4 || !LQ_ZERO
-LQ_DECODE(4, 1)  // scales, zeros and token sums of four groups do not fit the registers
+#if LQ_GROUPS != 4
+LQ_DECODE(4, 1)  // four groups' scales and sums do not fit the registers
 #endif

@@ -29,7 +29,7 @@
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in 128 in features: 1, 2, 4; 0: one
-// scale a row), LQ_ZERO (0, 1) and LQ_TOKENS (16, 32, 64, 128, 256).
+// scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0).
 
 #include "lq/wgmma.cuh"
 
@@ -47,6 +47,10 @@ constexpr int kTokens = LQ_TOKENS;
 constexpr int kRows = 128;
 constexpr bool kZero = LQ_ZERO != 0;
 constexpr bool kPerRow = kGroups == 0;
+#ifndef LQ_TRANSPOSED
+#define LQ_TRANSPOSED 0
+#endif
+constexpr bool kTransposed = LQ_TRANSPOSED != 0;
 static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symmetric");
 
 constexpr int kConsumerWarps = kRows / 16;
@@ -411,6 +415,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     const i64 first_row = row0 + warpgroup * 64;
     const int stored = static_cast<int>(m - token0 < kTokens ? m - token0 : kTokens);
+    if constexpr (kTransposed) {
+      // Eight tokens of a row are 32 bytes.
+      float* const to = reinterpret_cast<float*>(y);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const i64 row = row0 + block * 16 + g + 8 * r;
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int token = unit * 8 + lane % 4 * 2 + i;
+            if (row < n && token < stored)
+              to[row * m + token0 + token] = fmaf(acc[4 * unit + 2 * r + i], row_scale[r], offset[r]);
+          }
+      }
+      continue;
+    }
 #pragma unroll
     for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
       if (chunk * kChunk >= stored) break;

@@ -1,0 +1,105 @@
+"""ggml's Q4_0 weights times activations: the Hopper kernels on raw blocks, and what runs elsewhere.
+
+A Q4_0 block is 32 codes with an fp16 scale, so the weight is a symmetric int4 weight in groups of 32 and Hopper's int4
+kernels multiply it with activations of 16 bits, which need no quantization. Blocks are repacked on first use and the
+result kept beside them (:mod:`lq_kernels.derived`).
+
+Elsewhere activations are quantized to Q8_1 first, as llama.cpp does, and blocks multiplied as integers.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lq_formats import QuantSpec
+from lq_formats.layouts import FRAGMENT_INT4
+from torch import Tensor
+
+from lq_kernels.hopper import once
+from lq_kernels.plans import Plan
+from lq_kernels.problem import Problem
+
+BLOCK = 32
+_DEQUANTIZE_US = 1.5
+
+
+def spec(in_features: int) -> QuantSpec:
+    """Return how a Q4_0 weight is quantized, in the terms of int4."""
+    if in_features == BLOCK:
+        return QuantSpec(4, "row", None, True, torch.float16)
+    return QuantSpec(4, "group", BLOCK, True, torch.float16)
+
+
+class OnQ4_0:  # noqa: N801
+    """The Hopper kernels on Q4_0 blocks, with activations of 16 bits."""
+
+    def __init__(self, module: str, plan: Callable[[Problem], Plan], why_not: Callable[[Problem], str | None]) -> None:
+        """Take the module of :mod:`lq_kernels.cuda` whose ``linear`` runs, and what is known of its int4 kernel."""
+        self._module, self._plan, self._why_not = module, plan, why_not
+
+    def __call__(self, x: Tensor, weight_q: Tensor) -> Tensor:
+        """Return ``x (M, K) @ w.T``, ``(M, N)`` in x's dtype."""
+        return self.bind(x.shape[1], weight_q)(x)
+
+    def bind(self, k: int, weight_q: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the product with this weight as it is now: later changes are not seen."""
+        packed, scales = fragments(weight_q)
+        linear, n = self._linear(), weight_q.shape[0]
+        return lambda x: linear(x, packed, scales, None, None, n, BLOCK, 4)
+
+    def of_blocks(self, weight_q: Tensor, activation_q: Tensor) -> Tensor:
+        """Return the ``(N, M) float32`` product with Q8_1 blocks, which become bf16."""
+        from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
+
+        packed, scales = fragments(weight_q)
+        x = dequantize_q8_1(activation_q)
+        y: Tensor = self._linear()(x, packed, scales, None, None, weight_q.shape[0], BLOCK, 4, transposed=True)
+        return y
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Return why it cannot run a problem of either kind."""
+        return self._why_not(_int4(problem))
+
+    def plan(self, problem: Problem) -> Plan:
+        """Return its plan for activations of 16 bits."""
+        return self._plan(_int4(problem))
+
+    def plan_of_blocks(self, problem: Problem) -> Plan:
+        """Return its plan for Q8_1 blocks."""
+        found = self.plan(problem)
+        return replace(found, us=found.us + _DEQUANTIZE_US)
+
+    def _linear(self) -> Any:
+        return importlib.import_module(f"lq_kernels.cuda.{self._module}").linear
+
+
+def fragments(weight_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of Q4_0 blocks ``(N, B, 18)`` in fragment order, made once a weight."""
+    from lq_kernels.preshuffled import arranged_groups
+
+    n, count, _ = weight_q.shape
+    groups = arranged_groups(count * BLOCK, BLOCK)
+
+    def codes() -> Tensor:
+        return FRAGMENT_INT4.pack(torch.cat((weight_q[..., 2:] & 0x0F, weight_q[..., 2:] >> 4), dim=-1).view(n, -1))
+
+    def scales() -> Tensor:
+        return FRAGMENT_INT4.arrange_scales(weight_q[..., :2].contiguous().view(torch.float16)[..., 0], groups)
+
+    return once(weight_q, "fragment-q4_0", codes), once(weight_q, "fragment-q4_0-scale", scales)
+
+
+def quantized(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``x @ w.T`` in x's dtype by a product of blocks ``(N, M)``, of Q4_0 and of what x is quantized to."""
+
+    def run(x: Tensor, weight_q: Tensor) -> Tensor:
+        return product(weight_q, torch.ops.lq.quantize_q8_1(x)).t().to(x.dtype).contiguous()
+
+    return run
+
+
+def _int4(problem: Problem) -> Problem:
+    dtype = torch.bfloat16 if problem.op == "q4_0_q8_1" else problem.dtype
+    return replace(problem, op="preshuffled", spec=spec(problem.k), dtype=dtype)
