@@ -1,9 +1,14 @@
 """What calibration is worth on trained weights: the bundled model, quantized by the lq command."""
 
+import copy
 import json
 
+import pytest
+import torch
 from lq_eval.data import calibration_text_path, eval_text_path, tiny_llama_path
+from lq_torch import rotate_
 from lq_torch.cli import main
+from transformers import AutoModelForCausalLM
 
 
 def measure(lq_eval, folder):
@@ -30,3 +35,29 @@ def test_calibrated_codes_are_far_nearer_to_the_float_model(lq_eval, tmp_path):
     assert found["kl_divergence"] < 0.6 * reference["kl_divergence"]
     assert found["kl_divergence"] < 0.055
     assert found["baseline_perplexity"] < found["perplexity"] < reference["perplexity"]
+
+
+def test_bits_by_layer_beat_uniform_bits_of_the_same_size(lq_eval, tmp_path):
+    """Rounded without data, to be quick; measured on the whole text, 4.5 bits: a KL divergence of 0.040, and 0.069 uniform."""
+    common = ("--device", "cpu", "--dtype", "float32", "--algorithm", "mse", "--scale-dtype", "bfloat16")
+    text = ("--calibration", str(calibration_text_path()), "--windows", "3", "--window-length", "256")
+    mixed = ("--target-bits", "4.5", *text)
+    documents = {}
+    for name, options in (("mixed", mixed), ("uniform", ("--group-size", "32"))):
+        folder = tmp_path / name
+        main(["quantize", str(tiny_llama_path()), str(folder), *common, *options])
+        documents[name] = measure(lq_eval, folder)
+    assert documents["mixed"]["bits_per_weight"] <= documents["uniform"]["bits_per_weight"] == 4.5
+    assert documents["mixed"]["kl_divergence"] < 0.75 * documents["uniform"]["kl_divergence"]
+
+
+@pytest.mark.parametrize("matrix", ["hadamard", "orthogonal"])
+def test_rotated_weights_make_the_same_predictions(matrix):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_path(), dtype=torch.float32)
+    rotated = copy.deepcopy(model)
+    done = rotate_(rotated, matrix=matrix, untie=True)
+    assert (done.width, len(done.heads), done.untied) == (256, 4, True)
+    ids = torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        before, after = model(ids).logits.double(), rotated(ids).logits.double()
+    assert (after - before).norm() < 5e-6 * before.norm()

@@ -168,6 +168,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(calibrate, tokens, tmp_path
     assert torch.equal(resumed(tokens).logits, whole(tokens).logits)
 
 
+def test_a_block_that_was_being_written_is_made_again(tokens, tmp_path, monkeypatch):
+    from lq_torch.calibrate import resume
+
+    def killed(module, folder):
+        save_pretrained(module, folder)
+        next(folder.glob("*.safetensors")).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gptq(make(), tokens, INT4, resume=tmp_path)
+    whole, resumed = make(), make()
+    gptq(whole, tokens, INT4)
+    assert gptq(resumed, tokens, INT4, resume=tmp_path).resumed_blocks == 0
+    assert equal(bits(resumed), bits(whole))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00000", "block-00001", "calibration.json"]
+
+
 def test_the_state_of_another_run_is_refused(tokens, tmp_path):
     gptq(make(), tokens, INT4, resume=tmp_path)
     for case, named in (

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from lq_formats import FormatError, SpecError
+from lq_formats import FormatError, NonFiniteError, SpecError
 from lq_torch import Int4Tensor, Int4WeightOnlyConfig, IntxTensor, LowBitTensor, quantize_
 from lq_torch.calibrate import GPTQOptions, gptq, mixed_precision
 from lq_torch.calibrate.mixed import Candidate, allocate
@@ -71,6 +71,25 @@ def test_sensitivity_is_the_divergence_of_the_model_with_one_layer_at_three_bits
         log_q = coarse(tokens).detach().double().log_softmax(-1)
         assert found[path] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=2e-3, abs=1e-7)
     assert min(found["blocks.1.up"], found["blocks.1.down"]) > 30 * max(found["blocks.0.up"], found["blocks.0.down"])
+
+
+def test_predictions_that_are_not_finite_are_refused_but_for_tokens_that_never_come(tokens):
+    padded, broken, late = Model(), Model(), Model()
+    padded.lm_head.bias.data[-3:] = -torch.inf
+    model = Model()
+    model.lm_head = nn.Linear(64, 37)
+    model.lm_head.weight.data, model.lm_head.bias.data = padded.lm_head.weight[:-3].data, padded.lm_head.bias[:-3].data
+    found, expected = (
+        sensitivity(one, dict(select_linears(one)), tokens, None, 4, SensitivityFile(None, one, tokens, None))
+        for one in (padded, model)
+    )
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    broken.embed.weight.data[tokens[0, 0]] = torch.nan
+    with pytest.raises(NonFiniteError, match="predictions for the calibration text"):
+        mixed_precision(broken, tokens, 4.5)
+    late.blocks[1].up.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"blocks\.1\.up"):
+        mixed_precision(late, tokens, 4.5)
 
 
 def test_what_was_measured_is_kept(tokens, tmp_path):

@@ -4,10 +4,12 @@ How much of the rounding GPTQ can make up for differs a lot between layers (by a
 a value projection that hardly vary leave it free), so what is measured is what the algorithm that will be used leaves.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from lq_formats import NonFiniteError
 from torch import Tensor, nn
 
 from lq_torch.calibrate.blocks import evaluation, find_blocks, record_stream, split_batches
@@ -44,7 +46,7 @@ def sensitivity(
         progress: Called with layers measured and layers in all.
 
     Raises:
-        NonFiniteError: If activations hold NaN or infinity.
+        NonFiniteError: If activations or predictions hold NaN or infinity.
         UnsupportedError: With ``gptq``, if the model is no chain of blocks.
     """
     length = min(tokens.shape[1], _LENGTH)
@@ -52,6 +54,10 @@ def sensitivity(
     missing = {path: layer for path, layer in layers.items() if path not in kept.known}
     with torch.no_grad(), evaluation(model):
         expected = [_log_probabilities(model, window) for window in sample] if missing else []
+        if any(bool(log_p.isnan().any()) for log_p in expected):
+            raise NonFiniteError(
+                "the model's predictions for the calibration text hold NaN; does it run in this dtype?"
+            )
         for path, coarse in _coarse_weights(model, missing, split_batches(tokens, batch_size), gptq):
             layer = missing[path]
             exact, layer.weight.data = layer.weight.data, coarse
@@ -59,6 +65,8 @@ def sensitivity(
                 total = sum(_divergence(log_p, model, window) for window, log_p in zip(sample, expected, strict=True))
             finally:
                 layer.weight.data = exact
+            if not math.isfinite(total):
+                raise NonFiniteError(f"{path}: with its weight at 3 bits, the model's predictions hold NaN or infinity")
             kept.add(path, max(total, 0.0) / (len(sample) * length))
             if progress is not None:
                 progress(len(layers.keys() & kept.known.keys()), len(layers))
@@ -109,4 +117,6 @@ def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _divergence(log_p: Tensor, model: nn.Module, ids: Tensor) -> float:
     """Return the summed divergence of a window's predictions from ``log_p``."""
-    return float(((log_p - _log_probabilities(model, ids)) * log_p.exp()).sum())
+    impossible = log_p == -torch.inf  # for both models: tokens that padded the vocabulary
+    terms = (log_p - _log_probabilities(model, ids)) * log_p.exp()
+    return float(terms.masked_fill_(impossible, 0.0).sum())
