@@ -9,7 +9,7 @@ import torch
 from lq_formats import FormatError, NonFiniteError, SpecError
 from lq_torch import Int4Tensor, Int4WeightOnlyConfig, IntxTensor, LowBitTensor, quantize_
 from lq_torch.calibrate import GPTQOptions, gptq, mixed_precision
-from lq_torch.calibrate.mixed import Candidate, allocate
+from lq_torch.calibrate.mixed import Candidate, allocate, fill_unreached
 from lq_torch.calibrate.resume import SensitivityFile
 from lq_torch.calibrate.sensitivity import COARSE, sensitivity
 from lq_torch.quantize import select_linears
@@ -90,6 +90,11 @@ def test_predictions_that_are_not_finite_are_refused_but_for_tokens_that_never_c
     late.blocks[1].up.weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"blocks\.1\.up"):
         mixed_precision(late, tokens, 4.5)
+
+
+def test_an_idle_expert_is_taken_for_one_of_its_like():
+    measured = {"a.0.up": 3.0, "a.1.up": 0.0, "a.2.up": 1.0, "a.3.up": 2.0, "a.1.down": 0.0}
+    assert fill_unreached(measured) == measured | {"a.1.up": 2.0}
 
 
 def test_what_was_measured_is_kept(tokens, tmp_path):

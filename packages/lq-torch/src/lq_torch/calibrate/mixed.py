@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from lq_formats import GroupSizeError, SpecError
@@ -22,9 +23,11 @@ from lq_torch.calibrate.blocks import split_batches
 from lq_torch.calibrate.options import GPTQOptions
 from lq_torch.calibrate.resume import SensitivityFile
 from lq_torch.calibrate.sensitivity import COARSE, sensitivity
+from lq_torch.calibrate.stages import kind
 from lq_torch.config import Int4WeightOnlyConfig, WeightConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
+from lq_torch.tensors import LowBitTensor
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128, 256)
@@ -91,13 +94,22 @@ def mixed_precision(
         check_linear(path, layer)
     split_batches(tokens, batch_size)
     kept = SensitivityFile(resume, model, tokens, gptq)
-    measured = sensitivity(model, layers, tokens, gptq, batch_size, kept, progress)
+    measured = fill_unreached(sensitivity(model, layers, tokens, gptq, batch_size, kept, progress))
     candidates = {
         path: _candidates(path, layer.weight.detach(), measured[path], symmetric, scale_dtype)
         for path, layer in layers.items()
     }
     weights = sum(layer.weight.numel() for layer in layers.values())
     return {path: chosen.config for path, chosen in allocate(candidates, int(target_bits * weights / 8)).items()}
+
+
+def fill_unreached(measured: Mapping[str, float]) -> dict[str, float]:
+    """Give layers that no token reached (idle experts, exactly 0) the median of layers whose paths differ in numbers only."""
+    alike: dict[str, list[float]] = {}
+    for path, value in measured.items():
+        if value > 0:
+            alike.setdefault(kind(path), []).append(value)
+    return {path: value or median(alike.get(kind(path), [0.0])) for path, value in measured.items()}
 
 
 def allocate(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
@@ -143,7 +155,7 @@ def _candidates(
     path: str, w: Tensor, measured: float, symmetric: bool, scale_dtype: torch.dtype | None
 ) -> list[Candidate]:
     sample = w[:: max(1, w.shape[0] // _ROWS)]
-    coarse = _squared_error(sample, COARSE)
+    coarse = _squared_error(sample, COARSE.quantize(sample))
     found = []
     with named(path):
         for bits in BITS:
@@ -157,8 +169,9 @@ def _candidates(
                         bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype
                     )
                 )
-                nbytes = config.quantize(sample).packed_nbytes // sample.shape[0] * w.shape[0]
-                ratio = _squared_error(sample, config) / coarse if coarse else 0.0
+                packed = config.quantize(sample)
+                nbytes = packed.packed_nbytes // sample.shape[0] * w.shape[0]
+                ratio = _squared_error(sample, packed) / coarse if coarse else 0.0
                 found.append(Candidate(config, nbytes, measured * ratio))
         if not found:
             raise GroupSizeError(
@@ -167,5 +180,5 @@ def _candidates(
     return found
 
 
-def _squared_error(w: Tensor, config: WeightConfig) -> float:
-    return float((config.quantize(w).dequantize(torch.float32) - w.float()).square().sum())
+def _squared_error(w: Tensor, packed: LowBitTensor) -> float:
+    return float((packed.dequantize(torch.float32) - w.float()).square().sum())

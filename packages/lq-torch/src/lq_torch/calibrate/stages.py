@@ -32,14 +32,14 @@ def find_stages(linears: Mapping[str, nn.Linear], run: Callable[[], object]) -> 
     entered: dict[int, str] = {}  # which stage took this tensor first; calls keeps the tensors alive, so ids are unique
     stage_of: dict[str, str] = {}
     for path, x in calls:
-        kind = _kind(path)
-        stage = stage_of.setdefault(kind, entered.get(id(x), kind))
+        like = kind(path)
+        stage = stage_of.setdefault(like, entered.get(id(x), like))
         entered.setdefault(id(x), stage)
         members = stages.setdefault(stage, [])
         if path not in members:
             members.append(path)
     for path in linears:
-        members = stages.setdefault(stage_of.get(_kind(path), ""), [])
+        members = stages.setdefault(stage_of.get(kind(path), ""), [])
         if path not in members:
             members.append(path)
     # What nothing reached is last: "" was inserted after all others.
@@ -133,6 +133,6 @@ class _Hooks:
             handle.remove()
 
 
-def _kind(path: str) -> str:
+def kind(path: str) -> str:
     """Return the path with its numbers blanked out: experts of one kind have one."""
     return re.sub(r"\d+", "*", path)
