@@ -1,6 +1,7 @@
 """GGUF files and transformers models: the same function from the same bits, and a named error for a file of another model."""
 
 import copy
+import math
 import os
 import secrets
 import struct
@@ -16,6 +17,7 @@ from lq_formats import (
     GGML_FORMATS,
     DTypeError,
     FormatError,
+    LQError,
     ShapeError,
     SpecError,
     UnsupportedError,
@@ -446,6 +448,8 @@ def test_models_must_be_the_files(saved):
         ({"llama.attention.head_count": 2**31}, FormatError, "attn_q.weight has shape"),
         ({"llama.attention.head_count_kv": [2, 2]}, FormatError, "head_count_kv = array"),
         ({"llama.attention.key_length": 2**31}, FormatError, "attn_q.weight has shape"),
+        ({"llama.attention.layer_norm_rms_epsilon": math.nan}, FormatError, "epsilon = nan"),
+        ({"llama.rope.freq_base": 0.0}, FormatError, "freq_base = 0.0"),
         ({"llama.attention.layer_norm_rms_epsilon": True}, FormatError, "epsilon = True"),
         (
             {"llama.context_length": GGUFValue(ValueType.UINT64, 2**63)},
@@ -458,6 +462,26 @@ def test_a_model_of_lies_is_not_built(changes, error, message, saved):
     path, _ = saved
     with pytest.raises(error, match=message):
         load_gguf(rewritten(path, changes))
+
+
+WEIRD = (0, -1, 7, 2**31, 2**63 - 1, 0.0, -1.0, 1e300, math.nan, math.inf, "", "linear", True, [1, 2], [0.5], ["a"])
+
+
+def test_any_value_of_any_key_is_an_error_or_a_model(saved):
+    """Transformers is asked for no model that the tensors do not bear out: that would be slow, or an error without a name."""
+    path, _ = saved
+    keys = [key for key in open_gguf(path).metadata if not key.startswith("tokenizer.")]
+    target, refusals = build(), 0
+    for key in [*keys, "llama.rope.scaling.type", "llama.rope.scaling.factor", "split.count", "llama.expert_count"]:
+        for value in WEIRD:
+            typed = GGUFValue(ValueType.FLOAT64, value) if isinstance(value, float) else value
+            changed = rewritten(path, {key: typed})
+            for place in (None, target):
+                try:
+                    load_gguf(changed, place)
+                except LQError:
+                    refusals += 1
+    assert refusals > 300
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -486,7 +510,7 @@ def test_metadata_of_the_user(tmp_path):
     path = tmp_path / "x.gguf"
     model = build()
     tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"], "general.name": "mine"}
-    save_gguf(model, path, tokens | {"llama.block_count": 2, "llama.rope.freq_base": 10000.0})
+    save_gguf(model, path, tokens | {"llama.block_count": 2, "llama.attention.layer_norm_rms_epsilon": 1e-6})
     file = open_gguf(path)
     assert file.get("tokenizer.ggml.model") == "gpt2"
     assert list(file.get("tokenizer.ggml.tokens")) == ["a", "b"]

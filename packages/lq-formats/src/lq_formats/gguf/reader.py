@@ -14,6 +14,7 @@ each other and against the file's end.
 import math
 import mmap
 import os
+import reprlib
 import stat
 import struct
 import sys
@@ -235,8 +236,8 @@ def _alignment(cursor: Cursor, metadata: Mapping[str, GGUFValue]) -> int:
     alignment = found.value
     if found.type is not ValueType.UINT32 or alignment < 8 or alignment & alignment - 1:
         raise FormatError(
-            f"{cursor.name}: {ALIGNMENT_KEY} is {alignment!r:.40} of type {found.type.name}: expected a power of two of at "
-            "least 8, UINT32; the file is damaged"
+            f"{cursor.name}: {ALIGNMENT_KEY} is {reprlib.repr(alignment)} of type {found.type.name}: expected a power "
+            "of two of at least 8, UINT32; the file is damaged"
         )
     return int(alignment)
 

@@ -5,6 +5,7 @@ elements``. Numbers of an array are kept as an ``array.array`` and its strings w
 more memory than its part of the file, whatever it holds.
 """
 
+import reprlib
 import struct
 import sys
 from array import array
@@ -135,7 +136,7 @@ class GGUFValue:
             return _U32.pack(self.type) + self._payload()
         except (struct.error, OverflowError, TypeError, ValueError, AttributeError) as error:
             kind = self.type.name if self.element is None else f"ARRAY of {self.element.name}"
-            raise SpecError(f"{self.value!r:.80} is not a GGUF value of type {kind}: {error}") from None
+            raise SpecError(f"{reprlib.repr(self.value)} is not a GGUF value of type {kind}: {error}") from None
 
     def _payload(self) -> bytes:
         if self.type is ValueType.STRING:
@@ -169,14 +170,14 @@ def _type_of(values: Sequence[Any]) -> ValueType:
         if all(isinstance(value, kind) for value in values):
             return found
     if not all(type(value) is int for value in values):
-        raise SpecError(f"{values!r:.80} mixes types: expected only bool, int, float or str")
+        raise SpecError(f"{reprlib.repr(values)} mixes types: expected only bool, int, float or str")
     low, high = min(values), max(values)
     for bits in (32, 64):
         if low >= 0 and high < 1 << bits:
             return ValueType[f"UINT{bits}"]
         if -(1 << bits - 1) <= low and high < 1 << bits - 1:
             return ValueType[f"INT{bits}"]
-    raise SpecError(f"{values!r:.80} does not fit 64 bits")
+    raise SpecError(f"{reprlib.repr(values)} does not fit 64 bits")
 
 
 class Cursor:

@@ -1,6 +1,6 @@
 """The transformers configuration of the model in a GGUF file, from its metadata and tensors."""
 
-import struct
+import math
 from typing import Any
 
 import torch
@@ -8,11 +8,12 @@ from lq_formats import FormatError, UnsupportedError
 from lq_formats.gguf import GGUFFile
 
 from lq_torch.gguf.architecture import ARCHITECTURES, ROPE_FREQS
-from lq_torch.gguf.hyperparameters import llama3_factors, said
+from lq_torch.gguf.hyperparameters import float32, llama3_factors, said, shown
 
 # Those of Llama 3.1 to 3.3; they differ in the factor, which is the largest in a file.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_CONTEXT = 1 << 40
+_REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")
+_LARGEST = 1 << 40
 
 
 def configuration(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def configuration(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     found = next((item for item in ARCHITECTURES if item.name == architecture), None)
     if found is None:
         raise UnsupportedError(
-            f"{file.name} holds a model of architecture {architecture!r:.40}: lq builds "
-            f"{', '.join(item.name for item in ARCHITECTURES)}; pass the model to load into"
+            f"{file.name} holds a model of architecture {shown(architecture)}: expected "
+            f"{' or '.join(item.name for item in ARCHITECTURES)}"
         )
     values = said(file, found.name + ".")
     heads, kv_heads, size = (
@@ -36,9 +37,10 @@ def configuration(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     width, inner, layers = (values[key] for key in ("embedding_length", "feed_forward_length", "block_count"))
     context = file.get(f"{found.name}.context_length", 2048)
     for key, number in (*values.items(), ("context_length", context)):
-        wanted = (str,) if key == "rope.scaling.type" else (int, float) if key in _REAL else (int,)
-        if type(number) not in wanted or (key not in _REAL and type(number) is int and not 0 < number < _CONTEXT):
-            raise FormatError(f"{file.name} has {found.name}.{key} = {number!r:.60}, which no model has: it is damaged")
+        if not _plausible(key, number):
+            raise FormatError(
+                f"{file.name} has {found.name}.{key} = {shown(number)}, which no model has: it is damaged"
+            )
     _expect(file, "token_embd.weight", (None, width))
     _expect(file, "blk.0.attn_q.weight", (heads * size, width))
     _expect(file, "blk.0.attn_k.weight", (kv_heads * size, width))
@@ -67,7 +69,13 @@ def configuration(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-_REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")
+def _plausible(key: str, value: Any) -> bool:
+    """Say whether a value has its key's type and could be a model's."""
+    if key == "rope.scaling.type":
+        return isinstance(value, str)
+    if key in _REAL:
+        return type(value) in (int, float) and 0 < float32(value) < math.inf
+    return type(value) is int and 0 < value < _LARGEST
 
 
 def _expect(file: GGUFFile, name: str, shape: tuple[int | None, ...]) -> None:
@@ -92,7 +100,7 @@ def _rope(file: GGUFFile, values: dict[str, Any], size: int) -> dict[str, Any]:
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": _decimal(factor)}
     if kind != "none":
-        raise UnsupportedError(f"{file.name} scales rotary frequencies by {kind!r:.40}: lq knows none and linear")
+        raise UnsupportedError(f"{file.name} scales rotary frequencies by {shown(kind)}: lq knows none and linear")
     if ROPE_FREQS not in file.tensors:
         return rope
     factors = file.dequantize(ROPE_FREQS)
@@ -109,4 +117,4 @@ def _rope(file: GGUFFile, values: dict[str, Any], size: int) -> dict[str, Any]:
 def _decimal(number: float) -> float:
     """Return the short decimal that a file's float32 came from, such as 1e-05 for 9.999999747378752e-06."""
     short = float(f"{number:.7g}")
-    return short if struct.pack("<f", short) == struct.pack("<f", number) else float(number)
+    return short if float32(short) == number else float(number)

@@ -5,7 +5,7 @@ others computes something else from the same weights.
 """
 
 import math
-import struct
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,16 +81,16 @@ def check_hyperparameters(file: GGUFFile, architecture: Architecture, config: An
     found = file.get("general.architecture")
     if found != architecture.name:
         raise FormatError(
-            f"{file.name} holds a model of architecture {found!r:.40}, and {config.model_type} is {architecture.name!r}: "
+            f"{file.name} holds a model of architecture {shown(found)}, and {config.model_type} is {architecture.name!r}: "
             "expected a model of the same architecture"
         )
     prefix = architecture.name + "."
     expected = _UNSCALED | {key.removeprefix(prefix): value for key, value in describe(architecture, config).items()}
     for key, value in said(file, prefix).items():
         wanted = expected.get(key)
-        if not _same(value, wanted):
+        if not agrees(value, wanted):
             raise FormatError(
-                f"{file.name} has {prefix}{key} = {value!r:.60} and the model's configuration {wanted!r}: the model would "
+                f"{file.name} has {prefix}{key} = {shown(value)} and the model's configuration {wanted!r}: the model would "
                 "compute something else; build it from the configuration that belongs to the file"
             )
     _check_factors(file, rope_factors(config))
@@ -116,7 +116,7 @@ def said(file: GGUFFile, prefix: str) -> dict[str, Any]:
     parts = file.get("split.count", 1)
     if parts not in (0, 1):
         raise UnsupportedError(
-            f"{file.name} is one of {parts!r:.20} files of a model: join them first (llama.cpp's llama-gguf-split --merge)"
+            f"{file.name} is one of {shown(parts)} files of a model: join them first (llama.cpp's llama-gguf-split --merge)"
         )
     if file.get(prefix + "expert_count", 0) != 0:
         raise UnsupportedError(f"{file.name} holds a mixture of experts, which lq does not read from GGUF files")
@@ -149,9 +149,20 @@ def _said_scaling(file: GGUFFile, prefix: str) -> dict[str, Any]:
     return {"rope.scaling.type": kind, "rope.scaling.factor": factor}
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def float32(number: float) -> float:
+    """Return a number as files hold it."""
+    return torch.tensor(float(number), dtype=torch.float64).to(torch.float32).item()
+
+
+def shown(value: Any) -> str:
+    """Return a value of a file as messages show it: of what is long, the beginning."""
+    return reprlib.repr(value)
+
+
+def agrees(found: Any, wanted: Any) -> bool:
+    """Return whether a value of a file is the one wanted, as far as float32 tells."""
     if isinstance(wanted, float) and isinstance(found, float | int) and not isinstance(found, bool):
-        return struct.pack("<f", found) == struct.pack("<f", wanted)  # files have float32
+        return float32(found) == float32(wanted)
     return type(found) is type(wanted) and bool(found == wanted)
 
 

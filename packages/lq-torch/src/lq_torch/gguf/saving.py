@@ -11,7 +11,7 @@ from lq_formats.gguf import GGUFValue, TensorSource, ggml_type, write_gguf
 from torch import Tensor, nn
 
 from lq_torch.gguf.architecture import ROPE_FREQS, architecture_of, check_heads, pair_rows
-from lq_torch.gguf.hyperparameters import describe, rope_factors
+from lq_torch.gguf.hyperparameters import agrees, describe, rope_factors, shown
 from lq_torch.merge import refuse_merged
 from lq_torch.tensors import GGMLTensor, LowBitTensor
 from lq_torch.tensors.base import SCALE_DTYPES
@@ -90,16 +90,10 @@ def _plain(value: Tensor, heads: int | None, dtype: torch.dtype) -> Tensor:
 def _metadata(architecture: str, derived: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {"general.architecture": architecture, **derived}
     for key, value in given.items():
-        if key in ours and GGUFValue.of(value).value != _stored(ours[key]):
-            raise SpecError(
-                f"metadata has {key} = {GGUFValue.of(value).value!r:.60}, and the model {ours[key]!r}: leave the key out"
-            )
+        plain = GGUFValue.of(value).value
+        if key in ours and not agrees(plain, ours[key]):
+            raise SpecError(f"metadata has {key} = {shown(plain)}, and the model {ours[key]!r}: leave the key out")
     defaults = {"general.type": "model", "general.quantization_version": _QUANTIZATION_VERSION}
     # llama.cpp opens a file without a vocabulary if it says so.
     defaults |= {} if any(key.startswith("tokenizer.") for key in given) else {"tokenizer.ggml.model": "none"}
     return ours | {key: value for key, value in (defaults | dict(given)).items() if key not in ours}
-
-
-def _stored(value: Any) -> Any:
-    """Return a value as it is read back from a file: a float in float32."""
-    return torch.tensor(value, dtype=torch.float32).item() if isinstance(value, float) else value
