@@ -1,19 +1,29 @@
 """warmup: every kind of quantized layer, each distinct product once, in the dtype that the layer takes."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lq_formats import DTypeError, SpecError
+from lq_kernels import Arch, ops, registry
+from lq_kernels.prepare import Unit
 from lq_torch import (
+    Int4DynamicActivationConfig,
     Int4PackedLinear,
     Int4WeightOnlyConfig,
+    Int8DynamicActivationConfig,
     Int8Linear,
+    Int8WeightOnlyConfig,
     QuantizedLinear,
+    problems,
     quantize_,
     replace_linear_with_int4,
     warmup,
 )
+from lq_torch.problems import problem_of
+from lq_torch.tensors import Int8PreshuffledTensor
 from torch import nn
 
 
@@ -78,3 +88,68 @@ def test_what_is_no_size_or_dtype_is_named():
     with pytest.raises(DTypeError, match="float64"):
         warmup(nn.Linear(8, 8), [1], dtype=torch.float64)
     assert warmup(nn.Linear(8, 8), [1]) == 0
+
+
+def quantized(config):
+    layer = nn.Sequential(nn.Linear(256, 64, dtype=torch.bfloat16))
+    quantize_(layer, config)
+    return layer[0]
+
+
+LAYERS = {
+    "int4": lambda: quantized(Int4WeightOnlyConfig(128)).weight,
+    "int4-row": lambda: quantized(Int4WeightOnlyConfig(-1)).weight,
+    "int4-asym": lambda: quantized(Int4WeightOnlyConfig(32, symmetric=False)).weight,
+    "int4-preshuffled": lambda: quantized(Int4WeightOnlyConfig(64, int4_packing_format="preshuffled")).weight,
+    "int4-packed-linear": lambda: Int4PackedLinear(256, 64, group_size=-1, dtype=torch.bfloat16),
+    "int8": lambda: quantized(Int8WeightOnlyConfig()).weight,
+    "int8-linear": lambda: Int8Linear(256, 64, dtype=torch.bfloat16),
+    "int8-preshuffled": lambda: Int8PreshuffledTensor.from_hp(torch.randn(64, 256, dtype=torch.bfloat16)),
+    "int4-fp8": lambda: quantized(Int4DynamicActivationConfig("fp8", group_size=128)).weight,
+    "int4-int8": lambda: quantized(Int4DynamicActivationConfig("int8", group_size=-1)).weight,
+    "int8-fp8": lambda: quantized(Int8DynamicActivationConfig(activation="fp8")).weight,
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_the_problem_of_a_layer_is_the_one_that_its_product_selects_a_kernel_for(make, monkeypatch):
+    seen = []
+    select = ops.select
+    monkeypatch.setattr(ops, "select", lambda problem, kernel: seen.append(problem) or select(problem, kernel))
+    layer = make()
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    _ = layer(x) if isinstance(layer, nn.Module) else nn.functional.linear(x, layer)
+    assert seen == [problem_of(layer, 3, torch.bfloat16)]
+
+
+def test_other_formats_have_no_problem():
+    assert problem_of(torch.zeros(3, 4), 1, torch.float32) is None
+    assert problem_of(nn.Linear(3, 4), 1, torch.float32) is None
+
+
+def test_on_a_gpu_everything_is_compiled_before_anything_runs(monkeypatch):
+    h200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
+    monkeypatch.setattr(problems, "Arch", SimpleNamespace(of=lambda device: h200))
+    monkeypatch.setattr("lq_kernels.cuda.constraints.why_not_compile", lambda: None)
+    registry.select.cache_clear()
+    events = []
+    # The package has a function of the module's name.
+    module = sys.modules["lq_torch.warmup"]
+    monkeypatch.setattr(module, "onto_gpu", lambda device: events.append)
+    model = nn.Sequential(*(nn.Linear(256, 64, dtype=torch.bfloat16) for _ in range(3)))
+    model.append(nn.Linear(256, 96, dtype=torch.bfloat16))
+    quantize_(model, Int4WeightOnlyConfig(128, int4_packing_format="preshuffled"))
+    monkeypatch.setattr(nn.functional, "linear", lambda x, weight: events.append((x.shape[0], weight)))
+    steps = []
+    count = warmup(model, [3], lambda *step: steps.append(step))
+    compiled = [event for event in events if isinstance(event, Unit)]
+    runs = [event for event in events if isinstance(event, tuple)]
+    assert events[: len(compiled)] == compiled
+    assert len(set(compiled)) == len(compiled), "four layers share what they need"
+    assert {unit.source for unit in compiled} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
+    assert len(runs) == count == len(steps) - len(compiled)
+    sizes = {id(layer.weight): [m for m, weight in runs if weight is layer.weight] for layer in model}
+    assert sizes[id(model[0].weight)][:2] == [1, 3]
+    assert sizes[id(model[3].weight)][:2] == [1, 3]
+    assert sizes[id(model[1].weight)] == sizes[id(model[2].weight)] == [1], "for what is derived from each weight"
+    registry.select.cache_clear()

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
+import torch
+
 from lq_kernels.cuda import constraints
 from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.cuda.variant import Variant
@@ -142,8 +144,9 @@ def into_cache(arch: Arch) -> Callable[[Unit], object]:
     return lambda unit: cubin(unit.source, architecture(arch.capability), unit.defines)
 
 
-def onto_gpu(index: int) -> Callable[[Unit], object]:
-    """Return a compiler for GPU ``index`` that loads what it compiles, so that a first launch does neither."""
+def onto_gpu(device: torch.device) -> Callable[[Unit], object]:
+    """Return a compiler for a GPU that loads what it compiles, so that a first launch does neither."""
     from lq_kernels.jit.launcher import load
 
+    index = torch.cuda.current_device() if device.index is None else device.index
     return lambda unit: [load(index, unit.source, kernel, 0, unit.defines) for kernel in unit.kernels or (unit.source,)]

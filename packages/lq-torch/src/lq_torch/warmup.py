@@ -1,4 +1,4 @@
-"""warmup: run every distinct quantized product once, so that tuning and compilation happen before the first request."""
+"""warmup: compile, tune and unpack everything that a model's products need, before the first request."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -6,16 +6,19 @@ from typing import NamedTuple
 
 import torch
 from lq_formats import DTypeError, SpecError
+from lq_kernels.prepare import compile_units, onto_gpu, representatives, units
 from torch import Tensor, nn
 
 from lq_torch.linear import Int4PackedLinear, Int8Linear
-from lq_torch.tensors import LowBitTensor
+from lq_torch.problems import problem_of
+from lq_torch.tensors import Int4DynamicTensor, LowBitTensor
 from lq_torch.tensors.base import SCALE_DTYPES
 
 
 class _Product(NamedTuple):
     """A layer's product: ``key`` is equal where kernels are shared, ``run`` takes ``x: (M, in_features)``."""
 
+    layer: Tensor | nn.Module
     path: str
     key: str
     run: Callable[[Tensor], Tensor]
@@ -26,21 +29,25 @@ class _Product(NamedTuple):
 
 def warmup(
     model: nn.Module,
-    batch_sizes: Iterable[int],
+    batch_sizes: Iterable[int] = (1,),
     progress: Callable[[int, int, str], None] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Run every distinct quantized Linear of a model once at each number of tokens, without gradients.
+    """Prepare a model for any number of tokens: afterwards no call waits for a compiler.
 
-    gemlite tunes a shape on its first call, for seconds; lq's kernels are compiled on theirs. Layers of the same shape,
-    dtype, format and device share the result, so one of each is run.
+    First every CUDA kernel that the model's weights may ask for, at whatever number of tokens, is compiled and loaded, in
+    parallel. Then every distinct quantized Linear is run once at each of ``batch_sizes`` and, on a GPU, at one number of
+    tokens for every other kernel that the registry would choose, without gradients: that compiles what is written in Triton,
+    and lets gemlite tune, which takes it seconds for each shape and batch size. Layers of the same shape, dtype, format and
+    device share the result; on a GPU each of the others is run once, for what kernels derive from its own weight.
 
     Args:
         model: A model that :func:`lq_torch.quantize_` changed, or with :class:`Int8Linear`, :class:`QuantizedLinear` or
             :class:`Int4PackedLinear` layers.
-        batch_sizes: Numbers of tokens (rows of x), each at least 1.
-        progress: Called before each run with how many are done, how many there are, and what is next.
+        batch_sizes: Numbers of tokens (rows of x), each at least 1; all that gemlite is to tune.
+        progress: Called with how many are done, how many there are, and what that is: after each compilation, then before
+            each run.
         dtype: Of the activations of layers that take any, those modules without a bias; None for the dtype of the
             model's first floating point parameter, or PyTorch's default where there is none.
 
@@ -48,6 +55,7 @@ def warmup(
         The number of products run.
 
     Raises:
+        CompileError: If a kernel does not compile.
         SpecError: If a batch size is not a positive integer.
         DTypeError: If ``dtype`` is not fp16, bf16 or fp32.
     """
@@ -57,19 +65,35 @@ def warmup(
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
     distinct: dict[str, _Product] = {}
+    alike: list[tuple[str, _Product]] = []
     for product in _products(model, dtype or _model_dtype(model)):
-        distinct.setdefault(f"{product.key} {product.dtype} {product.device}", product)
-    total, done = len(distinct) * len(sizes), 0
+        key = f"{product.key} {product.dtype} {product.device}"
+        if distinct.setdefault(key, product) is not product:
+            alike.append((key, product))
+    problems = {key: problem_of(product.layer, 1, product.dtype) for key, product in distinct.items()}
+    on_gpu = {key: problem for key, problem in problems.items() if problem is not None and problem.arch.kind != "cpu"}
+    for device in {distinct[key].device for key in on_gpu}:
+        mine = [(distinct[key], problem) for key, problem in on_gpu.items() if distinct[key].device == device]
+        wanted = [unit for product, problem in mine for unit in units(problem, lowest=_lowest(product.layer))]
+        compile_units(wanted, onto_gpu(device), progress=progress)
+    runs = [
+        (product, size)
+        for key, product in distinct.items()
+        for size in sorted({*sizes, *(representatives(on_gpu[key]) if key in on_gpu else ())})
+    ]
+    runs += [(product, 1) for key, product in alike if key in on_gpu]
     with torch.no_grad():
-        for product in distinct.values():
-            for size in sizes:
-                if progress is not None:
-                    progress(done, total, f"{product.path} x {size}")
-                product.run(torch.zeros(size, product.in_features, dtype=product.dtype, device=product.device))
-                done += 1
-            if product.device.type == "cuda":
-                torch.cuda.synchronize(product.device)
-    return done
+        for done, (product, size) in enumerate(runs):
+            if progress is not None:
+                progress(done, len(runs), f"{product.path} x {size}")
+            product.run(torch.zeros(size, product.in_features, dtype=product.dtype, device=product.device))
+    for device in {product.device for product in distinct.values() if product.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return len(runs)
+
+
+def _lowest(layer: Tensor | nn.Module) -> bool:
+    return layer.lowest if isinstance(layer, Int4DynamicTensor) else True
 
 
 def _products(model: nn.Module, dtype: torch.dtype) -> Iterator[_Product]:
@@ -79,7 +103,7 @@ def _products(model: nn.Module, dtype: torch.dtype) -> Iterator[_Product]:
                 run = partial(torch.nn.functional.linear, weight=weight)
                 where = f"{path}.{name}" if path else name
                 key = weight._stable_hash_for_caching()
-                yield _Product(where, key, run, weight.shape[1], weight.dtype, weight.device)
+                yield _Product(weight, where, key, run, weight.shape[1], weight.dtype, weight.device)
         if isinstance(module, Int8Linear | Int4PackedLinear):
             buffers = {name: b for name, b in module.named_buffers(recurse=False) if name != "bias"}
             # All int8 layers share kernels, whatever their class.
@@ -87,7 +111,9 @@ def _products(model: nn.Module, dtype: torch.dtype) -> Iterator[_Product]:
             key = f"{kind} {[(name, tuple(b.shape), b.dtype) for name, b in buffers.items()]}"
             device = next(iter(buffers.values())).device
             inputs = dtype if module.bias is None else module.bias.dtype
-            yield _Product(path or type(module).__name__, key, module.forward, module.in_features, inputs, device)
+            yield _Product(
+                module, path or type(module).__name__, key, module.forward, module.in_features, inputs, device
+            )
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

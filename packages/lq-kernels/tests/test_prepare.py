@@ -1,0 +1,221 @@
+"""Compiling ahead: at every number of tokens, what is launched was among what was compiled."""
+
+import pytest
+import torch
+from lq_formats import CompileError, QuantSpec
+from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_INT4, FRAGMENT_INT8
+from lq_kernels import Arch, Problem, select
+from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16, quantize_tokens
+from lq_kernels.cuda.sources import SOURCES
+from lq_kernels.prepare import Unit, compile_units, into_cache, representatives, units
+from lq_kernels.preshuffled import arranged_groups
+from lq_kernels.tuned import lookup
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+H200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
+EVERY_M = range(1, 8193)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What the launchers ask for, (source, kernel, macros), on an H200 that is not there; nothing runs."""
+    asked = set()
+
+    def launched(index, name, kernel, *args, defines=(), **options):
+        asked.add((name, kernel, defines))
+        return lambda *pointers: None
+
+    def launch(name, kernel, *args, defines=(), **options):
+        asked.add((name, kernel, defines))
+
+    empty = torch.empty(0)
+    for module in (decode_a16, prefill_a16, linear_a8, quantize_tokens):
+        for name, fake in (("Launch", launched), ("launch", launch)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, fake)
+        if hasattr(module, "tensor_map"):
+            monkeypatch.setattr(module, "tensor_map", lambda *args: None)
+        if hasattr(module, "workspace"):
+            monkeypatch.setattr(module, "workspace", lambda *args: _Workspace(empty, empty))
+    monkeypatch.setattr(Arch, "of", staticmethod(lambda device: H200))
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
+    lookup.forget()
+    yield asked
+    lookup.forget()
+
+
+class _Workspace(tuple):
+    def __new__(cls, partials, counters):
+        return super().__new__(cls, (partials, counters))
+
+    partials = property(lambda self: self[0])
+    counters = property(lambda self: self[1])
+
+
+def compiled(problem, **options):
+    return {
+        (unit.source, kernel, unit.defines)
+        for unit in units(problem, **options)
+        for kernel in unit.kernels or (unit.source,)
+    }
+
+
+def fragment(bits, n, k, group_size, scale, zero):
+    """A weight in fragment order that holds nothing: launchers look at its sizes."""
+    layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
+    shape = layout.packed_shape(n, k)
+    scales = torch.empty(arranged_groups(k, group_size), shape[1] * 16, dtype=scale)
+    return torch.empty(shape, dtype=torch.int32), scales, torch.empty_like(scales) if zero else None
+
+
+FORMS = {
+    "int4-g128": (QuantSpec(4, "group", 128, True, BF16), BF16, 4096, 4096),
+    "int4-g32-asym-fp32": (QuantSpec(4, "group", 32, False, FP32), BF16, 1024, 4096),
+    "int4-g64-fp16": (QuantSpec(4, "group", 64, True, FP16), FP16, 14336, 512),
+    "int4-row": (QuantSpec(4, "row", None, True, BF16), BF16, 100, 16384),
+    "int8-row": (QuantSpec(8, "row", None, True, FP32), BF16, 2048, 2048),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_number_of_tokens_asks_for_what_was_not_compiled(form, launches):
+    spec, dtype, n, k = FORMS[form]
+    size = k if spec.group_size is None else spec.group_size
+    packed, scale, zero = fragment(spec.bits, n, k, size, spec.scale_dtype, not spec.symmetric)
+    problem = Problem("preshuffled", 1, n, k, spec, dtype, H200)
+    ready = compiled(problem)
+    x = torch.empty(EVERY_M[-1], k, dtype=dtype)
+    # Every number of tokens for the usual form; the others every 41st, and all up to 130.
+    for m in EVERY_M if form == "int4-g128" else (*range(1, 131), *range(131, 8193, 41)):
+        for module in (decode_a16, prefill_a16):
+            choice = module.choice_of(Problem("preshuffled", m, n, k, spec, dtype, H200))
+            if choice is not None and (module is prefill_a16 or m <= 256):
+                module.linear(x[:m], packed, scale, zero, None, n, size, spec.bits, choice.config)
+        assert launches <= ready, m
+    assert {name for name, _, _ in launches} == {"decode_a16", "prefill_a16"}
+    assert len(ready) <= 12, "no more than the kernel has forms of this weight"
+    assert {unit.source for unit in units(problem)} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
+
+
+@pytest.mark.parametrize("activation", ["int8", "fp8"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nor_for_8_bit_tokens(bits, activation, launches):
+    n, k, group = 2048, 1024, 128
+    codes = quantize_tokens.CODE_DTYPES[activation]
+    if bits == 8:
+        weight, scale, spec = torch.empty(n, k, dtype=codes), torch.empty(n), QuantSpec(8, "row", None, True, FP32)
+    else:
+        weight = torch.empty(FRAGMENT_A8_FP8.packed_shape(n, k), dtype=torch.int32)
+        scale, spec = (
+            torch.empty(k // group, weight.shape[1] * 16, dtype=BF16),
+            QuantSpec(4, "group", group, True, BF16),
+        )
+    op = f"int{bits}_dynamic"
+    for lowest in (False, True):
+        ready = compiled(Problem(op, 1, n, k, spec, BF16, H200, activation), lowest=lowest)
+        for m in (*range(1, 300), *range(300, 8193, 97)):
+            x = torch.empty(m, k, dtype=BF16)
+            tokens, token_scale = quantize_tokens.quantize_tokens(x, activation)
+            size = group if bits == 4 else k
+            linear_a8.linear(tokens, token_scale, weight, scale, None, n, size, BF16, lowest=lowest)
+            assert launches <= ready, m
+        assert {name for name, _, _ in launches} == {"linear_a8", "quantize_tokens"}
+        launches.clear()
+
+
+@pytest.mark.parametrize("op", ["int4", "preshuffled"])
+def test_representatives_stand_for_every_kernel_that_is_selected(op, launches):
+    for n, k in ((4096, 4096), (2048, 8192), (1024, 4096)):
+        problem = Problem(op, 1, n, k, QuantSpec(4, "group", 128, True, BF16), BF16, H200)
+        chosen = representatives(problem)
+        assert chosen[0] == 1
+        names = {select(Problem(op, m, n, k, problem.spec, BF16, H200)).name for m in chosen}
+        assert len(names) <= len(chosen) <= 6
+        for m in range(1, 8193, 13):
+            assert select(Problem(op, m, n, k, problem.spec, BF16, H200)).name in names
+
+
+def test_tiles_of_triton_kernels_have_representatives(monkeypatch):
+    from lq_kernels.triton import constraints as triton_constraints
+    from lq_kernels.triton.config import tile_m
+
+    monkeypatch.setattr(triton_constraints, "_installed", lambda: True)
+    lookup.forget()
+    arch = Arch("cuda", (8, 9), "NVIDIA L4", 58)
+    problem = Problem("int4", 1, 4096, 4096, QuantSpec(4, "group", 128, True, BF16), BF16, arch)
+    ready = {(select(problem_at(problem, m)).name, tile_m(m)) for m in representatives(problem)}
+    for m in range(1, 8193, 17):
+        name = select(problem_at(problem, m)).name
+        assert (name, tile_m(m)) in ready or not name.startswith("triton-")
+    lookup.forget()
+
+
+def problem_at(problem, m):
+    import dataclasses
+
+    return dataclasses.replace(problem, m=m)
+
+
+def test_what_has_no_cuda_kernel_compiles_nothing(monkeypatch):
+    spec = QuantSpec(4, "group", 128, True, BF16)
+    assert units(Problem("int4", 1, 64, 128, spec, BF16, Arch("cpu"))) == ()
+    assert units(Problem("int4", 1, 64, 128, spec, BF16, Arch("cuda", (8, 9), "NVIDIA L4", 58))) == ()
+    assert units(Problem("int4", 1, 64, 128, spec, FP32, H200)) == ()
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: "the package 'cuda-core' is not installed")
+    assert units(Problem("int4", 1, 64, 128, spec, BF16, H200)) == ()
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
+    blocks = Problem("q4_0_q8_1", 1, 64, 128, QuantSpec(4, "group", 32, True, FP16), FP32, H200)
+    assert {"gemm_q4_0_q8_1", "quantize_q8_1"} <= {unit.source for unit in units(blocks)}
+    assert all(set(unit.kernels) == set(SOURCES[unit.source]) for unit in units(blocks) if unit.source in SOURCES)
+
+
+def test_units_are_compiled_once_in_threads_and_one_that_fails_does_not_stop_the_rest():
+    import threading
+
+    wanted = [Unit("a"), Unit("b", ("X=1",)), Unit("a"), Unit("b", ("X=2",))]
+    done, together = [], threading.Barrier(3, timeout=10)
+    progress = []
+
+    def compiler(unit):
+        together.wait()  # three at once, or this breaks
+        done.append(unit)
+        if unit.source == "a":
+            raise CompileError("no")
+
+    with pytest.raises(CompileError, match="no"):
+        compile_units(wanted, compiler, threads=3, progress=lambda *step: progress.append(step))
+    assert len(done) == 3
+    assert set(done) == set(wanted)
+    assert [step[:2] for step in progress] == [(1, 3), (2, 3), (3, 3)]
+    assert compile_units([], compiler) == 0
+
+
+def test_into_cache_compiles_for_another_gpu(monkeypatch):
+    from lq_kernels.jit import launcher
+
+    asked = []
+    monkeypatch.setattr(launcher, "cubin", lambda *what: asked.append(what))
+    compile_units([Unit("decode_a16", ("LQ_BITS=4",))], into_cache(H200))
+    assert asked == [("decode_a16", "sm_90a", ("LQ_BITS=4",))]
+
+
+@pytest.mark.gpu
+def test_after_loading_nothing_is_compiled(monkeypatch):
+    from lq_kernels.jit import launcher
+    from lq_kernels.prepare import onto_gpu
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    n, k = 1040, 1024
+    spec = QuantSpec(4, "group", 128, True, BF16)
+    problem = Problem("preshuffled", 1, n, k, spec, BF16, Arch.of("cuda"))
+    compile_units(units(problem), onto_gpu(torch.device("cuda")))
+    monkeypatch.setattr(launcher, "cubin", None)
+    packed, scale, _ = fragment(4, n, k, 128, BF16, False)
+    packed, scale = packed.zero_().cuda(), scale.zero_().cuda()
+    for m in (1, 9, 17, 33, 65, 100, 129, 300, 1000, 5000):
+        x = torch.zeros(m, k, dtype=BF16, device="cuda")
+        for linear in (decode_a16.linear, prefill_a16.linear):
+            if linear is prefill_a16.linear or m <= 128:
+                linear(x, packed, scale, None, None, n, 128, 4)
+    torch.cuda.synchronize()

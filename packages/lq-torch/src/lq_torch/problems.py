@@ -1,0 +1,66 @@
+"""The product that a quantized layer is, as lq's kernels name it: what selection looks at, and what is compiled for it."""
+
+import torch
+from lq_formats import QuantSpec
+from lq_kernels import Arch, Problem
+from torch import Tensor, nn
+
+from lq_torch.linear import Int4PackedLinear, Int8Linear
+from lq_torch.tensors import (
+    Int4DynamicTensor,
+    Int4PermutedTensor,
+    Int4PreshuffledTensor,
+    Int4Tensor,
+    Int8DynamicTensor,
+    Int8PreshuffledTensor,
+    Int8Tensor,
+)
+
+
+def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem | None:
+    """Return the product of ``m`` tokens with a weight of :mod:`lq_torch.tensors` or a module of :mod:`lq_torch.linear`.
+
+    Args:
+        layer: The weight, or the module.
+        m: Tokens.
+        dtype: Of the activations.
+
+    Returns:
+        None for formats that lq's registry does not choose kernels for (gemlite, tinygemm, ggml).
+    """
+    if isinstance(layer, Int4PackedLinear):
+        spec = _int4(layer.group_size, layer.in_features, True, layer.scales.dtype)
+        arch = Arch.of(layer.packed.device)
+        return Problem("int4", m, layer.out_features, layer.in_features, spec, dtype, arch)
+    if isinstance(layer, Int8Linear):
+        arch = Arch.of(layer.weight.device)
+        return Problem("int8", m, layer.out_features, layer.in_features, _int8(layer.scale), dtype, arch)
+    if isinstance(layer, nn.Module) or layer.dim() != 2:
+        return None
+    (n, k), arch = layer.shape, Arch.of(layer.device)
+    if isinstance(layer, Int4Tensor | Int4PermutedTensor):
+        spec = _int4(layer.group_size, k, layer.zero is None, layer.scale.dtype)
+        return Problem("int4", m, n, k, spec, dtype, arch)
+    if isinstance(layer, Int8Tensor):
+        return Problem("int8", m, n, k, _int8(layer.scale), dtype, arch)
+    if isinstance(layer, Int4PreshuffledTensor):
+        spec = _int4(layer.group_size, k, layer.zero is None, layer.scale.dtype)
+        return Problem("preshuffled", m, n, k, spec, dtype, arch)
+    if isinstance(layer, Int8PreshuffledTensor):
+        return Problem("preshuffled", m, n, k, QuantSpec(8, "row", None, True, layer.scale.dtype), dtype, arch)
+    if isinstance(layer, Int4DynamicTensor):
+        spec = _int4(layer.group_size, k, True, layer.scale.dtype)
+        return Problem("int4_dynamic", m, n, k, spec, dtype, arch, layer.activation)
+    if isinstance(layer, Int8DynamicTensor):
+        return Problem("int8_dynamic", m, n, k, _int8(layer.scale), dtype, arch, layer.activation)
+    return None
+
+
+def _int4(group_size: int, k: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:
+    if group_size == k:
+        return QuantSpec(4, "row", None, symmetric, scale_dtype)
+    return QuantSpec(4, "group", group_size, symmetric, scale_dtype)
+
+
+def _int8(scale: Tensor) -> QuantSpec:
+    return QuantSpec(8, "row" if scale.dim() == 1 else "tensor", None, True, scale.dtype)
