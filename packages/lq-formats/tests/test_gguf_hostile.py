@@ -13,6 +13,11 @@ HUGE = 2**63
 ALLOWED = 256 << 10  # for Python's own objects, error and traceback
 
 
+def message_of(value):
+    """Name a test after the message that it expects."""
+    return value if isinstance(value, str) else ""
+
+
 def string(text):
     octets = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(octets)) + octets
@@ -128,6 +133,7 @@ def test_a_string_longer_than_any():
         (string(b"k\xff") + struct.pack("<II", 4, 1), "metadata key is not UTF-8"),
         (string("k" * 65536) + struct.pack("<II", 4, 1), "key has 65536 bytes: expected at most 65535"),
     ],
+    ids=message_of,
 )
 def test_values_that_are_none(entry, message):
     refused(build([entry], data=bytes(64)), message)
@@ -186,6 +192,7 @@ def test_an_alignment_beyond_the_file():
         (info(offset=2**64 - 32), "from 18446744073709551584 on"),
         (info(name=b"\xff"), "name is not UTF-8"),
     ],
+    ids=message_of,
 )
 def test_tables_that_lie(entry, message):
     refused(build(infos=[entry], data=bytes(512)), message)

@@ -244,6 +244,25 @@ def test_a_quantized_embedding_stays_packed_and_tied(name, tmp_path):
     assert torch.equal(logits(load(tmp_path / "folder")), logits(model))
 
 
+@pytest.mark.gpu
+def test_a_model_goes_to_the_gpu_packed(tmp_path):
+    model = build()
+    quantize_(model, GGMLWeightOnlyConfig("q4_0"))
+    embedding = GGMLTensor.from_hp(model.model.embed_tokens.weight.data, "q8_0")
+    model.model.embed_tokens.weight = model.lm_head.weight = nn.Parameter(embedding, requires_grad=False)
+    save_gguf(model, tmp_path / "x.gguf")
+    other = load_gguf(tmp_path / "x.gguf", device="cuda", dtype=torch.float32)
+    assert {value.device.type for value in (*other.parameters(), *other.buffers())} == {"cuda"}
+    assert packed(other) == packed(model)
+    expected, found = dict(model.named_parameters()), dict(other.named_parameters())
+    for name in packed(model):
+        assert torch.equal(found[name].qdata.cpu(), expected[name].qdata)
+    assert torch.equal(other.model.embed_tokens(TOKENS.cuda()).cpu(), model.model.embed_tokens(TOKENS))
+    with torch.no_grad():
+        difference = other(TOKENS.cuda()).logits.cpu() - logits(model)
+    assert difference.square().sum() < 1e-3 * logits(model).square().sum()  # activations may round to another code
+
+
 def test_only_ggml_blocks_are_looked_up():
     model = build()
     layer = nn.Linear(256, 48, bias=False)

@@ -18,6 +18,11 @@ from lq_torch.gguf.architecture import ROPE_FREQS, Architecture
 
 # Factors are computed in float32 by both, in another order.
 _FACTOR_TOLERANCE = 1e-4
+_ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def describe(architecture: Architecture, config: Any) -> dict[str, Any]:
@@ -196,19 +201,14 @@ def _head_dim(config: Any) -> int:
 
 def _rope(config: Any) -> dict[str, Any]:
     rope = {"rope_theta": 10000.0, "rope_type": "default"} | dict(getattr(config, "rope_parameters", None) or {})
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
+    if rope["rope_type"] not in _ROPE_PARAMETERS:
         raise UnsupportedError(
-            f"rope_type={rope['rope_type']!r}: lq reads and writes GGUF files of rope types default, linear and llama3"
+            f"rope_type={rope['rope_type']!r}: lq reads and writes GGUF files of rope types {', '.join(_ROPE_PARAMETERS)}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedError(
             f"partial_rotary_factor={rope['partial_rotary_factor']}: the architectures that lq knows rotate whole heads"
         )
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    names = (
-        *needed.get(rope["rope_type"], ()),
-        *(("original_max_position_embeddings",) * (rope["rope_type"] == "llama3")),
-    )
-    if lost := [name for name in names if name not in rope]:
+    if lost := [name for name in _ROPE_PARAMETERS[rope["rope_type"]] if name not in rope]:
         raise SpecError(f"the model's rope_parameters lack {', '.join(lost)} for rope_type {rope['rope_type']!r}")
     return rope
