@@ -14,7 +14,8 @@ DEPTHS = [32, 64, 96, 256, 512, 768, 1056, 4096]
 
 
 def nmse(y: torch.Tensor, reference: torch.Tensor) -> float:
-    return float(((y.cpu().double() - reference) ** 2).sum() / (reference**2).sum())
+    reference = reference.to(y.device)
+    return float(((y.double() - reference) ** 2).sum() / (reference**2).sum())
 
 
 @pytest.mark.parametrize("k", DEPTHS)

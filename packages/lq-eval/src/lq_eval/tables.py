@@ -188,14 +188,17 @@ def cold_table(rows: Iterable[ColdRow], title: str) -> Table:
 
 def ggml_table(rows: Iterable[GGMLRow], title: str) -> Table:
     """Return the table of ``lq-eval bench ggml``."""
-    columns = ("tokens", "quantize us", "product us", "total us", "GFLOPS", "dense us", "speedup")
-    table = _table(title, columns, "total: activations to Q8_1 and product; dense: F.linear", left=0)
+    columns = ("tokens", "quantize us", "product us", "total us", "linear us", "GFLOPS", "dense us", "speedup")
+    table = _table(
+        title, columns, "total: activations to Q8_1 and product; linear: q4_0_linear; dense: F.linear", left=0
+    )
     for row in rows:
         table.add_row(
             str(row.m),
             f"{row.quantize_us:.1f}",
             f"{row.gemm_us:.1f}",
             f"{row.total_us:.1f}",
+            f"{row.linear_us:.1f}",
             f"{row.gflops:,.0f}",
             f"{row.dense_us:.1f}",
             f"{row.speedup:.2f}x",

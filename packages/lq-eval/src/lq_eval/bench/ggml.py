@@ -1,4 +1,4 @@
-"""Q4_0 weights times Q8_1 activations, step by step: quantization of the activations, product, and their sum.
+"""Q4_0 weights times Q8_1 activations, step by step: quantization of the activations, product, both; and a layer's call.
 
 The default size (4096 out, 14336 in features, 1 to 512 tokens) is the down projection of an 8B LLaMA, for which the
 documentation has llama.cpp's figures. The dense product beside it is float16.
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lq_kernels import gemm_q4_0_q8_1, quantize_activation_q8_1
+from lq_kernels import gemm_q4_0_q8_1, q4_0_linear, quantize_activation_q8_1
 from torch import Tensor
 
 from lq_eval.bench.operands import random_q4_0
@@ -29,6 +29,7 @@ class GGMLRow:
         quantize_us: Activations float16 to Q8_1.
         gemm_us: The product alone, float32 result.
         total_us: Both, timed together.
+        linear_us: ``q4_0_linear`` on bfloat16 activations, as a layer calls it: no visible Q8_1.
         gflops: ``2 * n * k * m`` over the total time, in 1e9 per second.
         dense_us: ``F.linear`` in float16.
     """
@@ -39,6 +40,7 @@ class GGMLRow:
     quantize_us: float
     gemm_us: float
     total_us: float
+    linear_us: float
     gflops: float
     dense_us: float
 
@@ -92,6 +94,7 @@ def run_ggml(
         quantize: list[Call] = [lambda x=x: quantize_activation_q8_1(x)]  # type: ignore[misc]
         products = [_product(weight, blocks, n, m, k, kernel) for weight in packed]
         totals = [_total(weight, x, n, m, k, kernel) for weight in packed]
+        layers = [_layer(weight, x.to(torch.bfloat16)) for weight in packed]
         xd = x.to(dtype)
         linears: list[Call] = [lambda w=w, x=xd: torch.nn.functional.linear(x, w) for w in dense]  # type: ignore[misc]
         total_us = time_us(totals, device, budget_s=budget)
@@ -102,6 +105,7 @@ def run_ggml(
             quantize_us=time_us(quantize, device, budget_s=budget),
             gemm_us=time_us(products, device, budget_s=budget),
             total_us=total_us,
+            linear_us=time_us(layers, device, budget_s=budget),
             gflops=2 * n * k * m / total_us / 1e3,
             dense_us=time_us(linears, device, budget_s=budget),
         )
@@ -113,3 +117,7 @@ def _product(weight: Tensor, blocks: Tensor, n: int, m: int, k: int, kernel: str
 
 def _total(weight: Tensor, x: Tensor, n: int, m: int, k: int, kernel: str | None) -> Call:
     return lambda: gemm_q4_0_q8_1(weight, quantize_activation_q8_1(x), n, m, k, kernel=kernel)
+
+
+def _layer(weight: Tensor, x: Tensor) -> Call:
+    return lambda: q4_0_linear(x, weight)

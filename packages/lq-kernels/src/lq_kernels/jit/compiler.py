@@ -9,6 +9,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lq_formats import CompileError, MissingPackageError
 
@@ -48,6 +49,22 @@ class Compiled:
             found["name"]: Usage(int(found["registers"]), int(found["stack"]), int(found["store"]) + int(found["load"]))
             for found in _USAGE.finditer(self.log)
         }
+
+
+def cuda_core() -> Any:
+    """Return the module ``cuda.core``, whose first import is not safe from several threads at once.
+
+    Raises:
+        MissingPackageError: If it is not installed.
+    """
+    try:
+        with _import_lock:
+            from cuda import core
+    except ImportError as error:
+        raise MissingPackageError(
+            "cuda-core", "Compiling CUDA kernels", "pip install cuda-core cuda-bindings"
+        ) from error
+    return core
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -100,16 +117,9 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
     """
     import io
 
-    try:
-        with _import_lock:  # its import is not safe from several threads at once
-            from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise MissingPackageError(
-            "cuda-core", "Compiling CUDA kernels", "pip install cuda-core cuda-bindings"
-        ) from error
-
+    core = cuda_core()
     log = io.StringIO()
-    options = ProgramOptions(
+    options = core.ProgramOptions(
         arch=arch,
         std=STANDARD,
         include_path=[str(INCLUDE_FOLDER)],
@@ -119,7 +129,7 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
         name=f"{name}.cu",
     )
     try:
-        code = Program(text, "c++", options).compile("cubin", logs=log)
+        code = core.Program(text, "c++", options).compile("cubin", logs=log)
     except Exception as error:
         macros = f" with {', '.join(defines)}" if defines else ""
         raise CompileError(f"{name}.cu does not compile for {arch}{macros}:\n{error}\n{log.getvalue()}") from error

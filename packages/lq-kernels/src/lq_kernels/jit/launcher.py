@@ -19,7 +19,15 @@ from lq_formats import CompileError, LaunchError
 from torch import Tensor
 
 from lq_kernels.jit import cache
-from lq_kernels.jit.compiler import STANDARD, architecture, compile_source, compiler_version, headers, source
+from lq_kernels.jit.compiler import (
+    STANDARD,
+    architecture,
+    compile_source,
+    compiler_version,
+    cuda_core,
+    headers,
+    source,
+)
 
 if TYPE_CHECKING:
     from lq_kernels.jit.tensor_map import TensorMap
@@ -226,33 +234,33 @@ def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ..
     Raises:
         CompileError: If it cannot be compiled or loaded.
     """
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
-
     known = _functions.get((index, name, kernel, defines))
     if known is not None and shared <= 48 << 10:
         return known
     arch = architecture(torch.cuda.get_device_capability(index))
     # Outside of the lock: several kernels may compile at once.
     code = b"" if known is not None else cubin(name, arch, defines)
+    core = cuda_core()
+    from cuda.bindings import driver
+
     with _lock:
-        Device(index).set_current()
+        core.Device(index).set_current()
         function = _functions.get((index, name, kernel, defines))
         if function is None:
             try:
-                function = ObjectCode.from_cubin(code).get_kernel(kernel)
+                function = core.ObjectCode.from_cubin(code).get_kernel(kernel)
             except Exception:
                 # The entry was whole but the driver refuses it: compile anew, once.
                 cache.discard(_entry(name, arch, defines))
                 try:
-                    function = ObjectCode.from_cubin(cubin(name, arch, defines)).get_kernel(kernel)
+                    function = core.ObjectCode.from_cubin(cubin(name, arch, defines)).get_kernel(kernel)
                 except Exception as error:
                     raise CompileError(f"the driver cannot load {kernel} of {name}.cu for {arch}: {error}") from error
             _functions[index, name, kernel, defines] = function
         if shared > 48 << 10:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             most = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-            device = Device(index).device_id
+            device = core.Device(index).device_id
             (status,) = driver.cuKernelSetAttribute(attribute, most, function.handle, device)
             # All of it: by default the driver leaves some to the L1 cache, and a second CTA of a multiprocessor does not fit.
             carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
