@@ -148,7 +148,7 @@ def test_equals_are_decided_by_order(monkeypatch):
     from lq_kernels import catalog, registry
 
     kernels = [k for k in catalog.KERNELS if k.name in ("dequant-blas", "reference") and k.op == "int4"]
-    same = tuple(dataclasses.replace(k, predict_us=lambda problem: 1.0) for k in kernels)
+    same = tuple(dataclasses.replace(k, predict_us=lambda problem: 1.0, plan=None) for k in kernels)
     monkeypatch.setattr(registry, "_kernels", lambda op: same)
     assert select(int4(1, CPU)).name == same[0].name
     assert explain(int4(1, CPU)).chosen == same[0].name

@@ -310,6 +310,22 @@ def test_a_measured_time_decides_between_kernels(folders):
     assert explain(problem(64, n=4090)).predicted_us == 8.0, "padded to blocks of 16 rows"
 
 
+def test_a_model_does_not_win_against_measurements(folders, monkeypatch):
+    from lq_kernels.triton import constraints as triton_constraints
+
+    monkeypatch.setattr(triton_constraints, "_installed", lambda: True)
+    flattered = problem(64, n=1024, op="int4")
+    lookup.forget()
+    assert explain(flattered).chosen == "triton-splitk"
+    each = weight(4, 128, 1024, 4096)
+    ship(folders, "h200", table_of(("prefill_a16", each, Point(64, 9.0, cuts("prefill_a16", 64, each)[0]))))
+    found = explain(flattered)
+    assert (found.chosen, found.predicted_us) == ("cuda-prefill", 9.0)
+    assert select(flattered).name == "cuda-prefill"
+    assert dict(found.rejected)["triton-splitk"].startswith("not measured, predicted 7.")
+    assert select(flattered, "triton-splitk").name == "triton-splitk"
+
+
 def test_a_point_serves_fewer_tokens_down_to_half_as_many(folders):
     points = [("prefill_a16", W4, Point(m, us, cuts("prefill_a16", m)[0])) for m, us in ((64, 10.0), (512, 40.0))]
     ship(folders, "h200", table_of(*points))

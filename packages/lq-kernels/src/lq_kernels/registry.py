@@ -1,12 +1,13 @@
 """The registry: which kernels there are, which one a problem gets, and why not the others.
 
 Selection is data. A kernel says whether it can run a problem (``why_not``) and how long it would take
-(``predict_us``: measured where a tuning table holds the problem, else by a model); the cheapest that can run is taken, the
-first of equals. Nothing is timed, nothing falls back silently: a kernel that is asked for by name runs or raises.
+(``plan``: measured where a tuning table holds the problem, else by a model); the cheapest that can run is taken, the first of
+equals, and where some were measured the cheapest of those. Nothing is timed, nothing falls back silently: a kernel that is
+asked for by name runs or raises.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lq_formats import NoKernelError
@@ -29,7 +30,7 @@ class Kernel:
             ``(x, packed, scale, zero, bias, out_features, group_size, bits)``; q4_0_q8_1: ``(weight_q, activation_q)``; dynamic
             activations: see :mod:`lq_kernels.dynamic_kernels`.
             All tensors valid and not empty.
-        plan: What ``predict_us`` is taken from, where a kernel has cuts or measurements.
+        plan: For a kernel that has cuts or measurements: what ``predict_us`` is taken from.
     """
 
     name: str
@@ -94,25 +95,36 @@ def select(problem: Problem, name: str = "") -> Kernel:
     able = [kernel for kernel, reason in reasons if reason is None]
     if not able:
         raise NoKernelError(str(problem), [(kernel.name, reason or "") for kernel, reason in reasons])
-    return min(able, key=lambda kernel: kernel.predict_us(problem))
+    plans = {kernel.name: _plan(kernel, problem) for kernel in able}
+    chosen = _cheapest(plans)
+    return next(kernel for kernel in able if kernel.name == chosen)
 
 
 def explain(problem: Problem) -> Explanation:
     """Say which kernel a problem gets, and for every other kernel why not; ``str()`` of it is for people."""
-    kernels = _kernels(problem.op)
-    reasons = [(kernel, kernel.why_not(problem)) for kernel in kernels]
-    times = {kernel.name: kernel.predict_us(problem) for kernel, reason in reasons if reason is None}
-    chosen = min(times, key=lambda name: times[name]) if times else None
+    reasons = [(kernel, kernel.why_not(problem)) for kernel in _kernels(problem.op)]
+    plans = {kernel.name: _plan(kernel, problem) for kernel, reason in reasons if reason is None}
+    chosen = _cheapest(plans) if plans else None
+    best = plans[chosen] if chosen else Plan(float("nan"))
+
+    def slower(plan: Plan) -> str:
+        faster = plan.us < best.us  # by its model, which does not count beside measurements
+        return f"not measured, predicted {plan.us:.1f} us" if faster else f"predicted slower, {plan.us:.1f} us"
+
     rejected = tuple(
-        (kernel.name, reason or f"predicted slower, {times[kernel.name]:.1f} us")
-        for kernel, reason in reasons
-        if kernel.name != chosen
+        (kernel.name, reason or slower(plans[kernel.name])) for kernel, reason in reasons if kernel.name != chosen
     )
-    if chosen is None:
-        return Explanation(problem, None, float("nan"), rejected)
-    plan = next(kernel.plan for kernel in kernels if kernel.name == chosen)
-    found = plan(problem) if plan is not None else Plan(times[chosen])
-    return Explanation(problem, chosen, times[chosen], rejected, found.cut, found.source)
+    return Explanation(problem, chosen, best.us, rejected, best.cut, best.source)
+
+
+def _plan(kernel: Kernel, problem: Problem) -> Plan:
+    return Plan(kernel.predict_us(problem)) if kernel.plan is None else kernel.plan(problem)
+
+
+def _cheapest(plans: Mapping[str, Plan]) -> str:
+    """Return the kernel with the least time, of those that were measured where some were: a model may flatter the others."""
+    measured = {name: plan for name, plan in plans.items() if plan.source != MODEL} or plans
+    return min(measured, key=lambda name: measured[name].us)
 
 
 @functools.cache
