@@ -59,7 +59,7 @@ def unchanged(model, before):
     return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 60, 64, 76, 80, 96, 104, 112, 2560, 2880, 3072, 3584])
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 60, 64, 76, 80, 96, 104, 112, 320, 448, 768])
 def test_rows_of_hadamard_matrices_are_orthogonal(order):
     matrix = hadamard(order)
     assert set(matrix.unique().tolist()) <= {-1.0, 1.0}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lq_torch.calibrate.blocks import Stream, map_tensors
 
-_SAME = 1e-3  # relative change in float32 of what a module adds to the stream; anything forgotten makes about 1
+_SAME = 1e-3  # relative change of what a block adds to the stream; anything forgotten makes about 1
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ def plan_block(
     plan = BlockPlan(folds, writers)
     if head_rotation is not None:
         plan = BlockPlan(folds, writers, _find_heads(path, linears, plan, run, head_rotation))
-    before, behind = entering.hidden[0].double(), run().double()
+    before, behind = entering.hidden[0], run()
     plan.apply(trial, rotation, head_rotation)
-    entering.hidden[0] = (before @ rotation).to(entering.hidden[0].dtype)
+    entering.hidden[0] = before @ rotation
     (run,) = entering.runs(number, trial)
-    change = (run().double() - behind @ rotation).norm() / (behind - before).norm()
+    change = (run() - behind @ rotation).norm() / (behind - before).norm()
     if not bool(change < _SAME):
         fed = {fold.norm for fold in folds}
         stray = [name for name, module in modules.items() if name not in fed and _is_norm(module, width)]
@@ -245,10 +245,10 @@ def _in_float64(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _widened(block: nn.Module, stream: Stream) -> tuple[nn.Module, Stream]:
-    """Return copies of a block and of what enters it, in float32 at least."""
+    """Return copies of a block and of what enters it, in float64: float32 products may be those of TF32."""
 
     def wide(value: Tensor) -> Tensor:
-        return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+        return value.double() if value.is_floating_point() else value
 
     trial = copy.deepcopy(block)
     for value in (*trial.parameters(), *trial.buffers()):
