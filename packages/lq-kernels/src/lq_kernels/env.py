@@ -1,8 +1,8 @@
 """Every environment variable that lq reads: its name, type, default and meaning, in one place.
 
 - ``LQ_CACHE_DIR`` (path; default ``$XDG_CACHE_HOME/lq`` or ``~/.cache/lq``): where compiled CUDA kernels are kept between
-  processes.
-- ``LQ_DISABLE_CACHE`` (bool; default 0): 1 compiles in memory and neither reads nor writes the disk cache.
+  processes, and the tables of ``lq-kernels tune``.
+- ``LQ_DISABLE_CACHE`` (bool; default 0): 1 compiles in memory and neither reads nor writes the disk cache, tables included.
 - ``LQ_REQUIRE_GPU`` (bool; default 0): read by the test suite only; 1 makes GPU tests fail instead of skip without a GPU.
 
 Booleans are ``0`` or ``1``. Variables are read when they are needed, not at import.
