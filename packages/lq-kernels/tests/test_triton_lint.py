@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from lq_formats.layouts import GGML_PLANES
 from lq_kernels import Arch
 
 if find_spec("triton") is None:
@@ -22,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton
-from lq_kernels.triton import int4, int8, launch
+from lq_kernels.triton import ggml, int4, int8, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,7 +39,7 @@ N = K = 4096
 
 
 class Case(NamedTuple):
-    """A launcher and what to call it with; ``group`` 0 is a scale a row, -1 (int8) a scale in all."""
+    """A launcher and what to call it with; ``group`` 0 is a scale a row, -1 (int8) one in all; ``op`` may be a ggml type."""
 
     op: str
     launcher: str
@@ -111,7 +112,7 @@ def record(case, arch, monkeypatch):
         def of(device):
             return Arch("cuda", ARCHITECTURES[arch], "fake", MULTIPROCESSORS[arch])
 
-    for module in (int4, int8, launch):
+    for module in (int4, int8, ggml, launch):
         if hasattr(module, "Arch"):
             monkeypatch.setattr(module, "Arch", FakeArch)
         for name, value in list(vars(module).items()):
@@ -131,6 +132,15 @@ def record(case, arch, monkeypatch):
             int4.dequantize_int4(*weight, K, case.dtype)
         else:
             getattr(int4, case.launcher)(x, *weight)
+    elif case.op in GGML_PLANES:
+        layout = GGML_PLANES[case.op]
+        words, scales = layout.packed_shape(N, K)
+        high = None if layout.high_dtype is None else meta(*words, dtype=layout.high_dtype)
+        weight = (meta(*words, dtype=torch.int32), high, meta(*scales, dtype=torch.int32))
+        if case.launcher == "dequantize":
+            ggml.dequantize_ggml(*weight, case.op, K, case.dtype)
+        else:
+            getattr(ggml, case.launcher)(x, *weight, meta(N, dtype=case.dtype), case.op)
     else:
         weight = (meta(N, K, dtype=torch.int8), meta(*(() if case.group else (N,)), dtype=torch.float32))
         if case.launcher == "dequantize":
@@ -145,6 +155,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
@@ -241,3 +252,44 @@ def test_split_k_is_added_by_a_kernel_of_its_own_without_atomics(arch, monkeypat
     for launched in launches.values():
         _, sass = compile_launch(launched, arch)
         assert count(sass, "ATOM", "ATOMG", "RED", "REDG") == 0
+
+
+# Tokens of every tile, scales of every kind; the types that are left out differ from one of these in a constant.
+GGML = [
+    (Case("q4_0", "splitk", 1, BF16), "sm_90"),
+    (Case("q8_0", "splitk", 64, FP16), "sm_90"),
+    (Case("q5_1", "splitk", 32, BF16), "sm_90"),
+    (Case("q4_k", "splitk", 16, BF16), "sm_90"),
+    (Case("q4_k", "splitk", 64, BF16), "sm_89"),
+    (Case("q6_k", "splitk", 64, BF16), "sm_80"),
+]
+GGML_OTHER = [
+    (Case("q4_k", "gemv", 1, BF16), "sm_90"),
+    (Case("q6_k", "gemv", 1, FP32), "sm_80"),
+    (Case("q5_0", "splitk", 16, FP32), "sm_89"),
+    (Case("q2_k", "dequantize", 0, BF16), "sm_89"),
+]
+
+
+@pytest.mark.parametrize(("case", "arch"), GGML, ids=str)
+def test_ggml_weights_go_to_the_tensor_cores_from_registers(case, arch, monkeypatch):
+    launched = record(case, arch, monkeypatch)["_dot_kernel"]
+    result, sass = compile_launch(launched, arch)
+    check_resources("_dot_kernel", result, sass, arch)
+    assert count(sass, "HGMMA" if arch == "sm_90" else "HMMA") > 0
+    assert count(sass, "LDGSTS") > 0
+    # Codes, scales and minima become floats by bit tricks; halves are converted exactly, at full rate.
+    assert count(sass, "I2F", "I2FP") == 0
+    # A group's sum of x takes a few stores; weights that were rearranged between threads would take one for each pair.
+    weights = launched.arguments["BN"] * launched.arguments["GROUP"] * (32 // launched.arguments["low_bits"])
+    assert count(sass, "STS", "STSM") <= weights // (32 * launched.options["num_warps"]) // 4
+
+
+@pytest.mark.parametrize(("case", "arch"), GGML_OTHER, ids=str)
+def test_other_ggml_kernels_do_not_spill(case, arch, monkeypatch):
+    (name, launched), *_ = record(case, arch, monkeypatch).items()
+    result, sass = compile_launch(launched, arch)
+    check_resources(name, result, sass, arch)
+    assert count(sass, "HMMA", "HGMMA", "I2F", "I2FP") == 0
+    if case.launcher == "gemv":  # x, codes and scales meet in registers: barriers are those of the final sum
+        assert count(sass, "BAR") <= 2

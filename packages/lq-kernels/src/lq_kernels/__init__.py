@@ -12,6 +12,7 @@ from lq_kernels.dynamic import (
     quantize_tokens,
     restore_int4_dynamic,
 )
+from lq_kernels.ggml import ggml_dequantize, ggml_linear
 from lq_kernels.linear import (
     gemm_q4_0_q8_1,
     int4_dequantize,
@@ -40,6 +41,8 @@ __all__ = [
     "Problem",
     "explain",
     "gemm_q4_0_q8_1",
+    "ggml_dequantize",
+    "ggml_linear",
     "int4_dequantize",
     "int4_dynamic_dequantize",
     "int4_dynamic_linear",

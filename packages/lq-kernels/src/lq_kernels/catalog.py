@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, hopper, plans, q4_0, reference
+from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, ggml_kernels, hopper, plans, q4_0, reference
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.plans import Plan
 from lq_kernels.problem import Op, Problem
@@ -108,4 +108,5 @@ KERNELS: tuple[Kernel, ...] = (
     _planned(*_A8, "int4_dynamic", dynamic_kernels.int4_cuda),
     Kernel("dequant-blas", "int4_dynamic", *_A8_DENSE, dynamic_kernels.int4_dense),
     Kernel("reference", "int4_dynamic", _anything, cost.reference_us, dynamic_kernels.int4_reference),
+    *ggml_kernels.KERNELS,
 )

@@ -11,7 +11,7 @@ import torch
 from lq_formats import QuantSpec, dequantize_q4_0, quantize_q8_1
 from torch import Tensor
 
-from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference
+from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, ggml_kernels
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int4_spec
@@ -396,3 +396,56 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "lq::int4_dynamic_linear", _int4_dynamic_backward, setup_context=_int4_dynamic_setup, lib=_LIBRARY
 )
+
+
+_LIBRARY.define(
+    "ggml_linear(Tensor x, Tensor codes, Tensor? high, Tensor scale, Tensor? bias, str ggml_type, str kernel) -> Tensor"
+)
+_LIBRARY.define(
+    "ggml_dequantize(Tensor codes, Tensor? high, Tensor scale, str ggml_type, SymInt in_features, ScalarType dtype) -> Tensor"
+)
+
+
+def _ggml_linear(
+    x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, ggml_type: str, kernel: str
+) -> Tensor:
+    m, k = x.shape
+    n = codes.shape[0]
+    if m == 0 or n == 0:
+        return x.new_empty((m, n))
+    problem = ggml_kernels.make_problem(m, n, k, ggml_type, x.dtype, Arch.of(x.device))
+    return select(problem, kernel).run(x, codes, high, scale, bias, ggml_type)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("ggml_linear", _ggml_linear, _device)
+    _LIBRARY.impl("ggml_dequantize", ggml_kernels.dequantize, _device)
+
+
+@torch.library.register_fake("lq::ggml_linear", lib=_LIBRARY)
+def _(
+    x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, ggml_type: str, kernel: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@torch.library.register_fake("lq::ggml_dequantize", lib=_LIBRARY)
+def _(
+    codes: Tensor, high: Tensor | None, scale: Tensor, ggml_type: str, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], in_features), dtype=dtype)
+
+
+def _ggml_setup(ctx, inputs, output) -> None:
+    x, codes, high, scale, _, ggml_type, _ = inputs
+    ctx.save_for_backward(codes, high, scale)
+    ctx.ggml_type, ctx.in_features, ctx.dtype = ggml_type, x.shape[1], x.dtype
+
+
+def _ggml_backward(ctx, grad):
+    w = torch.ops.lq.ggml_dequantize(*ctx.saved_tensors, ctx.ggml_type, ctx.in_features, ctx.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+    return grad @ w, None, None, None, bias, None, None
+
+
+torch.library.register_autograd("lq::ggml_linear", _ggml_backward, setup_context=_ggml_setup, lib=_LIBRARY)

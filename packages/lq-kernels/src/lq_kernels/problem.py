@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from lq_formats import QuantSpec
 
-Op: TypeAlias = Literal["int4", "int8", "preshuffled", "q4_0", "q4_0_q8_1", "int4_dynamic", "int8_dynamic"]
+Op: TypeAlias = Literal["int4", "int8", "preshuffled", "q4_0", "q4_0_q8_1", "int4_dynamic", "int8_dynamic", "ggml"]
 
 
 @dataclass(frozen=True)

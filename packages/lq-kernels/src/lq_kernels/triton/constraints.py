@@ -42,6 +42,11 @@ def why_not_int8(problem: Problem) -> str | None:
     return _why_not_machine(problem)
 
 
+def why_not_ggml(problem: Problem) -> str | None:
+    """Return why the kernels on ggml planes cannot run ``problem``, or None."""
+    return _why_not_machine(problem)
+
+
 def why_not_dequantize(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the Triton dequantizers cannot write ``dtype`` on ``device``, or None."""
     if device.type != "cuda":
