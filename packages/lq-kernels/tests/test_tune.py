@@ -413,12 +413,13 @@ def test_operands_are_weights_in_fragment_order(each, monkeypatch):
     monkeypatch.setattr(decode_a16, "linear", linear)
     monkeypatch.setattr(prefill_a16, "linear", linear)
     calls = timer._a16_calls(each, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert set(calls) == {kernel for kernel, tunable in TUNABLES.items() if tunable.useful(each, 128)}
+    kernels = {kernel for kernel, tunable in TUNABLES.items() if tunable.useful(each, 128)}
+    assert set(calls) == {"expected", *kernels}
     x = torch.randn(3, each.k, dtype=torch.bfloat16)
     results = [call(x, None) for call in calls.values()]
     assert results[0].shape == (3, each.n)
     assert not any(timer._difference(y, results[0]) for y in results)
-    assert "differs" in timer._difference(results[0] * 1.2, results[0])
+    assert "is wrong by" in timer._difference(results[0] * 1.2, results[0])
     assert "finite" in timer._difference(results[0] / 0, results[0])
 
 
@@ -440,9 +441,10 @@ def test_operands_for_8_bit_tokens(each, monkeypatch):
 
     monkeypatch.setattr(linear_a8, "linear", linear)
     calls = timer._a8_calls(each, torch.device("cpu"), torch.Generator().manual_seed(0))
-    y = calls["linear_a8"](torch.randn(5, each.k, dtype=torch.bfloat16), None)
+    x = torch.randn(5, each.k, dtype=torch.bfloat16)
+    y = calls["linear_a8"](x, None)
     assert y.shape == (5, each.n)
-    assert not timer._difference(y, y)
+    assert not timer._difference(y, calls["expected"](x, None))
 
 
 @pytest.mark.gpu

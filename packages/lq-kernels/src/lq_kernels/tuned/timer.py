@@ -27,6 +27,8 @@ _MIN_CALLS = {512: 16, 1 << 31: 4}
 """Calls in a graph, at least, up to so many tokens."""
 _MAX_DIFFERENCE = 0.05
 """Of the largest result: three times what rounding weights and scales to bf16 makes."""
+_EXPECTED = "expected"
+"""Beside the kernels: what gives the result by another way."""
 
 _Call = Callable[[Tensor, Any], Tensor]
 
@@ -37,6 +39,7 @@ class GraphTimer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sm_count = Arch.of(device).sm_count
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copies: tuple[Weight, list[dict[str, _Call]]] | None = None
 
     def times(
@@ -63,7 +66,7 @@ class GraphTimer:
         x = torch.randn(m, weight.k, device=self._device, dtype=DTYPE)
         found: dict[int, float | str] = {}
         graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        expected: Tensor | None = None
+        expected = copies[0][_EXPECTED](x, None)
         least = next(calls for most, calls in _MIN_CALLS.items() if m <= most)
         count = len(copies) * math.ceil(least / len(copies))
         for index, (kernel, cut) in enumerate(cuts):
@@ -73,15 +76,14 @@ class GraphTimer:
                 calls = [functools.partial(copy[kernel], x, config) for copy in copies]
                 result = calls[0]()
                 torch.cuda.synchronize(self._device)
-                expected = result if expected is None else expected
                 reason = _difference(result, expected)
                 if reason:
                     found[index] = reason
                     continue
-                graphs[index] = _capture(calls, count)
+                graphs[index] = _capture(calls, count, self._stream)
                 torch.cuda.synchronize(self._device)
             except (LQError, RuntimeError) as error:
-                found[index] = _last_line(error)
+                found[index] = _first_line(error)
                 torch.cuda.synchronize(self._device)  # raises if the context is broken
         times: dict[int, list[float]] = {index: [] for index in graphs}
         for _ in range(replays):
@@ -98,7 +100,8 @@ class GraphTimer:
 
     def _prepare(self, weight: Weight) -> list[dict[str, _Call]]:
         if self._copies is None or self._copies[0] != weight:
-            self._copies = None  # freed before the next weight is made
+            self._copies = None  # freed, as are the graphs' results, before the next weight is made
+            torch.cuda.empty_cache()
             nbytes = weight.n * weight.k * weight.bits // 8
             count = max(2, min(MAX_COPIES, math.ceil(COLD_BYTES / nbytes)))
             make = _a8_calls if weight.activation else _a16_calls
@@ -124,6 +127,7 @@ def _a16_calls(weight: Weight, device: torch.device, generator: torch.Generator)
         zero = torch.randint(0, 16, scales, device=device, generator=generator).to(scale.dtype)
     rest = (packed, scale, zero, None, rows, size, weight.bits)
     return {
+        _EXPECTED: lambda x, config: dequant_blas.preshuffled_linear(x, *rest),
         "decode_a16": lambda x, config: decode_a16.linear(x, *rest, config),
         "prefill_a16": lambda x, config: prefill_a16.linear(x, *rest, config),
         "dequant_blas": lambda x, config: dequant_blas.preshuffled_linear(x, *rest),
@@ -133,10 +137,9 @@ def _a16_calls(weight: Weight, device: torch.device, generator: torch.Generator)
 def _a8_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
     from lq_kernels.cuda import linear_a8
     from lq_kernels.cuda.quantize_tokens import CODE_DTYPES
-    from lq_kernels.dynamic_reference import LAYOUTS
+    from lq_kernels.dynamic_reference import LAYOUTS, int4_dynamic_dequantize, int8_dynamic_dequantize
 
-    grouped, rows = weight.groups > 0, weight.n
-    size = group_size(weight)
+    rows, size = weight.n, group_size(weight)
     codes = CODE_DTYPES[weight.activation]
     if weight.bits == 4:
         unsigned = torch.randint(1, 16, (rows, weight.k), device=device, dtype=torch.uint8, generator=generator)
@@ -149,13 +152,20 @@ def _a8_calls(weight: Weight, device: torch.device, generator: torch.Generator) 
 
     def run(x: Tensor, config: Any) -> Tensor:
         tokens, token_scale = _quantized(x, weight.activation)
-        size = group_size(weight) if grouped else weight.k
         y: Tensor = linear_a8.linear(
             tokens, token_scale, packed, scale, None, rows, size, DTYPE, lowest=False, config=config
         )
         return y
 
-    return {"linear_a8": run}
+    def expected(x: Tensor, config: Any) -> Tensor:
+        tokens, token_scale = _quantized(x, weight.activation)
+        if weight.bits == 4:
+            w = int4_dynamic_dequantize(packed, scale, size, rows, weight.k, weight.activation, DTYPE)
+        else:
+            w = int8_dynamic_dequantize(packed, scale, DTYPE)
+        return torch.nn.functional.linear((tokens.float() * token_scale[:, None]).to(DTYPE), w)
+
+    return {_EXPECTED: expected, "linear_a8": run}
 
 
 _tokens: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
@@ -172,37 +182,40 @@ def _quantized(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return found[1], found[2]
 
 
-def _capture(calls: Sequence[Callable[[], Tensor]], count: int) -> torch.cuda.CUDAGraph:
-    """Return a graph of ``count`` calls, replayed once."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def _capture(calls: Sequence[Callable[[], Tensor]], count: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """Return a graph of ``count`` calls, replayed once.
+
+    Not by ``torch.cuda.graph``, which empties the allocator's cache each time.
+    """
+    graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:  # workspaces and prepared launches must exist before the capture
-            call()
+        calls[0]()  # what a stream has for itself must exist before the capture
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for index in range(count):
+                calls[index % len(calls)]()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(count):
-            calls[index % len(calls)]()
     graph.replay()
     return graph
 
 
 def _difference(result: Tensor, expected: Tensor) -> str:
-    """Return what is wrong with a result, or nothing; ``expected`` is that of the first cut."""
+    """Return what is wrong with a result, or nothing."""
     if not bool(result.isfinite().all()):
         return "gives results that are not finite"
     most = float(expected.abs().max())
     difference = float((result - expected).abs().max())
     if difference <= _MAX_DIFFERENCE * most:
         return ""
-    return f"differs from the first cut's results by {difference:.3g}, where the largest is {most:.3g}"
+    return f"is wrong by {difference:.3g}, where the largest result is {most:.3g}"
 
 
-def _last_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"[:300]
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def _event() -> torch.cuda.Event:
