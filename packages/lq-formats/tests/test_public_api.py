@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import lq_formats
+import lq_formats.gguf
 import lq_formats.interop
 import lq_formats.layouts
 import pytest
@@ -23,7 +24,9 @@ def case_order(names):
 
 
 @pytest.mark.parametrize(
-    "module", [lq_formats, lq_formats.interop, lq_formats.layouts], ids=lambda module: module.__name__
+    "module",
+    [lq_formats, lq_formats.gguf, lq_formats.interop, lq_formats.layouts],
+    ids=lambda module: module.__name__,
 )
 def test_all_is_sorted_and_true(module):
     assert module.__all__ == case_order(module.__all__)

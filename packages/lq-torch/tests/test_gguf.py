@@ -56,6 +56,7 @@ OPTIONS = {
     "llama-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0}},
     "llama-untied": {"tie_word_embeddings": False},
 }
+PACKED = [name for name, form in GGML_FORMATS.items() if name != "q8_1" and form.block_size == 32]
 TOKENS = torch.arange(30).view(2, 15) * 7 % 48
 
 
@@ -222,6 +223,43 @@ def test_a_file_of_gguf_py_is_loaded(name, tmp_path):
     quantize_(model, GGMLWeightOnlyConfig(name))  # bytes as gguf-py's
     assert torch.equal(logits(other), logits(model))
     assert load_gguf(tmp_path / "x.gguf").config.bos_token_id == 3
+
+
+def random_weight(name, rows, columns):
+    """Blocks of any bytes, whose scales are small numbers."""
+    form = GGML_FORMATS[name]
+    blocks = torch.randint(0, 256, (rows, columns // form.block_size, form.type_size), dtype=torch.uint8)
+    for offset in form.halves:
+        blocks[..., offset : offset + 2] = (torch.rand(*blocks.shape[:-1], 1) * 1e-4).half().view(torch.uint8)
+    if name == "mxfp4":
+        blocks[..., 0] = 112
+    return GGMLTensor({"qdata": blocks}, {"ggml_type": name}, (rows, columns), torch.float32)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_blocks_of_every_type_stay_packed(name, tmp_path):
+    options = {"intermediate_size": 256, "num_attention_heads": 8}
+    model = build(**options)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            module.weight = nn.Parameter(random_weight(name, *module.weight.shape), requires_grad=False)
+    embedding = nn.Parameter(random_weight(name, 48, 256), requires_grad=False)
+    model.model.embed_tokens.weight = model.lm_head.weight = embedding
+    save_gguf(model, tmp_path / "x.gguf")
+    other = load_gguf(tmp_path / "x.gguf", build(**options))
+    expected, found = dict(model.named_parameters()), dict(other.named_parameters())
+    assert packed(other) == packed(model)
+    assert len(packed(other)) == 15
+    for path in packed(model):
+        assert torch.equal(found[path].qdata, expected[path].qdata)
+    assert torch.isfinite(logits(model)).all()
+    assert torch.equal(logits(other), logits(model))
+    dense = load_gguf(tmp_path / "x.gguf", build(**options), dequantize=(name,))
+    for path, value in dense.named_parameters():
+        assert torch.equal(value, expected[path].dequantize() if path in packed(model) else expected[path])
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    weight = gguf.quants.dequantize(theirs["blk.1.ffn_up.weight"].data, theirs["blk.1.ffn_up.weight"].tensor_type)
+    assert torch.equal(torch.from_numpy(weight), expected["model.layers.1.mlp.up_proj.weight"].dequantize())
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q8_0"])
