@@ -129,6 +129,24 @@ def test_scaled_channels_leave_the_function_and_help():
     assert change(scaled, reference, tokens) < change(model, reference, tokens)
 
 
+@pytest.mark.parametrize("calibrate", [gptq, awq_gptq], ids=["gptq", "awq+gptq"])
+def test_layers_of_one_input_may_have_bits_of_their_own(calibrate, tokens):
+    model = make()
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    configs = {path: IntxWeightOnlyConfig(bits=2 + number % 5, group_size=32) for number, path in enumerate(paths)}
+    fine = dict.fromkeys(paths, IntxWeightOnlyConfig(bits=8, group_size=32))
+    report = calibrate(model, tokens, configs)
+    assert sorted(layer.path for layer in report.layers) == sorted(paths)
+    for layer in report.layers:
+        assert weights(model)[layer.path].bits == configs[layer.path].bits
+        assert layer.bits_per_weight == configs[layer.path].bits + 2 * 32 / 32
+    exact = make()
+    calibrate(exact, tokens, fine)
+    assert change(exact, make(), tokens) < 1e-4 < change(model, make(), tokens)
+    with pytest.raises(SpecError, match="filter_fn"):
+        calibrate(make(), tokens, fine, filter_fn=lambda *_: True)
+
+
 def test_a_report_is_json_and_readable(tokens):
     seen = []
     report = gptq(make(), tokens, INT4, progress=lambda done, total, layer: seen.append((done, total, layer)))

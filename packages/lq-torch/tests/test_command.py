@@ -114,9 +114,10 @@ def test_with_a_calibration_text(lq, folder, text, tmp_path, algorithm):
 def test_bits_by_layer_within_a_budget(lq, folder, text, tmp_path, algorithm):
     status, out, err = lq(
         *("quantize", folder, tmp_path, "--target-bits", 4.5, "--algorithm", algorithm, "--calibration", text),
-        *("--device", "cpu", "--exclude", "q_proj"),
+        *("--device", "cpu", "--exclude", "q_proj", "--resume", tmp_path / "state"),
     )
     assert (status, err) == (0, "")
+    assert len(json.loads((tmp_path / "state" / "sensitivity.json").read_text())["layers"]) == 12
     found = low_bit(load(tmp_path)).values()
     assert len(found) == 12
     assert len({weight.packed_nbytes / weight.numel() for weight in found}) > 1

@@ -142,7 +142,7 @@ def smooth(
         if fold is None:
             continue
         layers = {path: linears[path].weight.detach() for path in moments.members}
-        exponent, factors = _search(layers, moments, targets[moments.members[0]], options)
+        exponent, factors = _search(layers, moments, targets, options)
         if exponent:
             fold.apply(factors)
         chosen.update({paths[id(linears[path])]: exponent for path in layers})
@@ -169,26 +169,33 @@ def _candidates(
 
 
 def _search(
-    layers: Mapping[str, Tensor], moments: Moments, target: Target, options: AWQOptions
+    layers: Mapping[str, Tensor], moments: Moments, targets: Mapping[str, Target], options: AWQOptions
 ) -> tuple[float, Tensor]:
     """Return the exponent and factors ``(K,)`` with the least output error of rounding to nearest."""
     assert moments.hessian is not None
     hessian = moments.hessian / moments.tokens
     size = hessian.diagonal().sqrt()
     size = torch.where(size > 0, size, size[size > 0].mean() if bool((size > 0).any()) else torch.ones_like(size))
-    w = torch.cat([weight.float() for weight in layers.values()])
+    weights = {path: weight.float() for path, weight in layers.items()}
     best, least = (0.0, torch.ones_like(size)), torch.inf
     for point in range(options.points + 1):
         exponent = point / options.points
         factors = (size / size.log().mean().exp()).pow(exponent)
-        scaled = w * factors
-        scale, zero = choose_qparams(scaled, target.spec)
-        middle = torch.full_like(scale, target.spec.midpoint, dtype=torch.float32) if zero is None else zero.float()
-        rounded = nearest_codes(scaled, scale.float(), middle, target.spec).values()
-        error = float(output_error(rounded / factors, w, hessian).sum())
+        errors = [
+            output_error(_nearest(w * factors, targets[path]) / factors, w, hessian).sum()
+            for path, w in weights.items()
+        ]
+        error = float(torch.stack(errors).sum())
         if error < least:
             best, least = (exponent, factors), error
     return best
+
+
+def _nearest(w: Tensor, target: Target) -> Tensor:
+    """Return the values that ``w: (N, K)`` is rounded to."""
+    scale, zero = choose_qparams(w, target.spec)
+    middle = torch.full_like(scale, target.spec.midpoint, dtype=torch.float32) if zero is None else zero.float()
+    return nearest_codes(w, scale.float(), middle, target.spec).values()
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:
