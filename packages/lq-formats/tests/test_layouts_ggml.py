@@ -93,6 +93,14 @@ def test_rows_are_packed_alone_and_views_as_well(name: str) -> None:
     assert torch.equal(layout.unpack(cut, 3 * layout.form.block_size), blocks[::2])
 
 
+def test_large_weights_are_packed_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, blocks = GGML_PLANES["q6_k"], random_blocks("q6_k", 11, 3)
+    whole = layout.pack(blocks)
+    monkeypatch.setattr("lq_formats.layouts.ggml._PIECE", 2000)
+    assert all(torch.equal(*pair) for pair in zip(layout.pack(blocks), whole, strict=True))
+    assert torch.equal(layout.unpack(whole, 768), blocks)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows(name: str) -> None:
     layout = GGML_PLANES[name]

@@ -14,7 +14,7 @@ from lq_formats.layouts.compressed_tensors import COMPRESSED_TENSORS, Compressed
 from lq_formats.layouts.fragment import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
 from lq_formats.layouts.fragment8 import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, Fragment8Layout
 from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
-from lq_formats.layouts.ggml_planes import GGML_PLANES, GGMLPlanes, GGMLPlanesLayout, ggml_planes
+from lq_formats.layouts.ggml import GGML_PLANES, GGMLPlanes, GGMLPlanesLayout, ggml_planes
 from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
 from lq_formats.layouts.hqq import HQQ, HQQLayout
 from lq_formats.layouts.int4 import INT4, Int4Layout

@@ -1,4 +1,4 @@
-"""ggml weights in Triton: GEMV and split-K over the planes of :mod:`lq_formats.layouts.ggml_planes`, and the dequantizer.
+"""ggml weights in Triton: GEMV and split-K over the planes of :mod:`lq_formats.layouts.ggml`, and the dequantizer.
 
 A field of a chunk's words is one group of weights under one scale, a BN x 32 tile (BN x 16 for scales of 16 weights) of
 consecutive in features. Its codes are cut out where they are and become exact integers by two operations a weight: a mask with

@@ -39,6 +39,8 @@ from lq_formats.errors import DTypeError, ShapeError
 from lq_formats.ggml.registry import GGML_FORMATS, GGMLFormat, ggml_format
 from lq_formats.validation import check_elements
 
+_PIECE = 1 << 22  # weights that are unpacked at a time
+
 
 class GGMLPlanes(NamedTuple):
     """A weight's three tensors; ``high`` is None where codes have no upper bits."""
@@ -152,6 +154,19 @@ class GGMLPlanesLayout:
             raise DTypeError(f"{self.name} blocks have dtype {blocks.dtype}: expected uint8 bytes")
         if blocks.dim() != 3 or blocks.shape[2] != size or blocks.shape[1] == 0:
             raise ShapeError(f"{self.name} blocks have shape {tuple(blocks.shape)}: expected (N, blocks, {size}) bytes")
+        rows, columns = blocks.shape[0], blocks.shape[1] * self.form.block_size
+        words, scales = self.packed_shape(rows, columns)
+        high = None if self.high_dtype is None else blocks.new_empty(words, dtype=self.high_dtype)
+        planes = GGMLPlanes(
+            blocks.new_empty(words, dtype=torch.int32), high, blocks.new_empty(scales, dtype=torch.int32)
+        )
+        for some in _row_slices(rows, columns):
+            for plane, part in zip(planes, self._pack(blocks[some]), strict=True):
+                if plane is not None and part is not None:
+                    plane[some] = part
+        return planes
+
+    def _pack(self, blocks: Tensor) -> GGMLPlanes:
         rows, count, block = blocks.shape[0], blocks.shape[1], self.form.block_size
         missing = self._padded(count * block) // block - count
         if missing:
@@ -170,9 +185,17 @@ class GGMLPlanesLayout:
             ShapeError, DTypeError: If the planes are not those of ``in_features`` columns.
         """
         self.check(planes, in_features)
-        rows, block = planes.codes.shape[0], self.form.block_size
-        count = in_features // block
-        blocks = planes.codes.new_empty((rows, count, self.form.type_size), dtype=torch.uint8)
+        shape = (planes.codes.shape[0], in_features // self.form.block_size, self.form.type_size)
+        blocks = planes.codes.new_empty(shape, dtype=torch.uint8)
+        for some in _row_slices(shape[0], in_features):
+            high = None if planes.high is None else planes.high[some]
+            part = GGMLPlanes(planes.codes[some], high, planes.scale[some])
+            self._unpack(part, in_features, blocks[some])
+        return blocks
+
+    def _unpack(self, planes: GGMLPlanes, in_features: int, blocks: Tensor) -> None:
+        rows, count, _ = blocks.shape
+        block = self.form.block_size
         low = self._codes(planes.codes, self.low.bits) ^ self.flip
         self.low.write(low[:, :in_features].reshape(rows, count, block), blocks)
         if self.upper is not None and planes.high is not None:
@@ -184,7 +207,6 @@ class GGMLPlanesLayout:
         for at, length in self.fields:
             blocks[..., at : at + length] = scale[..., start : start + length]
             start += length
-        return blocks
 
     def check(self, planes: GGMLPlanes, in_features: int) -> None:
         """Raise ShapeError or DTypeError unless the planes are those of a weight with ``in_features`` columns."""
@@ -235,6 +257,12 @@ def unpack_fields(octets: Tensor, bits: int) -> Tensor:
         return octets.unsqueeze(-2)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=octets.device).unsqueeze(-1)
     return octets.unsqueeze(-2) >> shifts & (1 << bits) - 1
+
+
+def _row_slices(rows: int, columns: int) -> list[slice]:
+    """Return slices of rows of some million weights: one at a time, unpacked codes take little beside a large weight."""
+    step = max(1, _PIECE // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _layout(
