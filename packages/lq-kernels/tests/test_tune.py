@@ -140,9 +140,12 @@ def test_a_file_of_another_gpu_is_not_added_to_and_stale_points_are_dropped(tmp_
     from lq_kernels.tuned.table import write
 
     path = tmp_path / "t.json"
-    point = Point(1, 2.0, (("cluster", 1),))
-    fresh = Table(Stamp(*H200)).merged(Stamp(*H200), "decode_a16", source_digests()["decode_a16"], W4, point)
-    write(fresh.merged(Stamp(*H200), "prefill_a16", "old", W4, point), path)
+    stamp, digest = Stamp(*H200), source_digests()["decode_a16"]
+    _, cut, _ = next(search.proposals(W4, 1, 132, kernels=["decode_a16"]))
+    fresh = Table(stamp).merged(stamp, "decode_a16", digest, W4, Point(1, 2.0, cut))
+    other = weight(4, 128, 512, 512)
+    found = fresh.merged(stamp, "prefill_a16", "old", W4, Point(1, 2.0, cut))
+    write(found.merged(stamp, "decode_a16", digest, other, Point(1, 2.0, (("cluster", 77),))), path)
     assert run.opened(path, *H200) == fresh
     with pytest.raises(DeviceError, match=r"t\.json was measured on NVIDIA H200 \(132"):
         run.opened(path, "NVIDIA H100 PCIe", 114)

@@ -86,6 +86,9 @@ def test_points_are_merged_in_order_and_replace_older_ones():
     assert [(point.m, point.us) for point in again.points["decode_a16", W4]] == [(1, 5.0), (4, 5.5), (16, 6.5)]
     assert again.sources["decode_a16"] == "new"
     fresh = again.without_stale(source_digests())
+    assert again.merged(STAMP, "decode_a16", "new", W4, Point(32, 9.0, (("tiles", 1),))).points["decode_a16", W4] == (
+        Point(32, 9.0, (("tiles", 1),)),
+    ), "cuts of other fields"
     assert ("decode_a16", W4) not in fresh.points
     assert ("dequant_blas", W4) in fresh.points
 

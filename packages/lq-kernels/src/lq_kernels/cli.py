@@ -17,6 +17,7 @@ from lq_kernels.prepare import Unit, compile_units, into_cache
 from lq_kernels.problem import Arch
 from lq_kernels.tuned import run
 from lq_kernels.tuned.lookup import shipped, user_path
+from lq_kernels.tuned.search import CANDIDATES
 from lq_kernels.tuned.shapes import model_shapes, parse_counts, parse_shapes
 from lq_kernels.tuned.worker import WorkerTimer
 
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokens", metavar="LIST", help="numbers of tokens (default: 1 to 4096, 16 of them)")
     add("--budget", type=float, metavar="SECONDS", help="start no new measurement after so long (default: no limit)")
-    add("--candidates", type=int, default=10, metavar="N", help="cuts of each kernel that are timed (default: 10)")
+    add("--candidates", type=int, default=CANDIDATES, metavar="N", help="cuts of each kernel (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write here (default: the user's table of this GPU)")
     add("--again", action="store_true", help="measure again what the file holds")
     add("--list", action="store_true", help="print what would be measured, and stop; needs no GPU")

@@ -1,20 +1,21 @@
 """What a run of the tuner measures, the most important first, and how its results become a table."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
 from lq_formats import DeviceError, SpecError
 
 from lq_kernels.prepare import Unit
-from lq_kernels.tuned.kernels import TUNABLES, weight
+from lq_kernels.tuned.kernels import TUNABLES, config_of, weight
 from lq_kernels.tuned.lookup import source_digests
 from lq_kernels.tuned.search import CANDIDATES, Failed, Found, Timer, proposals, search
 from lq_kernels.tuned.shapes import MODELS, Shape, linear_shapes
-from lq_kernels.tuned.table import Stamp, Table, Weight, read, write
+from lq_kernels.tuned.table import Point, Stamp, Table, Weight, read, write
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 A8_TOKENS = tuple(m for m in TOKENS if m >= 16)
@@ -114,7 +115,7 @@ def compilations(tasks: Iterable[Task], sm_count: int, candidates: int = CANDIDA
 
 
 def opened(path: Path, device: str, sm_count: int) -> Table:
-    """Return the table in ``path`` that a run adds to, without what other sources were measured for; or a new one.
+    """Return the table in ``path`` that a run adds to, or a new one; without cuts of other sources, or of other candidates.
 
     Raises:
         FormatError: If the file is not a table.
@@ -128,7 +129,19 @@ def opened(path: Path, device: str, sm_count: int) -> Table:
             f"{path.name} was measured on {table.stamp.device} ({table.stamp.sm_count} multiprocessors), this is "
             f"{device} ({sm_count}); write to another file"
         )
-    return table.without_stale(source_digests())
+    fresh = table.without_stale(source_digests())
+    own = {
+        (kernel, each): tuple(point for point in points if _is_own(kernel, each, point, sm_count))
+        for (kernel, each), points in fresh.points.items()
+    }
+    return replace(fresh, points={key: points for key, points in own.items() if points})
+
+
+def _is_own(kernel: str, each: Weight, point: Point, sm_count: int) -> bool:
+    with contextlib.suppress(SpecError):
+        config_of(kernel, each, point.m, sm_count, point.cut)
+        return True
+    return False
 
 
 def stamp(device: str, sm_count: int, torch: str, driver: str) -> Stamp:

@@ -12,7 +12,7 @@ from lq_kernels.prepare import Unit
 from lq_kernels.tuned.kernels import TUNABLES, fields_of
 from lq_kernels.tuned.table import Cut, Point, Weight
 
-CANDIDATES = 10
+CANDIDATES = 12
 SHORT, LONG = 3, 9
 """Replays of a cut in each round."""
 _FINALISTS = 3

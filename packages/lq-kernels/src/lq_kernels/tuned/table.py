@@ -87,6 +87,9 @@ class Weight:
         return "-".join([f"int{self.bits}", size, *rest, "asym" if self.zero else "sym", f"{self.n}x{self.k}"])
 
 
+_WEIGHT = tuple(each.name for each in fields(Weight))
+
+
 @dataclass(frozen=True)
 class Point:
     """The fastest cut at so many tokens.
@@ -139,8 +142,10 @@ class Table:
         return Table(self.stamp, {kernel: self.sources[kernel] for kernel in sorted(fresh)}, points)
 
     def merged(self, stamp: Stamp, kernel: str, digest: str, weight: Weight, point: Point) -> "Table":
-        """Return the table with one more point, in place of an older one for as many tokens."""
-        kept = {old.m: old for old in self.points.get((kernel, weight), ())} | {point.m: point}
+        """Return the table with one more point, in place of an older one for as many tokens, or of cuts with other fields."""
+        names = dict(point.cut).keys()
+        old = (old for old in self.points.get((kernel, weight), ()) if dict(old.cut).keys() == names)
+        kept = {each.m: each for each in old} | {point.m: point}
         points = {**self.points, (kernel, weight): tuple(kept[m] for m in sorted(kept))}
         return Table(stamp, {**self.sources, kernel: digest}, points)
 
@@ -243,34 +248,34 @@ def _stamp(found: Any) -> Stamp:
     names = [each.name for each in fields(Stamp)]
     _keys(found, *names)
     texts = [found[name] for name in names if name != "sm_count"]
-    if not all(_is_text(text) for text in texts) or not _is_size(found["sm_count"]):
+    if not all(_is_text(text) for text in texts) or not _are_integers([found["sm_count"]], 1):
         _refuse("the stamp holds something else than names and a number of multiprocessors")
     return Stamp(**found)
 
 
 def _entry(found: Any) -> tuple[tuple[str, Weight], tuple[Point, ...]]:
-    names = [each.name for each in fields(Weight)]
-    _keys(found, "kernel", *names, "m", "us", "cut")
+    _keys(found, "kernel", *_WEIGHT, "m", "us", "cut")
     if found["kernel"] not in SOURCES:
         _refuse(f"no kernel is called {str(found['kernel'])[:40]!r}")
     try:
-        weight = Weight(**{name: found[name] for name in names})
+        weight = Weight(**{name: found[name] for name in _WEIGHT})
     except (SpecError, TypeError):
         _refuse("an entry's weight is none")
     ms, times, cut = found["m"], found["us"], found["cut"]
-    if not isinstance(ms, list) or not 0 < len(ms) <= MAX_POINTS or not all(_is_size(m) for m in ms):
+    if not isinstance(ms, list) or not 0 < len(ms) <= MAX_POINTS or not _are_integers(ms, 1):
         _refuse(f"'m' of {weight} is not a list of 1 to {MAX_POINTS} sizes")
     if ms != sorted(set(ms)):
         _refuse(f"'m' of {weight} does not ascend")
-    if not isinstance(times, list) or len(times) != len(ms) or not all(_is_time(us) for us in times):
+    if not isinstance(times, list) or len(times) != len(ms) or not all(map(_is_time, times)):
         _refuse(f"'us' of {weight} is not a list of as many times as 'm'")
-    if not isinstance(cut, dict) or len(cut) > 32 or not all(_is_text(name) for name in cut):
+    if not isinstance(cut, dict) or len(cut) > 32 or not all(map(_is_text, cut)):
         _refuse(f"'cut' of {weight} is not an object")
     for name, values in cut.items():
-        whole = isinstance(values, list) and len(values) == len(ms)
-        if not whole or not all(type(value) is int and 0 <= value < _MAX_SIZE for value in values):
+        if not isinstance(values, list) or len(values) != len(ms) or not _are_integers(values, 0):
             _refuse(f"{name!r} of {weight} is not a list of as many integers as 'm'")
-    cuts = [tuple((name, cut[name][i]) for name in sorted(cut)) for i in range(len(ms))]
+    names = sorted(cut)
+    rows = zip(*(cut[name] for name in names), strict=True) if names else [()] * len(ms)
+    cuts = [tuple(zip(names, row, strict=True)) for row in rows]
     points = tuple(Point(m, float(us), each) for m, us, each in zip(ms, times, cuts, strict=True))
     return (found["kernel"], weight), points
 
@@ -284,8 +289,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_TEXT
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < _MAX_SIZE
+def _are_integers(values: list[Any], least: int) -> bool:
+    return set(map(type, values)) == {int} and least <= min(values) and max(values) < _MAX_SIZE
 
 
 def _is_time(value: Any) -> bool:
