@@ -150,6 +150,20 @@ def test_a_rotated_model_is_saved_untied(lq, folder, tmp_path, flag, heads):
     assert (after - before).norm() < 0.05 * before.norm()
 
 
+def test_a_model_that_cannot_be_rotated_is_left_alone(lq, folder, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = transformers.Phi3Config(**{**model.config.to_dict(), "model_type": "phi3", "pad_token_id": 0})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi3")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "phi3")
+    common = ("quantize", tmp_path / "phi3", tmp_path / "out", "--group-size", 32, "--device", "cpu")
+    status, _, err = lq(*common, "--rotate")
+    assert status == 1
+    assert "lq: UnsupportedError: model.layers.0: no pair of layers" in err
+    assert "--rotate-stream" in err
+    assert not (tmp_path / "out").exists()
+    assert lq(*common, "--rotate-stream")[0] == 0
+
+
 def test_as_a_module(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["lq", "quantize", str(folder), str(tmp_path), "--device", "cpu", "--group-size", "-1"]

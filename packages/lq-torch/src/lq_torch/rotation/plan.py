@@ -226,8 +226,8 @@ def _find_heads(
         if bool((after - before).norm() < _SAME * before.norm()):
             return v, o
     raise UnsupportedError(
-        f"{path}: no pair of layers makes and mixes values in heads of {size} (q, k and v in one layer?); leave heads as "
-        "they are: heads=False"
+        f"{path}: no pair of layers makes and mixes values in heads of {size} (q, k and v in one layer?); rotate the residual "
+        "stream only: heads=False, or lq quantize --rotate-stream"
     )
 
 
