@@ -59,8 +59,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
     variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
     if constraints.why_not_fragment(problem) is None:
         most = decode_a16.max_token_tiles(variant.groups)
-        kernels = tuple(f"decode_a16_t{tiles}" for tiles in (1, 2, 4) if tiles <= most)
-        yield Unit("decode_a16", variant.defines, kernels)
+        yield from (Unit("decode_a16", (*variant.defines, f"LQ_TILES={tiles}")) for tiles in (4, 2, 1) if tiles <= most)
     if constraints.why_not_prefill(problem) is None:
         most = prefill_a16.TOKENS[-1]  # every size of tile makes sense for as many tokens as the largest has
         cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))

@@ -50,6 +50,11 @@ class DecodeConfig:
     pitch: int
     shared: int
 
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros that the cut sets."""
+        return (f"LQ_TILES={self.token_tiles}",)
+
 
 def cut(
     m: int, blocks: int, k: int, bits: int, scale_bytes: int, token_tiles: int, cluster: int, clusters: int, shared: int
@@ -117,14 +122,30 @@ def _clusters(sm_count: int, cluster: int) -> int:
 
 
 def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
-    """Return a time in units of a KB of codes at 17 bytes a clock and SM."""
+    """Return a time in units of a KB of codes at 13 bytes a clock and multiprocessor.
+
+    One CTA a multiprocessor hides less latency than two, 1.4 times, unless its ring holds all that it reads and leaves the next
+    kernel's room to fill one of its own. A second costs 25. x comes at 9 bytes a clock; half of that hides where the ring
+    goes on. Fitted to 120 cuts (H200).
+    """
     per_sm = 1 if config.clusters <= _clusters(sm_count, config.cluster) else 2
     steps = -(-k // (512 // bits))
+    share = -(-steps // config.cluster)
     rows = -(-blocks // config.clusters)
-    work = rows * -(-steps // config.cluster) * per_sm
     passes = -(-rows // config.slots)
+    wanted = passes * -(-share * config.slots // (2 * _WARPS))
+    resident = config.stages >= min(wanted, _MAX_STAGES) and config.shared <= _SHARED[2]
+    x = min(m, 8 * config.token_tiles) * share * (512 // bits) * 2 / 1024
+    work = rows * share * (1.4 if per_sm == 1 and not resident else per_sm)
     tokens = -(-m // (8 * config.token_tiles))
-    return tokens * (work + 2.0 * passes * per_sm + 0.5 * config.cluster)
+    return tokens * (
+        work
+        + 2.0 * passes * per_sm
+        + 25.0 * (per_sm - 1)
+        + 2.5 * config.cluster
+        + 2.0 * config.token_tiles
+        + (1.5 if resident else 0.5) * x
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -241,7 +262,7 @@ def _prepare(
     return Launch(
         index,
         "decode_a16",
-        f"decode_a16_t{config.token_tiles}",
+        "decode_a16",
         (config.cluster * config.clusters, -(-m // (8 * config.token_tiles)), 1),
         THREADS,
         config.shared,
@@ -249,5 +270,5 @@ def _prepare(
         (m, n, k, blocks, group_size, config.slots, config.stages, config.boxes, config.pitch),
         cluster=config.cluster,
         dependent=True,
-        defines=(*variant.defines, "LQ_TRANSPOSED=1") if transposed else variant.defines,
+        defines=(*variant.defines, *config.defines, *(("LQ_TRANSPOSED=1",) if transposed else ())),
     )

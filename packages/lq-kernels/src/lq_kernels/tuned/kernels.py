@@ -96,7 +96,7 @@ class _Decode:
         return sorted(cuts, key=lambda config: decode_a16.cost(config, m, blocks, *sizes, sm_count))
 
     def unit(self, weight: Weight, config: Any) -> Unit:
-        return Unit("decode_a16", variant_of(weight).defines)
+        return Unit("decode_a16", (*variant_of(weight).defines, *config.defines))
 
 
 class _Prefill:

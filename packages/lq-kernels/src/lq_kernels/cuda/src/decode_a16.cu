@@ -19,7 +19,8 @@
 // and 64 for int8, 1 KB a block.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
-// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1) and LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0).
+// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TILES (tiles of 8 tokens: 1, 2, 4) and LQ_TRANSPOSED (1: y is fp32
+// (n, m), as ggml's products are here; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/hopper.cuh"
@@ -79,7 +80,7 @@ struct Arguments {
 // Sums of a group of in features, not scaled yet; two chains where few tokens would leave the tensor cores waiting.
 template <int kTokenTiles>
 struct Sums {
-  static constexpr int kChains = kTokenTiles == 1 ? 2 : 1;
+  static constexpr int kChains = kTokenTiles == 1 && kGroups != 4 ? 2 : 1;
   float part[kChains][kTokenTiles][4];
   float tokens[kZero ? kTokenTiles : 1][4];  // sums of x itself, in every row
   float scale[2], zero[2];                   // of rows g and g + 8
@@ -342,11 +343,23 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         for (int c = 0; c < kTokenTiles; ++c) {
           u32 b[4];
           load_matrix_x4(b, x_at[c] + (kStepInStage * kStep + quad * 32) * 2);
-          mma_k16(X{}, sums.part[0][c], a[0], b[0], b[1]);
-          mma_k16(X{}, sums.part[Sums<kTokenTiles>::kChains - 1][c], a[1], b[2], b[3]);
+          // A group's first products clear nothing: they have no sum to add to.
+          const bool first = !kPerRow && quad % kGroupQuads == 0;
+          constexpr int kLast = Sums<kTokenTiles>::kChains - 1;
+          if (first)
+            mma_k16_first(X{}, sums.part[0][c], a[0], b[0], b[1]);
+          else
+            mma_k16(X{}, sums.part[0][c], a[0], b[0], b[1]);
+          if (first && kLast > 0)
+            mma_k16_first(X{}, sums.part[kLast][c], a[1], b[2], b[3]);
+          else
+            mma_k16(X{}, sums.part[kLast][c], a[1], b[2], b[3]);
           if constexpr (kZero) {
             const u32 one = ones2(X{}), ones[4] = {one, one, one, one};
-            mma_k16(X{}, sums.tokens[c], ones, b[0], b[1]);
+            if (first)
+              mma_k16_first(X{}, sums.tokens[c], ones, b[0], b[1]);
+            else
+              mma_k16(X{}, sums.tokens[c], ones, b[0], b[1]);
             mma_k16(X{}, sums.tokens[c], ones, b[2], b[3]);
           }
         }
@@ -360,7 +373,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
               sums.zero[1] -= 8.0f;
             }
             late.finish(acc);
-            late.clear();
           }
         }
       }
@@ -369,6 +381,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     u32 x_at[kTokenTiles];
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c];
+    bool ends_even = false;  // the last group's sums, not scaled yet, are in `even`
     int mine = rows_exist ? steps - 2 * k_part : 0;  // this warp's steps from here on, and the other warps' between them
     if (pass > 0) next_chunk = stages_per_pass;  // x is there
     for (int at = 0; at < stages_per_pass; ++at) {
@@ -381,7 +394,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
-      if (mine > 0) multiply(Int<0>{}, scale, x_at);
+      if (mine > 0) {
+        ends_even = kScaleCount == 1 && mine == 1;
+        multiply(Int<0>{}, scale, x_at);
+      }
       if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_at);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(used);
@@ -396,8 +412,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
     }
-    even.finish(acc);
-    if constexpr (!kPerRow) odd.finish(acc);
+    if (kPerRow || ends_even)
+      even.finish(acc);
+    else
+      odd.finish(acc);
 
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
     // have read those, which also means that what this CTA sent then has left.
@@ -430,17 +448,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     finish(passes - 1, threadIdx.x, kConsumers);
 }
 
+// CTAs of a multiprocessor, for which registers must do.
+constexpr int kCtas = LQ_TILES == 4 || kGroups == 4 ? 1 : LQ_TILES == 2 ? (kZero ? 1 : 2) : kZero || kGroups == 2 ? 2 : 3;
+static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do not fit the registers");
+
 }  // namespace
 
-#define LQ_DECODE(TILES, CTAS)                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads, CTAS) decode_a16_t##TILES(                                           \
-      const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m, i64 n, i64 k,          \
-      i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {                                                         \
-    decode<TILES>(Arguments{x, packed, scales, zeros, bias, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});            \
-  }
-
-LQ_DECODE(1, LQ_GROUPS == 4 ? 1 : LQ_ZERO || LQ_GROUPS == 2 ? 2 : 3)
-LQ_DECODE(2, LQ_GROUPS == 4 || LQ_ZERO ? 1 : 2)
-#if LQ_GROUPS != 4
-LQ_DECODE(4, 1)  // four groups' scales and sums do not fit the registers
-#endif
+extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
+    decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m, i64 n, i64 k,
+               i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
+  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});
+}

@@ -29,7 +29,8 @@
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in 128 in features: 1, 2, 4; 0: one
-// scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0).
+// scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are
+// here; 0).
 
 #include "lq/wgmma.cuh"
 
@@ -422,13 +423,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       for (int r = 0; r < 2; ++r) {
         const i64 row = row0 + block * 16 + g + 8 * r;
 #pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int token = unit * 8 + lane % 4 * 2 + i;
-            if (row < n && token < stored)
-              to[row * m + token0 + token] = fmaf(acc[4 * unit + 2 * r + i], row_scale[r], offset[r]);
+        for (int unit = 0; unit < kUnits; ++unit) {
+          const int token = unit * 8 + lane % 4 * 2;
+          float* const at = to + row * m + token0 + token;
+          const float2 pair = {fmaf(acc[4 * unit + 2 * r], row_scale[r], offset[r]),
+                               fmaf(acc[4 * unit + 2 * r + 1], row_scale[r], offset[r])};
+          if (row < n && token + 1 < stored && m % 2 == 0) {
+            *reinterpret_cast<float2*>(at) = pair;
+          } else if (row < n) {
+            if (token < stored) at[0] = pair.x;
+            if (token + 1 < stored) at[1] = pair.y;
           }
+        }
       }
       continue;
     }
