@@ -153,3 +153,30 @@ def test_on_a_gpu_everything_is_compiled_before_anything_runs(monkeypatch):
     assert sizes[id(model[3].weight)][:2] == [1, 3]
     assert sizes[id(model[1].weight)] == sizes[id(model[2].weight)] == [1], "for what is derived from each weight"
     registry.select.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config",
+    [
+        Int4WeightOnlyConfig(128),
+        Int4WeightOnlyConfig(128, int4_packing_format="preshuffled"),
+        Int8WeightOnlyConfig(),
+        Int4DynamicActivationConfig("fp8"),
+        Int8DynamicActivationConfig(activation="int8"),
+    ],
+    ids=["int4", "int4-preshuffled", "int8", "int4-fp8", "int8-int8"],
+)
+def test_after_warming_up_no_number_of_tokens_compiles(config, monkeypatch):
+    from lq_kernels.jit import launcher
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    model = nn.Sequential(nn.Linear(1024, 2048), nn.Linear(2048, 1024)).to("cuda", torch.bfloat16)
+    quantize_(model, config)
+    warmup(model)
+    monkeypatch.setattr(launcher, "cubin", None)
+    with torch.no_grad():
+        for m in (1, 2, 3, 7, 9, 16, 17, 33, 64, 65, 100, 128, 129, 200, 256, 300, 512, 1000, 2048, 5000):
+            model(torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16))
+    torch.cuda.synchronize()
