@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from lq_formats import DeviceError, FormatError, SpecError
@@ -177,12 +176,13 @@ def test_shapes_of_models_and_sizes():
 
 
 def test_shapes_of_a_transformers_configuration(tmp_path):
-    bundled = Path(__file__).parents[2] / "lq-eval/src/lq_eval/data/tiny-llama"
-    config = json.loads((bundled / "config.json").read_text())
-    found = shapes.model_shapes(bundled)
-    assert found == shapes.model_shapes(bundled / "config.json")
-    assert (config["intermediate_size"], config["hidden_size"]) in found
-    assert (config["hidden_size"], config["intermediate_size"]) in found
+    llama = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **llama}))
+    found = shapes.model_shapes(tmp_path)
+    assert found == shapes.model_shapes(tmp_path / "config.json")
+    assert found == ((256, 256), (128, 256), (768, 256), (256, 768), (512, 256), (1536, 256))
+    (tmp_path / "config.json").write_text(json.dumps({**llama, "head_dim": 128}))
+    assert (1024, 256) in shapes.model_shapes(tmp_path), "q, k and v of wider heads"
     moe = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": moe}))
     assert {(32, 64), (64, 32), (96, 64), (192, 64)} <= set(shapes.model_shapes(tmp_path))
