@@ -121,10 +121,7 @@ class GGUFValue:
             raise SpecError(
                 f"{value!r} has no GGUF type: expected a bool, int, float, str or a sequence of such that is not empty"
             )
-        element = _type_of(value)
-        if element is ValueType.STRING:
-            return cls(ValueType.ARRAY, value, element)
-        return cls(ValueType.ARRAY, array(_LETTERS[element], value), element)
+        return cls(ValueType.ARRAY, value, _type_of(value))
 
     def encode(self) -> bytes:
         """Return the bytes of this value: type and payload.
@@ -148,10 +145,10 @@ class GGUFValue:
         head = _U32.pack(self.element) + _U64.pack(len(self.value))
         if self.element is ValueType.STRING:
             return head + b"".join(encode_string(item) for item in self.value)
-        numbers = array(_LETTERS[self.element], self.value)
-        if sys.byteorder == "big":
-            numbers.byteswap()
-        return head + numbers.tobytes()
+        letter = _LETTERS[self.element]
+        if sys.byteorder == "little" and isinstance(self.value, array) and self.value.typecode == letter:
+            return head + self.value.tobytes()
+        return head + struct.pack(f"<{len(self.value)}{letter}", *self.value)
 
 
 def encode_string(text: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def write_gguf(
     target = Path(path)
     sources = {name: source_of(tensor) for name, tensor in tensors.items()}
     header = _header(metadata, sources, alignment)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
             file.write(header)
