@@ -133,8 +133,14 @@ def test_spills_and_stack_are_reported():
 
 
 @needs_nvrtc
-def test_the_compiler_has_a_version():
-    assert re.fullmatch(r"\d+\.\d+", compiler.compiler_version())
+def test_the_compiler_has_a_version(monkeypatch):
+    assert re.fullmatch(r"nvidia-cuda-nvrtc\S*-\d+\.\d+\S*|\d+\.\d+", compiler.compiler_version())
+    monkeypatch.setattr(compiler, "_version", lambda package: None)  # it came with a toolkit
+    compiler.compiler_version.cache_clear()
+    try:
+        assert re.fullmatch(r"\d+\.\d+", compiler.compiler_version())
+    finally:
+        compiler.compiler_version.cache_clear()
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
@@ -148,6 +154,8 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_cuda)
     with pytest.raises(MissingPackageError, match="'cuda-core', which is not installed; run: pip install cuda-core"):
         compiler.compile_source("", "sm_80", "nothing")
+    monkeypatch.setattr(compiler, "_version", lambda package: None)
+    compiler.compiler_version.cache_clear()
     with pytest.raises(MissingPackageError, match="'cuda-bindings', which is not installed"):
         compiler.compiler_version()
 

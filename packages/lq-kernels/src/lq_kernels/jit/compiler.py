@@ -18,6 +18,8 @@ INCLUDE_FOLDER = CUDA_FOLDER / "include"
 SOURCE_FOLDER = CUDA_FOLDER / "src"
 STANDARD = "c++17"
 
+_COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
+
 _import_lock = threading.Lock()
 
 _USAGE = re.compile(
@@ -86,12 +88,18 @@ def headers() -> str:
     return "\n".join(f"// {path.relative_to(INCLUDE_FOLDER)}\n{path.read_text(encoding='utf-8')}" for path in paths)
 
 
+@functools.cache
 def compiler_version() -> str:
-    """Return NVRTC's version.
+    """Return the versions of the packages that bring the compiler, or NVRTC's own where it comes from elsewhere.
+
+    Of packages it is read without loading NVRTC, which takes longer than loading what is compiled already.
 
     Raises:
         MissingPackageError: If cuda-core or NVRTC is not installed.
     """
+    found = [f"{name}-{version}" for name in _COMPILER_PACKAGES if (version := _version(name))]
+    if found:
+        return " ".join(found)
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
@@ -100,6 +108,15 @@ def compiler_version() -> str:
         ) from error
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = ()) -> Compiled:

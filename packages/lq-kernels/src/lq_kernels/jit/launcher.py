@@ -4,27 +4,26 @@ A kernel is loaded once a device and process, and a launch (grid, cluster, attri
 costs a look-up, filling in the pointers, and the driver's launch: about 2 us. Kernels have pointers and
 :class:`lq_kernels.jit.tensor_map.TensorMap` parameters first and ``long long`` ones after them.
 
-The driver is called through ctypes: ``cuda.core`` has no programmatic dependent launch, and the generated bindings build
-their argument arrays anew in each call.
+The driver is called through ctypes (:mod:`lq_kernels.jit.driver`): ``cuda.core`` has no programmatic dependent launch, and the
+generated bindings build their argument arrays anew in each call.
 """
 
 import ctypes
 import functools
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lq_formats import CompileError, LaunchError
 from torch import Tensor
 
-from lq_kernels.jit import cache
+from lq_kernels.jit import cache, driver
 from lq_kernels.jit.compiler import (
     STANDARD,
     architecture,
     compile_source,
     compiler_version,
-    cuda_core,
     headers,
     source,
 )
@@ -33,10 +32,11 @@ if TYPE_CHECKING:
     from lq_kernels.jit.tensor_map import TensorMap
 
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_SHARED_WITHOUT_ASKING = 48 << 10
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _lock = threading.Lock()
-_functions: dict[tuple[int, str, str, tuple[str, ...]], Any] = {}
+_functions: dict[tuple[int, str, str, tuple[str, ...]], int] = {}
 
 
 class _Attribute(ctypes.Structure):
@@ -109,13 +109,13 @@ class Launch:
         self._attributes = (_Attribute * max(1, len(attributes)))(*attributes)
         self._config = _Config(grid, (threads, 1, 1), shared, None, self._attributes, len(attributes))
         self._reference = ctypes.byref(self._config)
-        self._function = ctypes.c_void_p(int(load(index, name, kernel, shared, defines).handle))
+        self._function = ctypes.c_void_p(load(index, name, kernel, shared, defines))
         self._label = f"{kernel} of {name}.cu"
         count = pointers + len(sizes)
         self._values = (ctypes.c_longlong * count)(*([0] * pointers), *sizes)
         start = ctypes.addressof(self._values)
         self._parameters = (ctypes.c_void_p * count)(*(start + 8 * i for i in range(count)))
-        self._driver = _driver()
+        self._driver = driver.function("cuLaunchKernelEx")
         self._index = index
         self._lock = threading.Lock()
 
@@ -228,45 +228,39 @@ def cubin(name: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
     return found
 
 
-def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ...] = ()) -> Any:
-    """Return a kernel on GPU ``index``, compiled if need be, that may use ``shared`` bytes of shared memory.
+def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ...] = ()) -> int:
+    """Return the handle of a kernel on GPU ``index``, compiled if need be, that may use ``shared`` bytes of shared memory.
 
     Raises:
         CompileError: If it cannot be compiled or loaded.
     """
     known = _functions.get((index, name, kernel, defines))
-    if known is not None and shared <= 48 << 10:
+    if known is not None and shared <= _SHARED_WITHOUT_ASKING:
         return known
     arch = architecture(torch.cuda.get_device_capability(index))
     # Outside of the lock: several kernels may compile at once.
     code = b"" if known is not None else cubin(name, arch, defines)
-    core = cuda_core()
-    from cuda.bindings import driver
-
     with _lock:
-        core.Device(index).set_current()
+        driver.make_current(index)
         function = _functions.get((index, name, kernel, defines))
         if function is None:
             try:
-                function = core.ObjectCode.from_cubin(code).get_kernel(kernel)
-            except Exception:
+                function = driver.load_kernel(code, kernel)
+            except LaunchError:
                 # The entry was whole but the driver refuses it: compile anew, once.
                 cache.discard(_entry(name, arch, defines))
                 try:
-                    function = core.ObjectCode.from_cubin(cubin(name, arch, defines)).get_kernel(kernel)
-                except Exception as error:
-                    raise CompileError(f"the driver cannot load {kernel} of {name}.cu for {arch}: {error}") from error
+                    function = driver.load_kernel(cubin(name, arch, defines), kernel)
+                except LaunchError as error:
+                    raise CompileError(f"{name}.cu was compiled for {arch} and cannot be loaded: {error}") from error
             _functions[index, name, kernel, defines] = function
-        if shared > 48 << 10:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if shared > _SHARED_WITHOUT_ASKING:
             most = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-            device = core.Device(index).device_id
-            (status,) = driver.cuKernelSetAttribute(attribute, most, function.handle, device)
-            # All of it: by default the driver leaves some to the L1 cache, and a second CTA of a multiprocessor does not fit.
-            carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-            driver.cuKernelSetAttribute(carveout, 100, function.handle, device)
-            if status != driver.CUresult.CUDA_SUCCESS or shared > most:
-                raise CompileError(f"{kernel} needs {shared} bytes of shared memory: this GPU has {most} ({status})")
+            status = driver.allow_shared(function, index, most)
+            if status or shared > most:
+                raise CompileError(
+                    f"{kernel} needs {shared} bytes of shared memory: this GPU has {most} (CUDA error {status})"
+                )
         return function
 
 
@@ -279,13 +273,3 @@ def _entry(name: str, arch: str, defines: tuple[str, ...]) -> str:
     except PackageNotFoundError:  # a bare checkout
         release = "checkout"
     return cache.key(name, source(name), headers(), arch, *defines, STANDARD, compiler_version(), release)
-
-
-@functools.cache
-def _driver() -> Any:
-    """Return ``cuLaunchKernelEx`` of the driver that torch has already loaded."""
-    library = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
-    function = library.cuLaunchKernelEx
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    function.restype = ctypes.c_int
-    return function

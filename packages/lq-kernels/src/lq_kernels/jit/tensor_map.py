@@ -3,12 +3,15 @@
 Encoding one on the host takes microseconds, so maps are cached by everything they hold: the address, the sizes and the box.
 """
 
+import ctypes
 import functools
 from typing import Any
 
 import torch
-from lq_formats import DTypeError, LaunchError, ShapeError
+from lq_formats import DTypeError, ShapeError
 from torch import Tensor
+
+from lq_kernels.jit import driver
 
 _MAX_BOX = 256
 _SWIZZLE_BYTES = 128
@@ -23,7 +26,7 @@ class TensorMap:
 
     def __init__(self, encoded: Any) -> None:
         self._encoded = encoded  # owns the bytes
-        self.address = int(encoded.getPtr())
+        self.address = ctypes.addressof(encoded)
 
 
 def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> TensorMap:
@@ -58,31 +61,5 @@ def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> TensorMap:
 
 @functools.lru_cache(maxsize=1024)
 def _encode(address: int, rows: int, columns: int, pitch: int, size: int, box_rows: int, bf16: bool) -> TensorMap:
-    from cuda.bindings import driver
-
-    kinds = driver.CUtensorMapDataType
-    kind = (
-        kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8
-        if size == 1
-        else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-        if bf16
-        else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    )
-    status, encoded = driver.cuTensorMapEncodeTiled(
-        kind,
-        2,
-        address,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(pitch)],
-        [driver.cuuint32_t(_SWIZZLE_BYTES // size), driver.cuuint32_t(box_rows)],
-        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise LaunchError(
-            f"the driver refuses a tensor map of {rows} x {columns} with a pitch of {pitch} bytes: {status}"
-        )
-    return TensorMap(encoded)
+    dtype = "uint8" if size == 1 else "bfloat16" if bf16 else "float16"
+    return TensorMap(driver.encode_tensor_map(dtype, address, rows, columns, pitch, box_rows, _SWIZZLE_BYTES // size))
