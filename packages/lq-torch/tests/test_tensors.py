@@ -258,7 +258,9 @@ def test_copy_takes_an_equally_quantized_weight_only(weight, device):
     ],
     ids=["add", "index", "sum", "view", "zero", "zeros-like", "init", "embedding", "cat", "as-input"],
 )
-def test_other_operators_are_refused_and_nothing_becomes_dense(weight, operate):
+def test_other_operators_are_refused_and_nothing_becomes_dense(weight, operate, request):
+    if isinstance(weight, GGMLTensor) and "embedding" in request.node.callspec.id:
+        pytest.skip("rows of ggml blocks are looked up: test_gguf.py")
     before = weight.dequantize()
     with pytest.raises(UnsupportedError):
         operate(weight)

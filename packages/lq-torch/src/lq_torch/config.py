@@ -6,7 +6,7 @@ from enum import Enum, StrEnum
 from typing import Any, ClassVar, Literal
 
 import torch
-from lq_formats import ShapeError, SpecError, ggml_format
+from lq_formats import GGML_FORMATS, ShapeError, SpecError, UnsupportedError, ggml_format
 from lq_formats.search import ALGORITHMS
 from torch import Tensor
 
@@ -217,7 +217,8 @@ class GGMLWeightOnlyConfig(WeightConfig):
     """Weights in ggml blocks.
 
     Attributes:
-        ggml_type: ``"q4_0"``, ``"q4_1"``, ``"q5_0"``, ``"q5_1"`` or ``"q8_0"``.
+        ggml_type: ``"q4_0"``, ``"q4_1"``, ``"q5_0"``, ``"q5_1"``, ``"q8_0"``, ``"iq4_nl"``, ``"mxfp4"``, ``"q4_k"`` or
+            ``"q6_k"``. Other types come from files only.
     """
 
     name: ClassVar[str] = "ggml_weight_only"
@@ -227,6 +228,9 @@ class GGMLWeightOnlyConfig(WeightConfig):
         form = ggml_format(self.ggml_type)
         if form.name == "q8_1":
             raise SpecError("q8_1 is ggml's format for activations; use q8_0 for weights")
+        if form.quantizer is None:
+            written = ", ".join(name for name, other in GGML_FORMATS.items() if other.quantizer and name != "q8_1")
+            raise UnsupportedError(f"lq reads {form.name} but does not quantize to it: expected one of {written}")
         object.__setattr__(self, "ggml_type", form.name)
 
     def quantize(self, w: Tensor) -> LowBitTensor:
@@ -235,5 +239,8 @@ class GGMLWeightOnlyConfig(WeightConfig):
 
     def validate(self, w: Tensor) -> None:
         """Raise ShapeError unless K is a multiple of the block size."""
-        if w.shape[1] % 32:
-            raise ShapeError(f"in_features={w.shape[1]} is not a multiple of the 32 elements of a ggml block")
+        block = ggml_format(self.ggml_type).block_size
+        if w.shape[1] % block:
+            raise ShapeError(
+                f"in_features={w.shape[1]} is not a multiple of the {block} elements of a {self.ggml_type} block"
+            )

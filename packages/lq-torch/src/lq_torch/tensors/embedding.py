@@ -4,7 +4,7 @@ llama.cpp's files quantize the token embedding, and models that tie it multiply 
 weight serves both an ``nn.Embedding`` and an ``nn.Linear``.
 """
 
-from lq_formats import UnsupportedError, ggml_format
+from lq_formats import UnsupportedError
 from torch import Tensor
 
 from lq_torch.tensors.base import DISPATCH, LowBitTensor, aten
@@ -23,8 +23,7 @@ def _embedding(
         raise UnsupportedError(
             f"an embedding looks up rows of a dense weight or of ggml blocks, not of a {type(weight).__name__}"
         )
-    rows: Tensor = ggml_format(weight.ggml_type).dequantize(weight.qdata[indices], weight.dtype)
-    return rows
+    return weight.dequantize_rows(indices)
 
 
 DISPATCH[aten.embedding.default] = _embedding
