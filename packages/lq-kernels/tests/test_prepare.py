@@ -123,6 +123,19 @@ def test_nor_for_8_bit_tokens(bits, activation, launches):
         launches.clear()
 
 
+def test_q4_0_blocks_are_multiplied_as_int4_on_hopper(launches):
+    spec, n, k = QuantSpec(4, "group", 32, True, FP16), 512, 1024
+    ready = compiled(Problem("q4_0", 1, n, k, spec, BF16, H200))
+    packed, scale, _ = fragment(4, n, k, 32, FP16, False)
+    for m in range(1, 300, 7):
+        for module in (decode_a16, prefill_a16):
+            choice = module.choice_of(Problem("preshuffled", m, n, k, spec, BF16, H200))
+            module.linear(torch.empty(m, k, dtype=BF16), packed, scale, None, None, n, 32, 4, choice.config)
+            assert launches <= ready
+    elsewhere = units(Problem("q4_0", 1, n, k, spec, BF16, Arch("cuda", (8, 9), "NVIDIA L4", 58)))
+    assert {unit.source for unit in elsewhere} == set(SOURCES)
+
+
 @pytest.mark.parametrize("op", ["int4", "preshuffled"])
 def test_representatives_stand_for_every_kernel_that_is_selected(op, launches):
     for n, k in ((4096, 4096), (2048, 8192), (1024, 4096)):

@@ -10,6 +10,7 @@ from lq_formats import DTypeError, SpecError
 from lq_kernels import Arch, ops, registry
 from lq_kernels.prepare import Unit
 from lq_torch import (
+    GGMLWeightOnlyConfig,
     Int4DynamicActivationConfig,
     Int4PackedLinear,
     Int4WeightOnlyConfig,
@@ -107,6 +108,7 @@ LAYERS = {
     "int8-preshuffled": lambda: Int8PreshuffledTensor.from_hp(torch.randn(64, 256, dtype=torch.bfloat16)),
     "int4-fp8": lambda: quantized(Int4DynamicActivationConfig("fp8", group_size=128)).weight,
     "int4-int8": lambda: quantized(Int4DynamicActivationConfig("int8", group_size=-1)).weight,
+    "q4_0": lambda: quantized(GGMLWeightOnlyConfig("q4_0")).weight,
     "int8-fp8": lambda: quantized(Int8DynamicActivationConfig(activation="fp8")).weight,
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lq_kernels import q4_0
 from lq_kernels.cuda import constraints
 from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.cuda.variant import Variant
@@ -44,6 +45,9 @@ def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
     """
     if problem.arch.kind != "cuda" or constraints.why_not_compile() is not None:
         return ()
+    if problem.op == "q4_0":
+        found = tuple(_a16(replace(problem, op="int4", spec=q4_0.spec(problem.k))))
+        return found or units(replace(problem, op="q4_0_q8_1"))
     if problem.op == "q4_0_q8_1":
         able = constraints.why_not_q4_0(problem) is None
         return tuple(Unit(source, (), kernels) for source, kernels in SOURCES.items()) if able else ()

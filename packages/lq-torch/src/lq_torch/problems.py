@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lq_torch.linear import Int4PackedLinear, Int8Linear
 from lq_torch.tensors import (
+    GGMLTensor,
     Int4DynamicTensor,
     Int4PermutedTensor,
     Int4PreshuffledTensor,
@@ -26,7 +27,7 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
         dtype: Of the activations.
 
     Returns:
-        None for formats that lq's registry does not choose kernels for (gemlite, tinygemm, ggml).
+        None for formats that lq's registry does not choose kernels for (gemlite, tinygemm, ggml but Q4_0).
     """
     if isinstance(layer, Int4PackedLinear):
         spec = _int4(layer.group_size, layer.in_features, True, layer.scales.dtype)
@@ -53,6 +54,8 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
         return Problem("int4_dynamic", m, n, k, spec, dtype, arch, layer.activation)
     if isinstance(layer, Int8DynamicTensor):
         return Problem("int8_dynamic", m, n, k, _int8(layer.scale), dtype, arch, layer.activation)
+    if isinstance(layer, GGMLTensor) and layer.ggml_type == "q4_0":
+        return Problem("q4_0", m, n, k, QuantSpec(4, "group", 32, True, torch.float16), dtype, arch)
     return None
 
 
