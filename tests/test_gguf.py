@@ -1,5 +1,6 @@
 """A trained model -> quantize_ -> a GGUF file -> load_gguf -> the same logits and the same file, across all packages."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "iq4_nl"])
+@pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q4_k"])
 def test_a_trained_model_comes_back_to_the_bit(name: str, tokens: Tensor, tmp_path: Path) -> None:
     model = trained()
     quantize_(model, GGMLWeightOnlyConfig(name))
@@ -62,6 +63,19 @@ def test_the_oracle_reads_the_file(tokens: Tensor, tmp_path: Path) -> None:
         ours_value = loaded.state_dict()[name]
         ours_value = ours_value.dequantize() if isinstance(ours_value, GGMLTensor) else ours_value
         assert torch.equal(value, ours_value), name
+
+
+def test_a_mixture_as_in_the_files_of_llama_cpp(tokens: Tensor, tmp_path: Path) -> None:
+    """Q4_K, with Q6_K for what suffers most and for the embedding, which is the head."""
+    model = trained()
+    quantize_(model, GGMLWeightOnlyConfig("q6_k"), lambda module, path: path.endswith(("v_proj", "down_proj")))
+    quantize_(model, GGMLWeightOnlyConfig("q4_k"))
+    blocks = GGMLTensor.from_hp(model.lm_head.weight.data, "q6_k")
+    model.lm_head.weight = model.model.embed_tokens.weight = nn.Parameter(blocks, requires_grad=False)
+    save_gguf(model, tmp_path / "model.gguf")
+    kinds = Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors)
+    assert kinds == {"Q4_K": 20, "Q6_K": 9, "F32": 9}
+    assert torch.equal(logits(load_gguf(tmp_path / "model.gguf"), tokens), logits(model, tokens))
 
 
 def test_a_tied_embedding_is_one_packed_tensor(tokens: Tensor, tmp_path: Path) -> None:
