@@ -70,9 +70,10 @@ def libraries(tmp_path_factory):
 def host(libraries, monkeypatch):
     """Replace the launch of both launchers; the returned list notes the kernels. Set ``host.seed`` for another order."""
 
-    def launch(name, kernel, grid, threads, shared, device, *arguments):
+    def launch(name, kernel, grid, threads, shared, device, *arguments, dependent=False):
         assert kernel in SOURCES[name]
         assert grid[2] == 1
+        assert not dependent  # tensors are on the CPU
         guarded = [Guarded(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         values = [a.address if isinstance(a, Guarded) else a for a in guarded]
         library = libraries[name]

@@ -134,7 +134,8 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     rows = -(-blocks // config.clusters)
     passes = -(-rows // config.slots)
     wanted = passes * -(-share * config.slots // (2 * _WARPS))
-    resident = config.stages >= min(wanted, _MAX_STAGES) and config.shared <= _SHARED[2]
+    whole = config.stages >= min(wanted, _MAX_STAGES)
+    resident = whole and config.shared <= _SHARED[2]
     x = min(m, 8 * config.token_tiles) * share * (512 // bits) * 2 / 1024
     work = rows * share * (1.4 if per_sm == 1 and not resident else per_sm)
     tokens = -(-m // (8 * config.token_tiles))
@@ -144,7 +145,7 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
         + 25.0 * (per_sm - 1)
         + 2.5 * config.cluster
         + 2.0 * config.token_tiles
-        + (1.5 if resident else 0.5) * x
+        + (1.5 if whole else 0.5) * x
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lq_kernels.jit.launcher import launch
+from lq_kernels.problem import Arch
 
 _THREADS = 256
 _LANES = 4  # of a block
@@ -24,7 +25,9 @@ def quantize_q8_1(x: Tensor) -> Tensor:
     blocks = x.numel() // 32
     out = torch.empty((*x.shape[:-1], x.shape[-1] // 32, 36), dtype=torch.uint8, device=x.device)
     name = f"quantize_q8_1_{str(x.dtype).removeprefix('torch.')}"
-    launch("quantize_q8_1", name, (-(-blocks * _LANES // _THREADS), 1, 1), _THREADS, 0, x.device, x, out, blocks)
+    grid = (-(-blocks * _LANES // _THREADS), 1, 1)
+    dependent = Arch.of(x.device).capability >= (9, 0)
+    launch("quantize_q8_1", name, grid, _THREADS, 0, x.device, x, out, blocks, dependent=dependent)
     return out
 
 

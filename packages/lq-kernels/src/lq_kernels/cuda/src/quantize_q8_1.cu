@@ -1,7 +1,8 @@
 // Q8_1: 32 floats to `half d; half s; int8 q[32]`, the bytes of lq_formats.quantize_q8_1.
 //
 // Four lanes a block, eight elements a lane. Division and multiplication are rounded one by one (__fdiv_rn, __fmul_rn):
-// a fused or approximate operation would change bytes. roundf rounds half away from zero, as ggml does.
+// a fused or approximate operation would change bytes. roundf rounds half away from zero, as ggml does. On Hopper it starts
+// before its predecessor ends, and its successor before it does; whoever needs results waits.
 
 #include "lq/mma.cuh"
 
@@ -33,6 +34,13 @@ __device__ __forceinline__ void load_bfloat(float (&to)[kElements], const u16* x
   const Vector v = *reinterpret_cast<const Vector*>(x + at);
 #pragma unroll
   for (int i = 0; i < 8; ++i) to[i] = __uint_as_float(i % 2 ? v.words[i / 2] & 0xFFFF0000u : v.words[i / 2] << 16);
+}
+
+__device__ __forceinline__ void overlap() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Every lane of the warp takes part; what lanes without a block have is not stored.
@@ -80,6 +88,7 @@ __device__ __forceinline__ void quantize(const float (&x)[kElements], u8* block,
     const i64 unit = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x, block = unit / kLanes;   \
     const bool exists = block < blocks;                                                              \
     float values[kElements] = {};                                                                    \
+    overlap();                                                                                       \
     if (exists) LOAD(values, x, unit * kElements);                                                   \
     quantize(values, out + block * 36, static_cast<int>(unit % kLanes), exists);                     \
   }
