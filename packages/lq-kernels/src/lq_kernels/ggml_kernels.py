@@ -3,7 +3,7 @@
 Launchers take ``(x, codes, high, scale, bias, ggml_type)``: the planes of :data:`lq_formats.layouts.GGML_PLANES`, all tensors
 valid and not empty, x ``(M, K)``; they return ``(M, N)`` in x's dtype.
 
-The constants below come from counts of instructions in compiled kernels (5 to 10 a weight on sm_90), not from measurements.
+The constants below come from counts of instructions in compiled kernels, not from measurements.
 """
 
 import functools
@@ -44,13 +44,13 @@ def dequantize(
 
 
 def predict_gemv_us(problem: Problem) -> float:
-    """Predict the Triton GEMV: 0.4 us a million weights and token on an H200 (8 to 10 instructions a weight)."""
+    """Predict the Triton GEMV: 0.45 us a million weights and token on an H200 (8 to 12 instructions a weight)."""
     millions = problem.n * problem.k / 1e6
-    return cost.machine(problem.arch).launch + 0.4 * millions * problem.m * _slower_than_h200(problem)
+    return cost.machine(problem.arch).launch + 0.45 * millions * problem.m * _slower_than_h200(problem)
 
 
 def predict_splitk_us(problem: Problem) -> float:
-    """Predict the Triton split-K kernel: two launches and 0.3 us a million weights on an H200 (5 to 7 instructions a weight).
+    """Predict the Triton split-K kernel: two launches and 0.38 us a million weights on an H200 (6 to 12 instructions a weight).
 
     Scales multiply sums, so a tile of 64 tokens costs about 1.6 times one of 16; more tokens read the weight again.
     """
@@ -58,7 +58,7 @@ def predict_splitk_us(problem: Problem) -> float:
     tile = 1.0 + 0.6 * max(min(problem.m, 64) - 16, 0) / 48
     tiles = tile if problem.m <= 64 else 2.4 * -(-problem.m // 64)
     exact = 8.0 if problem.dtype == torch.float32 else 1.0
-    return cost.machine(problem.arch).launch + 3.0 + 0.3 * millions * tiles * exact * _slower_than_h200(problem)
+    return cost.machine(problem.arch).launch + 3.0 + 0.38 * millions * tiles * exact * _slower_than_h200(problem)
 
 
 def _slower_than_h200(problem: Problem) -> float:

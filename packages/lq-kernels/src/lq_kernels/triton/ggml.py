@@ -178,6 +178,7 @@ def _dot_kernel(
     from_token = tokens.to(tl.int64)[:, None] * k + lanes[None, :]
     from_scale = scale + rows.to(tl.int64) * scale_words
     acc = tl.zeros((BN, BM), dtype=tl.float32)
+    ones = tl.full((BN, GROUP), 1.0, dtype=dtype)
     chunks = words // GROUP
     first = pid_k * chunks_per_split
     last = tl.minimum(first + chunks_per_split, chunks)
@@ -197,8 +198,10 @@ def _dot_kernel(
             part = tl.dot(values.to(dtype), tl.trans(a), input_precision="ieee")
             s, low = _decode(w, i, kind)
             acc += part * s[:, None]
-            if has_low:
-                acc += low[:, None] * tl.sum(a.to(tl.float32), axis=1)[None, :]
+            if (
+                has_low
+            ):  # sums of x by the tensor cores come in the layout of acc; tl.sum would pass them through shared memory
+                acc += tl.dot(ones, tl.trans(a), input_precision="ieee") * low[:, None]
     if has_bias:
         b = tl.load(bias + rows, mask=rows < tl.where(pid_k == 0, n, 0), other=0.0).to(tl.float32)
         acc += b[:, None]
