@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lq_kernels import cost
 from lq_kernels.cuda.constraints import why_not_compile
+from lq_kernels.hopper import int4_fragments, int8_fragments
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int4_dequantize_reference, preshuffled_dequantize_reference
 from lq_kernels.triton.constraints import why_not_dequantize
@@ -80,12 +81,28 @@ def preshuffled_linear(
 
 def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """Return ``x (M, K) @ w.T`` in x's dtype."""
-    return x @ int4_dequantize(qweight, scale, zero, group_size, x.shape[1], x.dtype).t()
+    n, k = qweight.shape[0], x.shape[1]
+    if _fragments_serve(x, group_size):
+        packed, scales, zeros = int4_fragments(k, qweight, scale, zero, group_size)
+        return x @ preshuffled_dequantize(packed, scales, zeros, 4, group_size, n, k, x.dtype).t()
+    return x @ int4_dequantize(qweight, scale, zero, group_size, k, x.dtype).t()
 
 
 def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     """Return ``x (M, K) @ (q * scale).T`` in x's dtype."""
+    n, k = qweight.shape
+    if _fragments_serve(x, k):
+        packed, scales = int8_fragments(qweight, scale)
+        return x @ preshuffled_dequantize(packed, scales, None, 8, k, n, k, x.dtype).t()
     return x @ int8_dequantize(qweight, scale, x.dtype).t()
+
+
+def _fragments_serve(x: Tensor, group_size: int) -> bool:
+    """Return whether the Hopper kernels run such a weight: then it is in fragment order beside the canonical bits."""
+    arch, k = Arch.of(x.device), x.shape[1]
+    whole = group_size == k or group_size in (32, 64) or group_size % FRAGMENT_INT4.step == 0
+    hopper = arch.kind == "cuda" and arch.capability == (9, 0) and why_not_compile() is None
+    return hopper and whole and k % 8 == 0 and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor) -> Tensor:

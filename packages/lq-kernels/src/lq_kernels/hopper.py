@@ -73,17 +73,7 @@ class OnCanonicalInt4:
         self, k: int, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
     ) -> Callable[[Tensor], Tensor]:
         """Return the product with this weight of ``k`` in features, as it is now: later changes are not seen."""
-        from lq_kernels.preshuffled import arranged_groups
-
-        groups = arranged_groups(k, group_size)
-        packed = once(qweight, f"fragment-int4-{k}", lambda: FRAGMENT_INT4.pack(unpack_int4(qweight, k)))
-        scales = once(scale, f"fragment-scale-{groups}", lambda: FRAGMENT_INT4.arrange_scales(scale, groups))
-        zeros = None
-        if zero is not None:
-            wide = scale.dtype
-            zeros = once(
-                zero, f"fragment-zero-{groups}-{wide}", lambda: FRAGMENT_INT4.arrange_scales(zero.to(wide), groups)
-            )
+        packed, scales, zeros = int4_fragments(k, qweight, scale, zero, group_size)
         launcher, n = self._launcher, qweight.shape[0]
         return lambda x: launcher(x, packed, scales, zeros, None, n, group_size, 4)
 
@@ -101,12 +91,35 @@ class OnCanonicalInt8:
     def bind(self, k: int, qweight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the product with this weight of ``k`` in features, as it is now: later changes are not seen."""
         n = qweight.shape[0]
-        packed = once(qweight, "fragment-int8", lambda: FRAGMENT_INT8.pack(INT8.unpack(qweight)))
-        scales = once(
-            scale, f"fragment-scale-{n}", lambda: FRAGMENT_INT8.arrange_scales(scale.expand(n)[:, None].contiguous(), 1)
-        )
+        packed, scales = int8_fragments(qweight, scale)
         launcher = self._launcher
         return lambda x: launcher(x, packed, scales, None, None, n, k, 8)
+
+
+def int4_fragments(
+    k: int, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a canonical int4 weight's codes, scales and zeros in fragment order, made once a weight."""
+    from lq_kernels.preshuffled import arranged_groups
+
+    groups = arranged_groups(k, group_size)
+    packed = once(qweight, f"fragment-int4-{k}", lambda: FRAGMENT_INT4.pack(unpack_int4(qweight, k)))
+    scales = once(scale, f"fragment-scale-{groups}", lambda: FRAGMENT_INT4.arrange_scales(scale, groups))
+    if zero is None:
+        return packed, scales, None
+    wide = scale.dtype
+    zeros = once(zero, f"fragment-zero-{groups}-{wide}", lambda: FRAGMENT_INT4.arrange_scales(zero.to(wide), groups))
+    return packed, scales, zeros
+
+
+def int8_fragments(qweight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an int8 weight's codes and scales, one a row, in fragment order, made once a weight."""
+    n = qweight.shape[0]
+    packed = once(qweight, "fragment-int8", lambda: FRAGMENT_INT8.pack(INT8.unpack(qweight)))
+    scales = once(
+        scale, f"fragment-scale-{n}", lambda: FRAGMENT_INT8.arrange_scales(scale.expand(n)[:, None].contiguous(), 1)
+    )
+    return packed, scales
 
 
 def once(weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:

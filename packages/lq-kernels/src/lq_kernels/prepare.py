@@ -69,7 +69,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
         cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
         for tokens in sorted({cut.tokens for cut in cuts}, reverse=True):
             yield Unit("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}"))
-    if problem.op == "preshuffled":
+    if problem.op == "preshuffled" or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))
 
 
