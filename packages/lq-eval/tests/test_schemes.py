@@ -27,13 +27,15 @@ def normal():
             Int4WeightOnlyConfig(group_size=128, int4_packing_format="gemlite", int4_choose_qparams_algorithm="mse"),
         ),
         ("q4_0", GGMLWeightOnlyConfig("q4_0")),
+        ("q6_k", GGMLWeightOnlyConfig("q6_k")),
+        ("mxfp4", GGMLWeightOnlyConfig("mxfp4")),
     ],
 )
 def test_names_stand_for_configurations(name, config):
     assert parse_scheme(name) == config
 
 
-@pytest.mark.parametrize("name", ["int5", "int4", "int4-g", "int4-gx", "q4_0-asym", "q9_9", ""])
+@pytest.mark.parametrize("name", ["int5", "int4", "int4-g", "int4-gx", "q4_0-asym", "q9_9", "q4_kk", ""])
 def test_unknown_names_are_refused(name):
     with pytest.raises(SpecError):
         parse_scheme(name)

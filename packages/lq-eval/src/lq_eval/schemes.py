@@ -8,7 +8,7 @@ A scheme is a short name for a configuration of :func:`lq_torch.quantize_`::
     int4-g128-mse  int4-g128-asym-hqq         scales and zeros searched (without: round to nearest)
     int4-g128:gemlite                         the same numbers in another packing
     int4-g128-a8-fp8  int8-a8-int8            activations quantized per token on each call, to fp8 or int8
-    q4_0                                      ggml blocks
+    q4_0  q8_0  q4_k  q6_k  iq4_nl  mxfp4     ggml blocks
 """
 
 import math
@@ -27,7 +27,7 @@ _INT4 = re.compile(
     r"int4-(?:g(?P<group>\d+)|row)(?P<asym>-asym)?(?:-(?P<algorithm>rtn|mse|hqq))?(?::(?P<format>[a-z0-9_]+))?"
 )
 _DYNAMIC = re.compile(r"(?P<weight>int4-(?:g\d+|row)|int8)-a8-(?P<activation>fp8|int8)")
-_GGML = re.compile(r"q\d_\d")
+_GGML = re.compile(r"q\d_[\dk]|iq4_nl|mxfp4")
 
 DEMO_SCHEMES = (
     "int8",
