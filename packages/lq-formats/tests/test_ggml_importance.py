@@ -20,8 +20,8 @@ from lq_formats.ggml.kquants import pack_scale_min, unpack_scale_min
 from torch import Tensor
 
 SEARCHED = tuple(name for name, form in GGML_FORMATS.items() if form.weighted)
-# Weighted squared error with an importance over that without; seen: .68 .70 .62 .68.
-SHARES = {"q4_0": 0.75, "iq4_nl": 0.78, "q4_k": 0.70, "q6_k": 0.75}
+# Weighted squared error with an importance over that without; seen: .68 .70 .62 .63 .68.
+SHARES = {"q4_0": 0.75, "iq4_nl": 0.78, "q4_k": 0.70, "q5_k": 0.70, "q6_k": 0.75}
 
 
 def error(form: GGMLFormat, data: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -54,7 +54,7 @@ def test_q4_k_beats_q4_0_and_iq4_nl_at_the_same_size() -> None:
     x, _ = heavy_tailed(4)
     even = torch.ones(x.shape[1])
     errors = {name: error(form, form.quantize(x), x, even) for name, form in GGML_FORMATS.items() if name in SEARCHED}
-    assert errors["q6_k"] < 0.06 * errors["q4_k"]
+    assert errors["q6_k"] < 0.27 * errors["q5_k"] < 0.27**2 * errors["q4_k"]
     assert errors["q4_k"] < 0.98 * errors["iq4_nl"] < 0.75 * errors["q4_0"]
 
 
@@ -140,7 +140,9 @@ def test_bad_importances_are_named(name: str) -> None:
 
 def test_formats_without_a_search_refuse_an_importance() -> None:
     for name in ("q4_1", "q5_0", "q8_0", "q8_1", "mxfp4"):
-        with pytest.raises(UnsupportedError, match=rf"{name} is quantized without a search.*q4_0, iq4_nl, q4_k, q6_k"):
+        with pytest.raises(
+            UnsupportedError, match=rf"{name} is quantized without a search.*q4_0, iq4_nl, q4_k, q5_k, q6_k"
+        ):
             GGML_FORMATS[name].quantize(torch.randn(2, 64), torch.ones(64))
 
 

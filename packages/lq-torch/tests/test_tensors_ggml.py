@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 TYPES = tuple(name for name in GGML_FORMATS if name not in ("q4_0", "q8_1"))
-WRITTEN = ("q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q4_k", "q6_k")
+WRITTEN = ("q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q4_k", "q5_k", "q6_k")
 K = 512
 
 

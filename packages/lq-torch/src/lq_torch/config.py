@@ -217,8 +217,8 @@ class GGMLWeightOnlyConfig(WeightConfig):
     """Weights in ggml blocks.
 
     Attributes:
-        ggml_type: ``"q4_0"``, ``"q4_1"``, ``"q5_0"``, ``"q5_1"``, ``"q8_0"``, ``"iq4_nl"``, ``"mxfp4"``, ``"q4_k"`` or
-            ``"q6_k"``. Other types come from files only.
+        ggml_type: ``"q4_0"``, ``"q4_1"``, ``"q5_0"``, ``"q5_1"``, ``"q8_0"``, ``"iq4_nl"``, ``"mxfp4"``, ``"q4_k"``,
+            ``"q5_k"`` or ``"q6_k"``. Other types come from files only.
     """
 
     name: ClassVar[str] = "ggml_weight_only"

@@ -21,7 +21,7 @@ from lq_formats.ggml.legacy import (
     quantize_q8_0,
 )
 from lq_formats.ggml.mxfp4 import dequantize_mxfp4, quantize_mxfp4
-from lq_formats.ggml.q4_k import quantize_q4_k
+from lq_formats.ggml.q4_q5_k import quantize_q4_k, quantize_q5_k
 from lq_formats.ggml.q6_k import quantize_q6_k
 from lq_formats.ggml.q8_1 import dequantize_q8_1, quantize_q8_1
 from lq_formats.ggml.registry import GGML_FORMATS, GGMLFormat, ggml_format
@@ -50,6 +50,7 @@ __all__ = [
     "quantize_q4_k",
     "quantize_q5_0",
     "quantize_q5_1",
+    "quantize_q5_k",
     "quantize_q6_k",
     "quantize_q8_0",
     "quantize_q8_1",

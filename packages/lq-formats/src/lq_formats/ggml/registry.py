@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from lq_formats.errors import SpecError, UnsupportedError
-from lq_formats.ggml import iq4_nl, kquants, legacy, mxfp4, q4_k, q6_k, q8_1
+from lq_formats.ggml import iq4_nl, kquants, legacy, mxfp4, q4_q5_k, q6_k, q8_1
 from lq_formats.ggml.blocks import BLOCK_SIZE
 from lq_formats.ggml.kquants import SUPER_BLOCK
 
@@ -72,8 +72,8 @@ _FORMATS = (
     GGMLFormat("mxfp4", BLOCK_SIZE, 17, mxfp4.dequantize_mxfp4, mxfp4.quantize_mxfp4, halves=()),
     GGMLFormat("q2_k", SUPER_BLOCK, 84, kquants.dequantize_q2_k, halves=(80, 82)),
     GGMLFormat("q3_k", SUPER_BLOCK, 110, kquants.dequantize_q3_k, halves=(108,)),
-    GGMLFormat("q4_k", SUPER_BLOCK, 144, kquants.dequantize_q4_k, q4_k.quantize_q4_k, halves=(0, 2), weighted=True),
-    GGMLFormat("q5_k", SUPER_BLOCK, 176, kquants.dequantize_q5_k, halves=(0, 2)),
+    GGMLFormat("q4_k", SUPER_BLOCK, 144, kquants.dequantize_q4_k, q4_q5_k.quantize_q4_k, halves=(0, 2), weighted=True),
+    GGMLFormat("q5_k", SUPER_BLOCK, 176, kquants.dequantize_q5_k, q4_q5_k.quantize_q5_k, halves=(0, 2), weighted=True),
     GGMLFormat("q6_k", SUPER_BLOCK, 210, kquants.dequantize_q6_k, q6_k.quantize_q6_k, halves=(208,), weighted=True),
 )
 GGML_FORMATS: Mapping[str, GGMLFormat] = MappingProxyType({item.name: item for item in _FORMATS})

@@ -49,7 +49,7 @@ class GGMLTensor(LowBitTensor):
             w: The weight, fp16, bf16 or fp32.
             ggml_type: A type that lq writes.
             importance: ``(K,)``, how much an error in a column counts (the mean square of what enters it), for types with a
-                search: q4_0, iq4_nl, q4_k, q6_k.
+                search: q4_0, iq4_nl, q4_k, q5_k, q6_k.
 
         Raises:
             ShapeError, DTypeError: If ``w`` does not fit the format.

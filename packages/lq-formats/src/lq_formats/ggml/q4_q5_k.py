@@ -1,13 +1,15 @@
-"""Quantizing to Q4_K: a scale and a minimum for each group by least squares, both in 6 bits. Layout: :mod:`.kquants`.
+"""Quantizing to Q4_K and Q5_K: a scale and a minimum for each group by least squares, both in 6 bits. Layout: :mod:`.kquants`.
 
-A group of 32 weights is ``x = s q - m`` with codes 0..15 and ``m >= 0``. For each of several steps around its range, codes
-are rounded, and the ``s`` and ``m`` that fit them best are kept where they leave the least error. The 256 weights of a block
-share ``d`` and ``dmin``, of which ``s`` and ``m`` become the multiples 0..63: a few of each are tried, refitted to the codes.
+A group of 32 weights is ``x = s q - m`` with codes 0..15 (0..31) and ``m >= 0``. For each of several steps around its range,
+codes are rounded, and the ``s`` and ``m`` that fit them best are kept where they leave the least error. The 256 weights of a
+block share ``d`` and ``dmin``, of which ``s`` and ``m`` become the multiples 0..63: a few of each are tried, refitted to the
+codes.
 
 An error counts as ``importance`` says, or without one as its weight's magnitude plus the group's root mean square, as in
 ggml's search without data. Bytes differ from llama.cpp's: its search visits other steps, and the order of its sums is its own.
 """
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -18,7 +20,8 @@ from lq_formats.ggml.importance import by_chunks, counted, finite_reciprocal, or
 from lq_formats.ggml.kquants import SUPER_BLOCK, pack_scale_min
 
 _GROUP = 32
-_STEPS = tuple(11 + 0.25 * number for number in range(25))  # codes that a group's range is cut into
+# Codes that a group's range is cut into, by the largest code.
+_STEPS = {15: tuple(11 + 0.25 * step for step in range(25)), 31: tuple(27 + 0.25 * step for step in range(25))}
 _LARGEST = (63, 60, 57)  # the 6-bit code of the largest scale (minimum) of a block
 
 
@@ -33,12 +36,21 @@ def quantize_q4_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
         DTypeError, ShapeError, NonFiniteError: If ``x`` is not finite floats with K a multiple of 256.
         SpecError: If ``importance`` holds negative numbers.
     """
-    blocks = split_blocks(x, "quantize_q4_k", block_size=SUPER_BLOCK)
+    return _quantize(x, importance, "quantize_q4_k", 15)
+
+
+def quantize_q5_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Quantize to Q5_K blocks ``(..., K // 256, 176) uint8``; arguments and errors as :func:`quantize_q4_k`."""
+    return _quantize(x, importance, "quantize_q5_k", 31)
+
+
+def _quantize(x: Tensor, importance: Tensor | None, name: str, max_code: int) -> Tensor:
+    blocks = split_blocks(x, name, block_size=SUPER_BLOCK)
     counts = None if importance is None else split_importance(importance, x, SUPER_BLOCK)
-    return by_chunks(_search, blocks, counts)
+    return by_chunks(partial(_search, max_code=max_code), blocks, counts)
 
 
-def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
+def _search(blocks: Tensor, importance: Tensor | None, max_code: int) -> Tensor:
     # In units of the block's largest weight: squares neither overflow nor vanish.
     unit = counted(blocks, importance).abs().amax(dim=-1, keepdim=True)
     groups = _groups((blocks * finite_reciprocal(unit)).clamp_(-2, 2))  # only what does not count is beyond 1
@@ -46,16 +58,21 @@ def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
         weight = (ordered_sum(groups * groups) / torch.full_like(groups[..., :1], _GROUP)).sqrt() + groups.abs()
     else:
         weight = _groups(importance).expand_as(groups)
-    scale, low = _fit_groups(counted(groups, weight), weight)
+    scale, low = _fit_groups(counted(groups, weight), weight, max_code)
     best: tuple[Tensor, ...] | None = None
     for largest in product(_LARGEST, _LARGEST):
-        found = _fit_block(groups, weight, unit.unsqueeze(-1), scale, low, largest)
+        found = _fit_block(groups, weight, unit.unsqueeze(-1), scale, low, largest, max_code)
         best = found if best is None else _better(best, found)
     assert best is not None
     _, codes, d, dmin, s6, m6 = best
-    nibbles = pack_nibbles(codes.reshape(*codes.shape[:-2], 4, 64)).flatten(-2)
+    codes = codes.to(torch.uint8)
     packed = pack_scale_min(s6.squeeze(-1).to(torch.uint8), m6.squeeze(-1).to(torch.uint8))
-    return torch.cat((half_bytes(d.flatten(-2)), half_bytes(dmin.flatten(-2)), packed, nibbles), dim=-1)
+    parts = [half_bytes(d.flatten(-2)), half_bytes(dmin.flatten(-2)), packed]
+    if max_code > 15:  # byte j, bit b: the fifth bit of weight 32 b + j
+        places = torch.arange(8, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+        parts.append((codes >> 4 << places).sum(dim=-2, dtype=torch.uint8))
+    nibbles = pack_nibbles((codes & 15).reshape(*codes.shape[:-2], 4, 64)).flatten(-2)
+    return torch.cat((*parts, nibbles), dim=-1)
 
 
 def _groups(values: Tensor) -> Tensor:
@@ -63,15 +80,15 @@ def _groups(values: Tensor) -> Tensor:
     return values.reshape(*values.shape[:-1], SUPER_BLOCK // _GROUP, _GROUP)
 
 
-def _fit_groups(groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_groups(groups: Tensor, weight: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
     """Return ``s`` and ``m``, neither negative, of each group: ``(..., groups, 1)``."""
     least = groups.amin(dim=-1, keepdim=True).clamp_max(0)
     inverse = finite_reciprocal(groups.amax(dim=-1, keepdim=True) - least)
     weighted = weight * groups
     sum_w, sum_x = ordered_sum(weight), ordered_sum(weighted)
     best: tuple[Tensor, ...] = (torch.full_like(least, torch.inf), torch.zeros_like(least), torch.zeros_like(least))
-    for steps in _STEPS:
-        codes = ((groups - least) * (inverse * steps)).round_().clamp_(0, 15)
+    for steps in _STEPS[max_code]:
+        codes = ((groups - least) * (inverse * steps)).round_().clamp_(0, max_code)
         along = weight * codes
         sum_q, sum_qq, sum_qx = ordered_sum(along), ordered_sum(along * codes), ordered_sum(weighted * codes)
         determinant = finite_reciprocal(sum_w * sum_qq - sum_q * sum_q)
@@ -86,7 +103,7 @@ def _fit_groups(groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit_block(
-    groups: Tensor, weight: Tensor, unit: Tensor, scale: Tensor, low: Tensor, largest: tuple[int, int]
+    groups: Tensor, weight: Tensor, unit: Tensor, scale: Tensor, low: Tensor, largest: tuple[int, int], max_code: int
 ) -> tuple[Tensor, ...]:
     """Return the error, codes and what is stored of each block, with ``d`` and ``dmin`` refitted where that is better.
 
@@ -98,7 +115,7 @@ def _fit_block(
 
     def offer(d: Tensor, dmin: Tensor) -> tuple[Tensor, ...]:
         slope, offset = d * per_unit * s6, dmin * per_unit * m6
-        codes = _codes((groups + offset) * finite_reciprocal(slope), 15)
+        codes = _codes((groups + offset) * finite_reciprocal(slope), max_code)
         error = ordered_sum(_error(groups, weight, codes * slope - offset).transpose(-1, -2))
         return error, codes, d, dmin, s6, m6
 
