@@ -84,7 +84,12 @@ def test_rows_are_stacked_and_cut(device, ggml_type):
     parts = [GGMLTensor.from_blocks(part, ggml_type, torch.float32) for part in (blocks[:5], blocks[5:])]
     whole = cat_rows(parts)
     assert torch.equal(whole.blocks(), blocks)
-    assert torch.equal(slice_rows(whole, 5, 24).blocks(), blocks[5:])
+    part = slice_rows(whole, 5, 24)
+    assert torch.equal(part.blocks(), blocks[5:])
+    storages = {tensor.untyped_storage().data_ptr() for tensor in whole.inner_tensors().values()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in part.inner_tensors().values()} == storages
+    x = torch.randn(2, K, device=device)
+    torch.testing.assert_close(F.linear(x, part), x @ part.dequantize().t(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("ggml_type", ["q5_0", "q4_k"])

@@ -73,6 +73,7 @@ def representative_problems(device: torch.device) -> Iterator[Problem]:
         ("int4", QuantSpec(4, "row", None, True, torch.float32), torch.float32),
         ("int8", QuantSpec(8, "row", None, True, torch.float32), dtype),
         ("q4_0_q8_1", QuantSpec(4, "group", 32, True, torch.float16), torch.float32),
+        ("ggml", QuantSpec(4, "group", 32, False, torch.float16), dtype),
     )
     for op, spec, activations in specs:
         for m in (1, 16, 256, 4096):

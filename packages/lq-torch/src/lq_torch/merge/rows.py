@@ -11,7 +11,7 @@ import torch
 from lq_formats import UnsupportedError
 from torch import Tensor
 
-from lq_torch.tensors import LowBitTensor
+from lq_torch.tensors import GGMLTensor, LowBitTensor
 
 _ROW_KINDS = frozenset({"int4", "int8", "int8_dynamic", "ggml"})
 
@@ -27,10 +27,9 @@ def cat_rows(weights: Sequence[Tensor]) -> Tensor:
     first = weights[0]
     if not isinstance(first, LowBitTensor):
         return torch.cat([weight.detach() for weight in weights])
-    parts = [weight.to_tensors() for weight in weights if isinstance(weight, LowBitTensor)]
+    parts = [_row_tensors(weight) for weight in weights if isinstance(weight, LowBitTensor)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    shape = [sum(weight.shape[0] for weight in weights), first.shape[1]]
-    return LowBitTensor.from_tensors(tensors, {**first.spec_json(), "shape": shape})
+    return _from_rows(first, tensors, sum(weight.shape[0] for weight in weights))
 
 
 def slice_rows(weight: Tensor, start: int, stop: int) -> Tensor:
@@ -44,8 +43,8 @@ def slice_rows(weight: Tensor, start: int, stop: int) -> Tensor:
     if weight.kind not in _ROW_KINDS:
         raise UnsupportedError(f"the packing of a {type(weight).__name__} mixes rows: it cannot be cut")
     # A scale without dimensions holds for the whole tensor, so for each of its rows.
-    tensors = {name: t if t.dim() == 0 else t[start:stop] for name, t in weight.to_tensors().items()}
-    return LowBitTensor.from_tensors(tensors, {**weight.spec_json(), "shape": [stop - start, weight.shape[1]]})
+    tensors = {name: t if t.dim() == 0 else t[start:stop] for name, t in _row_tensors(weight).items()}
+    return _from_rows(weight, tensors, stop - start)
 
 
 def why_not_cat(weights: Mapping[str, Tensor]) -> str | None:
@@ -55,7 +54,7 @@ def why_not_cat(weights: Mapping[str, Tensor]) -> str | None:
         if isinstance(weight, LowBitTensor):
             if weight.kind not in _ROW_KINDS:
                 return f"{name} is a {type(weight).__name__}, whose packing mixes rows; merge before quantizing to it"
-            tensors = weight.to_tensors()
+            tensors = _row_tensors(weight)
             if any(tensor.dim() == 0 for tensor in tensors.values()):
                 return f"{name} has one scale for the whole tensor; quantize with one scale a row"
             inner = tuple((key, str(t.dtype), *t.shape[1:]) for key, t in sorted(tensors.items()))
@@ -72,6 +71,18 @@ def why_not_cat(weights: Mapping[str, Tensor]) -> str | None:
         if found != expected:
             return f"{first} and {name} differ: {_differences(expected, found)}"
     return None
+
+
+def _row_tensors(weight: LowBitTensor) -> dict[str, Tensor]:
+    """Return tensors whose rows are the weight's: those of files, or of ggml weights the ones that are held."""
+    return weight.inner_tensors() if isinstance(weight, GGMLTensor) else weight.to_tensors()
+
+
+def _from_rows(like: LowBitTensor, tensors: dict[str, Tensor], rows: int) -> LowBitTensor:
+    shape = [rows, like.shape[1]]
+    if isinstance(like, GGMLTensor):
+        return GGMLTensor(tensors, like.attributes(), shape, like.dtype)
+    return LowBitTensor.from_tensors(tensors, {**like.spec_json(), "shape": shape})
 
 
 def _differences(expected: tuple[Any, ...], found: tuple[Any, ...]) -> str:
