@@ -13,6 +13,7 @@ from lq_kernels.dynamic import (
     restore_int4_dynamic,
 )
 from lq_kernels.ggml import ggml_dequantize, ggml_linear
+from lq_kernels.invariance import batch_invariant, is_batch_invariant, set_batch_invariant
 from lq_kernels.linear import (
     gemm_q4_0_q8_1,
     int4_dequantize,
@@ -39,6 +40,7 @@ __all__ = [
     "Explanation",
     "Kernel",
     "Problem",
+    "batch_invariant",
     "explain",
     "gemm_q4_0_q8_1",
     "ggml_dequantize",
@@ -50,6 +52,7 @@ __all__ = [
     "int8_dynamic_linear",
     "int8_gemm",
     "int8_gemm_torch",
+    "is_batch_invariant",
     "kernel_names",
     "matmul_bf16_i4",
     "pack_int4_dynamic",
@@ -64,4 +67,5 @@ __all__ = [
     "restore_int4_dynamic",
     "restore_int8",
     "select",
+    "set_batch_invariant",
 ]

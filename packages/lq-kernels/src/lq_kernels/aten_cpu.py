@@ -9,6 +9,8 @@ becomes ``offset = (8 - zero) * scale``, rounded to x's dtype. That rounding wou
 scales to every weight in bf16: asymmetric weights are left to other kernels unless x is float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from lq_formats import unpack_int4
 from torch import Tensor
@@ -40,7 +42,13 @@ def why_not_int4(problem: Problem) -> str | None:
 
 def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """Return ``x (M, K) @ w.T`` in x's dtype."""
-    in_features = x.shape[1]
+    return int4_product(x.shape[1], x.dtype, qweight, scale, zero, group_size)(x)
+
+
+def int4_product(
+    in_features: int, dtype: torch.dtype, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+) -> Callable[[Tensor], Tensor]:
+    """Return the product of a weight with activations ``(M, in_features)`` of ``dtype``."""
     packed = derived(
         qweight,
         "aten-cpu",
@@ -48,11 +56,11 @@ def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, 
             unpack_int4(qweight, in_features).to(torch.int32), 1
         ),
     )
-    scales = scale.to(x.dtype)
-    offset = torch.zeros_like(scales) if zero is None else (8 - zero.to(torch.float32)).to(x.dtype) * scales
+    scales = scale.to(dtype)
+    offset = torch.zeros_like(scales) if zero is None else (8 - zero.to(torch.float32)).to(dtype) * scales
     scales_and_offsets = torch.stack((scales.t(), offset.t()), dim=-1).contiguous()
-    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, scales_and_offsets)
-    return y
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda x: multiply(x.contiguous(), packed, group_size, scales_and_offsets)
 
 
 def why_not_int8(problem: Problem) -> str | None:
@@ -68,15 +76,25 @@ def why_not_int8(problem: Problem) -> str | None:
 
 
 def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-    """Return ``x (M, K) @ (q * scale).T`` in x's dtype.
+    """Return ``x (M, K) @ (q * scale).T`` in x's dtype."""
+    return int8_product(x.dtype, qweight, scale)(x)
+
+
+def int8_product(dtype: torch.dtype, qweight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the product of a weight with activations ``(M, K)`` of ``dtype``.
 
     ATen takes scales in x's dtype. It is given the power of two in each scale, which every dtype holds exactly, and the
     rest (in [1, 2)) multiplies the result in float32: no scale is rounded, and nothing overflows float16 on the way.
     """
     wide = scale.to(torch.float32)
     power = torch.exp2(torch.log2(wide.abs()).floor().clamp(-14, 15))
-    y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), qweight.contiguous(), power.to(x.dtype))
-    return (y.to(torch.float32) * (wide / power)).to(x.dtype)
+    codes, powers, rest = qweight.contiguous(), power.to(dtype), wide / power
+
+    def multiply(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, powers)
+        return (y.to(torch.float32) * rest).to(dtype)
+
+    return multiply
 
 
 def predict_us(problem: Problem) -> float:

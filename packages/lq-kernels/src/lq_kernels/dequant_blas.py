@@ -6,6 +6,8 @@ Costs one write and one read of the dense weight, whatever the number of tokens:
 Error: the weight is rounded once to x's dtype (relative 2**-9 for bf16, 2**-12 for fp16), sums are the vendor's.
 """
 
+from collections.abc import Callable
+
 import torch
 from lq_formats.layouts import FRAGMENT_INT4
 from torch import Tensor
@@ -107,15 +109,26 @@ def _fragments_serve(x: Tensor, group_size: int) -> bool:
 
 def gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor) -> Tensor:
     """Return the ``(M, N) float32`` product of Q4_0 and Q8_1 blocks as one dense float32 product of scaled codes."""
-    rows, tokens = weight_q.shape[0], activation_q.shape[0]
-    d4, d8, s8 = (
-        blocks[..., at : at + 2].contiguous().view(torch.float16).to(torch.float32)
-        for blocks, at in ((weight_q, 0), (activation_q, 0), (activation_q, 2))
-    )
+    return q4_0_product(weight_q)(activation_q)
+
+
+def q4_0_product(weight_q: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the product of Q4_0 blocks with Q8_1 blocks, with the former unpacked."""
+    d4 = _halves(weight_q, 0)
     q4 = torch.cat((weight_q[..., 2:] & 0x0F, weight_q[..., 2:] >> 4), dim=-1).to(torch.float32)
-    q8 = activation_q[..., 4:].contiguous().view(torch.int8).to(torch.float32)
-    out = (q4 * d4).view(rows, -1) @ (q8 * d8).view(tokens, -1).t()
-    return out.addmm_(d4.squeeze(-1), s8.squeeze(-1).t(), alpha=-8)
+    w, rows_d4 = (q4 * d4).view(weight_q.shape[0], -1), d4.squeeze(-1)
+
+    def multiply(activation_q: Tensor) -> Tensor:
+        d8, s8 = _halves(activation_q, 0), _halves(activation_q, 2)
+        q8 = activation_q[..., 4:].contiguous().view(torch.int8).to(torch.float32)
+        out = w @ (q8 * d8).view(activation_q.shape[0], -1).t()
+        return out.addmm_(rows_d4, s8.squeeze(-1).t(), alpha=-8)
+
+    return multiply
+
+
+def _halves(blocks: Tensor, at: int) -> Tensor:
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
 def why_not(problem: Problem) -> str | None:

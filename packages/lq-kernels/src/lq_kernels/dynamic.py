@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.dynamic_reference import LAYOUTS, Activation
+from lq_kernels.invariance import ask
 from lq_kernels.preshuffled import arranged_groups
 from lq_kernels.validation import ACTIVATIONS, check_activations, check_bias, check_devices, check_int4
 
@@ -65,7 +66,7 @@ def int8_dynamic_linear(
     if tuple(scale.shape) != (n,) or not scale.is_contiguous():
         raise ShapeError(f"scale has shape {tuple(scale.shape)}: expected ({n},), one a row, contiguous")
     _check_rest(x, weight, scale, bias, n)
-    y: Tensor = torch.ops.lq.int8_dynamic_linear(x.reshape(-1, k), weight, scale, bias, kernel or "")
+    y: Tensor = torch.ops.lq.int8_dynamic_linear(x.reshape(-1, k), weight, scale, bias, ask(kernel))
     return y.view(*x.shape[:-1], n)
 
 
@@ -145,7 +146,7 @@ def int4_dynamic_linear(
     _check_packed(packed, scale, group_size, out_features, k, activation)
     _check_rest(x, packed, scale, bias, out_features)
     y: Tensor = torch.ops.lq.int4_dynamic_linear(
-        x.reshape(-1, k), packed, scale, bias, group_size, out_features, activation, lowest, kernel or ""
+        x.reshape(-1, k), packed, scale, bias, group_size, out_features, activation, lowest, ask(kernel)
     )
     return y.view(*x.shape[:-1], out_features)
 

@@ -62,12 +62,15 @@ def quantize(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return quantize_tokens_reference(x, cast(Activation, activation))
 
 
-def int8_cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def int8_cuda(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, batch_invariant: bool = False
+) -> Tensor:
     """Run the Hopper kernel; see :func:`lq_kernels.cuda.linear_a8.linear`."""
-    from lq_kernels.cuda.linear_a8 import linear
+    from lq_kernels.cuda import invariant, linear_a8
     from lq_kernels.cuda.quantize_tokens import quantize_tokens
 
-    codes, token_scale = quantize_tokens(x, _activation(weight))
+    codes, token_scale = quantize_tokens(x, activation_of(weight))
+    linear = invariant.a8 if batch_invariant else linear_a8.linear
     y: Tensor = linear(codes, token_scale, _aligned(weight), scale, bias, weight.shape[0], x.shape[1], x.dtype)
     return y
 
@@ -81,12 +84,15 @@ def int4_cuda(
     out_features: int,
     activation: Activation,
     lowest: bool,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Run the Hopper kernel; see :func:`lq_kernels.cuda.linear_a8.linear`."""
-    from lq_kernels.cuda.linear_a8 import linear
+    from lq_kernels.cuda import invariant, linear_a8
     from lq_kernels.cuda.quantize_tokens import quantize_tokens
 
     codes, token_scale = quantize_tokens(x, activation)
+    linear = invariant.a8 if batch_invariant else linear_a8.linear
     y: Tensor = linear(codes, token_scale, packed, scale, bias, out_features, group_size, x.dtype, lowest=lowest)
     return y
 
@@ -94,7 +100,7 @@ def int4_cuda(
 def int8_dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Dequantize both operands to x's dtype and multiply; 2**-9 (bf16) or 2**-12 (fp16) of each is rounded away."""
     w = int8_dynamic_dequantize(weight, scale, x.dtype)
-    return torch.nn.functional.linear(_fake_quantize(x, _activation(weight)), w, bias)
+    return torch.nn.functional.linear(fake_quantize(x, activation_of(weight)), w, bias)
 
 
 def int4_dense(
@@ -109,13 +115,13 @@ def int4_dense(
 ) -> Tensor:
     """Dequantize both operands to x's dtype and multiply."""
     w = int4_dynamic_dequantize(packed, scale, group_size, out_features, x.shape[1], activation, x.dtype)
-    return torch.nn.functional.linear(_fake_quantize(x, activation), w, bias)
+    return torch.nn.functional.linear(fake_quantize(x, activation), w, bias)
 
 
 def int8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply in float64; see :mod:`lq_kernels.dynamic_reference`."""
     w = int8_dynamic_dequantize(weight, scale, torch.float64)
-    return linear_reference(x, w, bias, _activation(weight))
+    return linear_reference(x, w, bias, activation_of(weight))
 
 
 def int4_reference(
@@ -133,11 +139,13 @@ def int4_reference(
     return linear_reference(x, w, bias, activation)
 
 
-def _activation(weight: Tensor) -> Activation:
+def activation_of(weight: Tensor) -> Activation:
+    """Return what tokens are quantized to for an 8-bit weight."""
     return "int8" if weight.dtype == torch.int8 else "fp8"
 
 
-def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+    """Return ``x (M, K)`` quantized and dequantized, in its dtype."""
     return dequantize_tokens_reference(*quantize(x, activation), x.dtype)
 
 

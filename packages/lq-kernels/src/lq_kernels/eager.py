@@ -18,6 +18,7 @@ import torch
 from lq_formats import QuantSpec
 from torch import Tensor
 
+from lq_kernels.invariance import is_batch_invariant
 from lq_kernels.problem import Arch, Op, Problem
 from lq_kernels.registry import Kernel, select
 
@@ -42,16 +43,16 @@ class _Family:
         self._rest = (n, k, spec, dtype, arch)
         self._op: Op = op
 
-    def problem(self, m: int) -> Problem:
-        return Problem(self._op, m, *self._rest)
+    def problem(self, m: int, batch_invariant: bool) -> Problem:
+        return Problem(self._op, m, *self._rest, batch_invariant=batch_invariant)
 
 
 _family = functools.lru_cache(maxsize=4096)(_Family)
 
 
 @functools.lru_cache(maxsize=16384)
-def _selected(family: _Family, m: int) -> Kernel:
-    return select(family.problem(m))
+def _selected(family: _Family, m: int, batch_invariant: bool) -> Kernel:
+    return select(family.problem(m, batch_invariant))
 
 
 class _Known:
@@ -79,7 +80,7 @@ class _Known:
         self._dtype = dtype
         self._sizes = (n, k)
         self._family = _family(op, n, k, spec, dtype, Arch.of(first.device))
-        self._bound: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._bound: dict[tuple[str, bool], Callable[[Tensor], Tensor]] = {}
 
     def multiply(self, x: Tensor, first: Tensor) -> Tensor | None:
         """Return the product, or None where activations are of another kind than before."""
@@ -90,11 +91,13 @@ class _Known:
         m = x.numel() // k
         if m == 0:
             return None
-        kernel = _selected(self._family, m)
+        mode = is_batch_invariant()
+        kernel = _selected(self._family, m, mode)
         matrix = x if len(shape) == 2 else x.reshape(m, k)
-        bound = self._bound.get(kernel.name)
+        key = (kernel.name, mode)
+        bound = self._bound.get(key)
         if bound is None and hasattr(kernel.run, "bind"):
-            bound = self._bound[kernel.name] = kernel.run.bind(k, first, *self.rest, *self.values)
+            bound = self._bound[key] = kernel.run.bind(k, first, *self.rest, *self.values)
         y = kernel.run(matrix, first, *self.rest, *self.values) if bound is None else bound(matrix)
         return y if len(shape) == 2 else y.view(*shape[:-1], n)
 

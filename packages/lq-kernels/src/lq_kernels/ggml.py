@@ -10,6 +10,7 @@ from lq_formats.layouts import GGMLPlanes, ggml_planes
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.invariance import ask
 from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices
 
 
@@ -44,7 +45,7 @@ def ggml_linear(
     if bias is not None:
         check_bias(bias, rows, x.dtype)
     y: Tensor = torch.ops.lq.ggml_linear(
-        x.reshape(-1, k), planes.codes, planes.high, planes.scale, bias, layout.name, kernel or ""
+        x.reshape(-1, k), planes.codes, planes.high, planes.scale, bias, layout.name, ask(kernel)
     )
     return y.view(*x.shape[:-1], rows)
 

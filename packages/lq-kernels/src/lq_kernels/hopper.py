@@ -33,9 +33,9 @@ class _Launcher(Protocol):
 class OnFragments:
     """A launcher for weights in fragment order."""
 
-    def __init__(self, module: str) -> None:
-        """Name the module of :mod:`lq_kernels.cuda` whose ``linear`` runs; it is imported then."""
-        self._module = module
+    def __init__(self, module: str, function: str = "linear") -> None:
+        """Name the function of a module of :mod:`lq_kernels.cuda` that runs; it is imported then."""
+        self._module, self._function = module, function
         self._launcher: _Launcher | None = None
 
     def __call__(
@@ -51,12 +51,13 @@ class OnFragments:
     ) -> Tensor:
         """Run the kernel; see :func:`lq_kernels.cuda.decode_a16.linear`."""
         if self._launcher is None:
-            self._launcher = importlib.import_module(f"lq_kernels.cuda.{self._module}").linear
+            self._launcher = getattr(importlib.import_module(f"lq_kernels.cuda.{self._module}"), self._function)
         return self._launcher(x, packed, scale, zero, bias, out_features, group_size, bits)
 
 
 decode = OnFragments("decode_a16")
 prefill = OnFragments("prefill_a16")
+invariant_prefill = OnFragments("invariant", "prefill")
 
 
 class OnCanonicalInt4:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.eager import invisible, recall, remember
+from lq_kernels.invariance import ask
 from lq_kernels.reference import int4_spec
 from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices, check_int4
 
@@ -50,7 +51,7 @@ def int4_linear(
     k = check_activations(x)
     check_int4(qweight, scale, zero, group_size, k)
     check_devices(x, qweight=qweight, scale=scale, zero=zero, bias=bias)
-    y = torch.ops.lq.int4_linear(x.reshape(-1, k), qweight, scale, zero, group_size, kernel or "")
+    y = torch.ops.lq.int4_linear(x.reshape(-1, k), qweight, scale, zero, group_size, ask(kernel))
     if direct:
         spec = int4_spec(group_size, k, zero is None, scale.dtype)
         remember("int4", (qweight, scale, zero), (group_size,), qweight.shape[0], k, spec, x.dtype)
@@ -130,7 +131,7 @@ def int8_gemm(
             f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
         )
     check_devices(x, weight=weight, scale=scale, bias=bias)
-    y = torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, kernel or "")
+    y = torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, ask(kernel))
     if direct:
         spec = QuantSpec(8, "row" if scale.dim() else "tensor", None, True, scale.dtype)
         remember("int8", (weight, scale), (), weight.shape[0], k, spec, x.dtype)
@@ -193,7 +194,7 @@ def gemm_q4_0_q8_1(
             )
     check_devices(weight_q, activation_q=activation_q)
     y: Tensor = torch.ops.lq.gemm_q4_0_q8_1(
-        weight_q.reshape(M, K // 32, 18).contiguous(), activation_q.reshape(N, K // 32, 36).contiguous(), kernel or ""
+        weight_q.reshape(M, K // 32, 18).contiguous(), activation_q.reshape(N, K // 32, 36).contiguous(), ask(kernel)
     )
     return y
 
@@ -248,7 +249,7 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
     if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:
         raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: x with {k} in features needs (M, {k} / 32, 18)")
     check_devices(x, weight_q=weight_q, bias=bias)
-    y = torch.ops.lq.q4_0_linear(x.reshape(-1, k), weight_q, kernel or "")
+    y = torch.ops.lq.q4_0_linear(x.reshape(-1, k), weight_q, ask(kernel))
     if direct:
         remember("q4_0", (weight_q,), (), weight_q.shape[0], k, _Q4_0, x.dtype)
     return _finish(y, x, bias)

@@ -6,6 +6,7 @@ activations. Arguments are validated by the callers in :mod:`lq_kernels.linear`.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from lq_formats import QuantSpec, dequantize_q4_0, quantize_q8_1
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, ggml_kernels
 from lq_kernels.cuda import constraints as cuda_constraints
+from lq_kernels.invariance import asked
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int4_spec
-from lq_kernels.registry import select
+from lq_kernels.registry import Kernel, select
 
 _LIBRARY = torch.library.Library("lq", "DEF")
 _LIBRARY.define(
@@ -63,6 +65,11 @@ def _int8_spec(per_row: bool, scale_dtype: torch.dtype) -> QuantSpec:
     return QuantSpec(8, "row" if per_row else "tensor", None, True, scale_dtype)
 
 
+def _chosen(problem: Problem, kernel: str) -> Kernel:
+    name, batch_invariant = asked(kernel)
+    return select(replace(problem, batch_invariant=True) if batch_invariant else problem, name)
+
+
 def _int4_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, kernel: str
 ) -> Tensor:
@@ -72,7 +79,7 @@ def _int4_linear(
         return x.new_empty((m, n))
     spec = _int4_spec(group_size, k, zero is None, scale.dtype)
     problem = Problem("int4", m, n, k, spec, x.dtype, Arch.of(x.device))
-    return select(problem, kernel).run(x, qweight, scale, zero, group_size)
+    return _chosen(problem, kernel).run(x, qweight, scale, zero, group_size)
 
 
 def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tensor:
@@ -82,7 +89,7 @@ def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tens
         return x.new_empty((m, n))
     spec = _int8_spec(scale.dim() == 1, scale.dtype)
     problem = Problem("int8", m, n, k, spec, x.dtype, Arch.of(x.device))
-    return select(problem, kernel).run(x, qweight, scale)
+    return _chosen(problem, kernel).run(x, qweight, scale)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,7 +116,7 @@ def _preshuffled_linear(
         return x.new_empty((m, out_features))
     spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
     problem = Problem("preshuffled", m, out_features, k, spec, x.dtype, Arch.of(x.device))
-    return select(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
+    return _chosen(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
 
 
 def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
@@ -118,7 +125,7 @@ def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tens
     if m == 0 or n == 0:
         return torch.empty((n, m), dtype=torch.float32, device=weight_q.device)
     problem = Problem("q4_0_q8_1", m, n, blocks * 32, _Q4_0, torch.float32, Arch.of(weight_q.device))
-    return select(problem, kernel).run(weight_q, activation_q)
+    return _chosen(problem, kernel).run(weight_q, activation_q)
 
 
 def _q4_0_linear(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
@@ -127,7 +134,7 @@ def _q4_0_linear(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
     if m == 0 or n == 0:
         return x.new_empty((m, n))
     problem = Problem("q4_0", m, n, k, _Q4_0, x.dtype, Arch.of(x.device))
-    return select(problem, kernel).run(x, weight_q)
+    return _chosen(problem, kernel).run(x, weight_q)
 
 
 def _quantize_q8_1(x: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ def _int8_dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor 
         return x.new_empty((m, n))
     activation = "int8" if weight.dtype == torch.int8 else "fp8"
     problem = Problem("int8_dynamic", m, n, k, _int8_spec(True, scale.dtype), x.dtype, Arch.of(x.device), activation)
-    return select(problem, kernel).run(x, weight, scale, bias)
+    return _chosen(problem, kernel).run(x, weight, scale, bias)
 
 
 def _int4_dynamic_linear(
@@ -172,7 +179,7 @@ def _int4_dynamic_linear(
         return x.new_empty((m, out_features))
     spec = _int4_spec(group_size, k, True, scale.dtype)
     problem = Problem("int4_dynamic", m, out_features, k, spec, x.dtype, Arch.of(x.device), activation)
-    return select(problem, kernel).run(x, packed, scale, bias, group_size, out_features, activation, lowest)
+    return _chosen(problem, kernel).run(x, packed, scale, bias, group_size, out_features, activation, lowest)
 
 
 for _name, _implementation in (
@@ -414,7 +421,7 @@ def _ggml_linear(
     if m == 0 or n == 0:
         return x.new_empty((m, n))
     problem = ggml_kernels.make_problem(m, n, k, ggml_type, x.dtype, Arch.of(x.device))
-    return select(problem, kernel).run(x, codes, high, scale, bias, ggml_type)
+    return _chosen(problem, kernel).run(x, codes, high, scale, bias, ggml_type)
 
 
 for _device in ("CPU", "CUDA"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.eager import invisible, recall, remember
+from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
 
@@ -116,7 +117,7 @@ def preshuffled_linear(
     if bias is not None:
         check_bias(bias, out_features, x.dtype)
     y: Tensor = torch.ops.lq.preshuffled_linear(
-        x.reshape(-1, k), packed, scale, zero, bias, bits, group_size, out_features, kernel or ""
+        x.reshape(-1, k), packed, scale, zero, bias, bits, group_size, out_features, ask(kernel)
     )
     if direct:
         spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)

@@ -59,6 +59,7 @@ class Problem:
         dtype: dtype of x (and of y).
         arch: Where it runs.
         activation: What x is quantized to, ``"int8"`` or ``"fp8"``; empty where it is not.
+        batch_invariant: Whether no row of the result may depend on the others (:class:`lq_kernels.batch_invariant`).
     """
 
     op: Op
@@ -69,6 +70,7 @@ class Problem:
     dtype: torch.dtype
     arch: Arch
     activation: str = ""
+    batch_invariant: bool = False
 
     @property
     def group_size(self) -> int:
@@ -80,4 +82,5 @@ class Problem:
         where = self.arch.name or self.arch.kind
         kind = "sym" if self.spec.symmetric else "asym"
         op = f"{self.op} ({self.activation})" if self.activation else self.op
-        return f"{op} m={self.m} n={self.n} k={self.k} g={self.group_size} {kind} {name} on {where}"
+        mode = ", batch-invariant" if self.batch_invariant else ""
+        return f"{op} m={self.m} n={self.n} k={self.k} g={self.group_size} {kind} {name} on {where}{mode}"

@@ -35,9 +35,15 @@ def spec(in_features: int) -> QuantSpec:
 class OnQ4_0:  # noqa: N801
     """The Hopper kernels on Q4_0 blocks, with activations of 16 bits."""
 
-    def __init__(self, module: str, plan: Callable[[Problem], Plan], why_not: Callable[[Problem], str | None]) -> None:
-        """Take the module of :mod:`lq_kernels.cuda` whose ``linear`` runs, and what is known of its int4 kernel."""
-        self._module, self._plan, self._why_not = module, plan, why_not
+    def __init__(
+        self,
+        module: str,
+        plan: Callable[[Problem], Plan],
+        why_not: Callable[[Problem], str | None],
+        function: str = "linear",
+    ) -> None:
+        """Take the function of a module of :mod:`lq_kernels.cuda` that runs, and what is known of its int4 kernel."""
+        self._module, self._function, self._plan, self._why_not = module, function, plan, why_not
 
     def __call__(self, x: Tensor, weight_q: Tensor) -> Tensor:
         """Return ``x (M, K) @ w.T``, ``(M, N)`` in x's dtype."""
@@ -72,7 +78,7 @@ class OnQ4_0:  # noqa: N801
         return replace(found, us=found.us + _DEQUANTIZE_US)
 
     def _linear(self) -> Any:
-        return importlib.import_module(f"lq_kernels.cuda.{self._module}").linear
+        return getattr(importlib.import_module(f"lq_kernels.cuda.{self._module}"), self._function)
 
 
 def fragments(weight_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,18 @@ Selection is data. A kernel says whether it can run a problem (``why_not``) and 
 (``plan``: measured where a tuning table holds the problem, else by a model); the cheapest that can run is taken, the first of
 equals, and where some were measured the cheapest of those. Nothing is timed, nothing falls back silently: a kernel that is
 asked for by name runs or raises.
+
+A problem that is batch-invariant gets the first kernel that has a form for it and can run it, whatever the number of tokens.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lq_formats import NoKernelError
 from torch import Tensor
 
+from lq_kernels.invariance import is_batch_invariant
 from lq_kernels.plans import MODEL, Plan
 from lq_kernels.problem import Op, Problem
 
@@ -85,29 +88,37 @@ def select(problem: Problem, name: str = "") -> Kernel:
     Raises:
         NoKernelError: If no kernel (or not the forced one) can run it, with every reason.
     """
-    kernels = _kernels(problem.op)
+    reasons = _reasons(problem)
     if name:
-        kernels = tuple(kernel for kernel in kernels if kernel.name == name)
-        if not kernels:
+        reasons = [(kernel, reason) for kernel, reason in reasons if kernel.name == name]
+        if not reasons:
             known = ", ".join(kernel_names(problem.op))
             raise NoKernelError(str(problem), [(name, f"there is no such kernel; choose one of {known}")])
-    reasons = [(kernel, kernel.why_not(problem)) for kernel in kernels]
     able = [kernel for kernel, reason in reasons if reason is None]
     if not able:
         raise NoKernelError(str(problem), [(kernel.name, reason or "") for kernel, reason in reasons])
+    if problem.batch_invariant:
+        return able[0]
     plans = {kernel.name: _plan(kernel, problem) for kernel in able}
     chosen = _cheapest(plans)
     return next(kernel for kernel in able if kernel.name == chosen)
 
 
 def explain(problem: Problem) -> Explanation:
-    """Say which kernel a problem gets, and for every other kernel why not; ``str()`` of it is for people."""
-    reasons = [(kernel, kernel.why_not(problem)) for kernel in _kernels(problem.op)]
+    """Say which kernel a problem gets, and for every other kernel why not; ``str()`` of it is for people.
+
+    Inside :class:`lq_kernels.batch_invariant`, it says what the problem gets in that mode.
+    """
+    if is_batch_invariant():
+        problem = replace(problem, batch_invariant=True)
+    reasons = _reasons(problem)
     plans = {kernel.name: _plan(kernel, problem) for kernel, reason in reasons if reason is None}
-    chosen = _cheapest(plans) if plans else None
+    chosen = (next(iter(plans)) if problem.batch_invariant else _cheapest(plans)) if plans else None
     best = plans[chosen] if chosen else Plan(float("nan"))
 
     def slower(plan: Plan) -> str:
+        if problem.batch_invariant:
+            return f"comes after {chosen}: the choice does not depend on the tokens"
         faster = plan.us < best.us  # by its model, which does not count beside measurements
         return f"not measured, predicted {plan.us:.1f} us" if faster else f"predicted slower, {plan.us:.1f} us"
 
@@ -115,6 +126,19 @@ def explain(problem: Problem) -> Explanation:
         (kernel.name, reason or slower(plans[kernel.name])) for kernel, reason in reasons if kernel.name != chosen
     )
     return Explanation(problem, chosen, best.us, rejected, best.cut, best.source)
+
+
+def _reasons(problem: Problem) -> list[tuple[Kernel, str | None]]:
+    """Return every kernel of an operation with why it cannot run the problem; in the mode, the forms that it has for that."""
+    kernels = _kernels(problem.op)
+    if not problem.batch_invariant:
+        return [(kernel, kernel.why_not(problem)) for kernel in kernels]
+    known = {kernel.name: kernel for kernel in _invariant(problem.op)}
+    variant = "its results depend on the number of tokens (batch-invariant mode)"
+    return [
+        (known[kernel.name], known[kernel.name].why_not(problem)) if kernel.name in known else (kernel, variant)
+        for kernel in kernels
+    ]
 
 
 def _plan(kernel: Kernel, problem: Problem) -> Plan:
@@ -130,5 +154,12 @@ def _cheapest(plans: Mapping[str, Plan]) -> str:
 @functools.cache
 def _kernels(op: Op) -> tuple[Kernel, ...]:
     from lq_kernels.catalog import KERNELS
+
+    return tuple(kernel for kernel in KERNELS if kernel.op == op)
+
+
+@functools.cache
+def _invariant(op: Op) -> tuple[Kernel, ...]:
+    from lq_kernels.invariant_kernels import KERNELS
 
     return tuple(kernel for kernel in KERNELS if kernel.op == op)

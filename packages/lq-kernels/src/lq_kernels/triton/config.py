@@ -8,6 +8,10 @@ nothing once its tile is known.
 from dataclasses import dataclass
 
 MAX_SPLIT = 16
+INVARIANT_TOKENS = 64
+"""Tokens for which the batch-invariant mode configures a kernel, whatever their number."""
+INVARIANT_CHUNK = 2048
+"""Tokens that it multiplies at once at most, which bounds the workspace of split K."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from lq_formats.layouts import GGML_PLANES
 from torch import Tensor
 
 from lq_kernels.problem import Arch
+from lq_kernels.triton.config import INVARIANT_TOKENS
 from lq_kernels.triton.ggml_config import dot_config, gemv_config
-from lq_kernels.triton.launch import reduce_split, same_device, triton_dtype
+from lq_kernels.triton.launch import in_chunks, reduce_split, same_device, triton_dtype
 
 
 @dataclass(frozen=True)
@@ -300,10 +301,23 @@ def gemv(x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Ten
 
 def splitk(x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, ggml_type: str) -> Tensor:
     """Return ``x (M, K) @ w.T + bias`` with K shared among programs: best for a few tokens, right for any number."""
+    return _dot(x, codes, high, scale, bias, ggml_type, x.shape[0])
+
+
+def invariant(
+    x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, ggml_type: str
+) -> Tensor:
+    """Return ``x (M, K) @ w.T + bias`` by one split-K configuration for any number of tokens: no row depends on the others."""
+    return in_chunks(x, lambda part: _dot(part, codes, high, scale, bias, ggml_type, INVARIANT_TOKENS))
+
+
+def _dot(
+    x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, ggml_type: str, tokens: int
+) -> Tensor:
     m, k = x.shape
     n, words = codes.shape
     chunks = words // GGML_PLANES[ggml_type].group
-    config = dot_config(m, n, chunks, x.element_size(), Arch.of(x.device).sm_count)
+    config = dot_config(tokens, n, chunks, x.element_size(), Arch.of(x.device).sm_count)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split_k)

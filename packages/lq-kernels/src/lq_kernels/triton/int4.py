@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lq_kernels.problem import Arch
-from lq_kernels.triton.config import block_k, dot_config, gemv_config, shares_scale
-from lq_kernels.triton.launch import reduce_split, same_device, triton_dtype
+from lq_kernels.triton.config import INVARIANT_TOKENS, block_k, dot_config, gemv_config, shares_scale
+from lq_kernels.triton.launch import in_chunks, reduce_split, same_device, triton_dtype
 from lq_kernels.triton.unpack import int4_values
 
 
@@ -169,9 +169,16 @@ def gemm(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_s
     return _dot(x, qweight, scale, zero, group_size, split=False)
 
 
-def _dot(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, split: bool) -> Tensor:
+def invariant(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """Return ``x (M, K) @ w.T`` by one split-K configuration for any number of tokens: no row depends on the others."""
+    return in_chunks(x, lambda part: _dot(part, qweight, scale, zero, group_size, True, INVARIANT_TOKENS))
+
+
+def _dot(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, split: bool, tokens: int = 0
+) -> Tensor:
     m, k, n, words, groups = _sizes(x, qweight, scale)
-    config = dot_config(m, n, k, block_k(group_size, k), x.element_size(), Arch.of(x.device).sm_count, split)
+    config = dot_config(tokens or m, n, k, block_k(group_size, k), x.element_size(), Arch.of(x.device).sm_count, split)
     step = config.block_k
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.float32, device=x.device)

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lq_kernels.problem import Arch
-from lq_kernels.triton.config import dot_config, gemv_config
-from lq_kernels.triton.launch import reduce_split, same_device, triton_dtype
+from lq_kernels.triton.config import INVARIANT_TOKENS, dot_config, gemv_config
+from lq_kernels.triton.launch import in_chunks, reduce_split, same_device, triton_dtype
 from lq_kernels.triton.unpack import int8_values
 
 _STEP = 64
@@ -111,10 +111,15 @@ def gemm(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     return _dot(x, qweight, scale, split=False)
 
 
-def _dot(x: Tensor, qweight: Tensor, scale: Tensor, split: bool) -> Tensor:
+def invariant(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x (M, K) @ (q * scale).T`` by one configuration for any number of tokens: no row depends on the others."""
+    return in_chunks(x, lambda part: _dot(part, qweight, scale, True, INVARIANT_TOKENS))
+
+
+def _dot(x: Tensor, qweight: Tensor, scale: Tensor, split: bool, tokens: int = 0) -> Tensor:
     m, k = x.shape
     n = qweight.shape[0]
-    config = dot_config(m, n, k, _STEP, x.element_size(), Arch.of(x.device).sm_count, split)
+    config = dot_config(tokens or m, n, k, _STEP, x.element_size(), Arch.of(x.device).sm_count, split)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split_k)

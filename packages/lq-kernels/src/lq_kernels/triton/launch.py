@@ -1,11 +1,14 @@
 """What the Triton launchers share: dtypes, the device guard, and the ordered reduction of split-K."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lq_kernels.triton.config import INVARIANT_CHUNK
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -21,6 +24,16 @@ def same_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     guard: contextlib.AbstractContextManager[None] = torch.cuda.device(tensor.device)
     return guard
+
+
+def in_chunks(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``multiply(x)``, some tokens at a time, contiguous and at multiples of 16 bytes.
+
+    For the batch-invariant mode: at other addresses Triton compiles another kernel.
+    """
+    parts = x.split(INVARIANT_CHUNK) if x.shape[0] > INVARIANT_CHUNK else (x,)
+    found = [multiply(part if part.data_ptr() % 16 == 0 else part.clone()) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @triton.jit

@@ -1,0 +1,239 @@
+"""The Hopper kernels for many tokens, cut so that no result depends on the other tokens: the batch-invariant mode.
+
+An element is summed in the order of K within a run of K steps, and the sums of runs in the order of K. So its bits depend on
+where K is cut, and on nothing else: the size of a token tile and what else a CTA does change neither order. Here every tile is
+shared and has the same number of parts, which depends on the weight and the GPU alone; with w workers for each of t tiles
+
+    first step of worker i = floor(i * t * steps / (t * w)) = floor(i * steps / w)
+
+so runs begin with tiles, and all tiles are cut alike, whatever t is. CTAs never wait for each other, so there may be more of
+them than multiprocessors. With one part no tile is shared.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lq_kernels.cuda import linear_a8, prefill_a16
+from lq_kernels.cuda.linear_a8 import A8Config
+from lq_kernels.cuda.prefill_a16 import ROWS, PrefillConfig
+from lq_kernels.cuda.variant import Variant
+from lq_kernels.plans import Plan
+from lq_kernels.problem import Arch, Problem
+
+MAX_PARTS = 16
+MAX_UNITS = 1 << 31
+"""Workers times K steps of shared tiles: the kernels compute with 32 bits."""
+MAX_PARTIALS = 1 << 26
+"""Numbers in the workspace at most, about (256 MB); more tokens are multiplied some at a time."""
+_SEEN = (1, 64, 1024)
+"""Tokens whose times decide on the parts: few want many, and many pay for writing sums out and reading them back."""
+
+_C = TypeVar("_C", PrefillConfig, A8Config)
+
+
+def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
+    """Return the fastest batch-invariant cut by a model; arguments and errors as of :func:`prefill_a16.prefill_config`."""
+    parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
+    cuts = _prefill_cuts(m, n, k, bits, scale_bytes, sm_count, parts)
+    return min(cuts, key=lambda config: _prefill_clocks(config, m, n, k, bits, sm_count))
+
+
+@functools.lru_cache(maxsize=4096)
+def prefill_parts(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> int:
+    """Return in how many parts K is cut, for any number of tokens."""
+
+    def clocks(parts: int, m: int) -> float:
+        cuts = _prefill_cuts(m, n, k, bits, scale_bytes, sm_count, parts)
+        return min(_prefill_clocks(config, m, n, k, bits, sm_count) for config in cuts)
+
+    return _parts(clocks, -(-k // (512 // bits)))
+
+
+def a8_config(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> A8Config:
+    """Return the fastest batch-invariant cut by a model; arguments and errors as of :func:`linear_a8.a8_config`."""
+    parts = a8_parts(n, k, bits, promote, scale_bytes, sm_count)
+    cuts = _a8_cuts(m, n, k, bits, promote, sm_count, parts)
+    return min(cuts, key=lambda config: _a8_clocks(config, m, n, k, bits, promote, scale_bytes, sm_count))
+
+
+@functools.lru_cache(maxsize=4096)
+def a8_parts(n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> int:
+    """Return in how many parts K is cut, for any number of tokens."""
+
+    def clocks(parts: int, m: int) -> float:
+        cuts = _a8_cuts(m, n, k, bits, promote, sm_count, parts)
+        return min(_a8_clocks(config, m, n, k, bits, promote, scale_bytes, sm_count) for config in cuts)
+
+    return _parts(clocks, -(-k // linear_a8.STEP))
+
+
+def tokens_at_once(n: int, steps: int, parts: int) -> int:
+    """Return how many tokens a launch takes, a multiple of 128: the limits above, for tiles of 128 tokens.
+
+    Args:
+        n: Out features.
+        steps: K steps.
+        parts: Parts of K.
+    """
+    row_tiles = -(-n // ROWS)
+    if parts == 1:
+        return 16 * max(8, (1 << 30) // row_tiles // 8 * 8)
+    units = math.isqrt((MAX_UNITS - 1) // (parts * steps)) // row_tiles
+    partials = MAX_PARTIALS // (2 * parts * row_tiles * ROWS * 128)
+    return 128 * max(1, min(units, partials))
+
+
+def _prefill_cuts(
+    m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int, parts: int
+) -> tuple[PrefillConfig, ...]:
+    cuts = prefill_a16.candidates(m, n, k, bits, scale_bytes, sm_count)
+    whole = [config for config in cuts if not config.shared_tiles]
+    steps = -(-k // (512 // bits))
+    return _cut_alike(whole, lambda config: -(-n // ROWS) * -(-m // config.tokens), steps, parts)
+
+
+def _a8_cuts(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int, parts: int) -> tuple[A8Config, ...]:
+    whole = [config for config in linear_a8.candidates(m, n, k, bits, promote, sm_count) if not config.shared_tiles]
+    return _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), -(-k // linear_a8.STEP), parts)
+
+
+def _cut_alike(whole: list[_C], tiles: Callable[[_C], int], steps: int, parts: int) -> tuple[_C, ...]:
+    if parts == 1:
+        return tuple(whole)
+    cuts = []
+    for config in whole:
+        shared_tiles = tiles(config)
+        workers = parts * shared_tiles
+        if workers * shared_tiles * steps < MAX_UNITS:
+            cuts.append(replace(config, ctas=workers, shared_tiles=shared_tiles, workers=workers))
+    return tuple(cuts)
+
+
+def _prefill_clocks(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
+    if not config.workers:
+        return prefill_a16.cost(config, m, n, k, bits, sm_count)
+    parts = config.workers // config.shared_tiles
+    tile = replace(config, ctas=parts, shared_tiles=1, workers=parts)
+    waves = -(-config.workers // sm_count)
+    return waves * prefill_a16.cost(tile, config.tokens, ROWS, k, bits, sm_count)
+
+
+def _a8_clocks(
+    config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int
+) -> float:
+    if not config.workers:
+        return linear_a8.cost(config, m, n, k, bits, promote, scale_bytes, sm_count)
+    parts, rows = config.workers // config.shared_tiles, ROWS * config.sharers
+    tile = replace(config, ctas=parts, shared_tiles=1, workers=parts)
+    waves = -(-config.workers * config.sharers // sm_count)
+    return waves * linear_a8.cost(tile, config.tokens, rows, k, bits, promote, scale_bytes, sm_count)
+
+
+def _parts(clocks: Callable[[int, int], float], steps: int) -> int:
+    """Return the parts with the least product of the times at a few numbers of tokens, so that each counts alike."""
+    return min(
+        range(1, min(MAX_PARTS, steps) + 1), key=lambda parts: math.prod(clocks(parts, tokens) for tokens in _SEEN)
+    )
+
+
+def plan_prefill(problem: Problem) -> Plan:
+    """Plan the kernel for tokens of 16 bits, on an H200's clock; more tokens than a launch takes count as several."""
+    spec, sm_count = problem.spec, max(problem.arch.sm_count, 1)
+    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    weight = (problem.n, problem.k, spec.bits)
+    config, most = _prefill_choice(problem.m, *weight, variant.scale_bytes, sm_count)
+    launches = -(-problem.m // most)
+    return Plan(launches * _prefill_clocks(config, min(problem.m, most), *weight, sm_count) / 1750.0, str(config))
+
+
+def plan_a8(problem: Problem) -> Plan:
+    """Plan the kernel for 8-bit tokens, with quantizing them."""
+    grouped, sm_count = problem.group_size != problem.k, max(problem.arch.sm_count, 1)
+    promote = linear_a8.promotes(problem.activation, grouped)
+    scale_bytes = 16 * problem.spec.scale_dtype.itemsize if grouped else 0
+    weight = (problem.n, problem.k, problem.spec.bits, promote, scale_bytes, sm_count)
+    config, most = _a8_choice(problem.m, *weight)
+    clocks = -(-problem.m // most) * _a8_clocks(config, min(problem.m, most), *weight)
+    return Plan(clocks / 1750.0 + linear_a8.quantize_us(problem), str(config))
+
+
+@functools.lru_cache(maxsize=4096)
+def _prefill_choice(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, int]:
+    """Return the cut of a launch, and how many tokens one takes."""
+    parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
+    most = tokens_at_once(n, -(-k // (512 // bits)), parts)
+    return prefill_config(min(m, most), n, k, bits, scale_bytes, sm_count), most
+
+
+@functools.lru_cache(maxsize=4096)
+def _a8_choice(
+    m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int
+) -> tuple[A8Config, int]:
+    parts = a8_parts(n, k, bits, promote, scale_bytes, sm_count)
+    most = tokens_at_once(n, -(-k // linear_a8.STEP), parts)
+    return a8_config(min(m, most), n, k, bits, promote, scale_bytes, sm_count), most
+
+
+def prefill(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    transposed: bool = False,
+) -> Tensor:
+    """Return :func:`lq_kernels.cuda.prefill_a16.linear`, batch-invariant; arguments and errors are those."""
+    m, k = x.shape
+    variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
+    sizes = (out_features, k, bits, variant.scale_bytes, Arch.of(x.device).sm_count)
+
+    def multiply(part: Tensor) -> Tensor:
+        config, _ = _prefill_choice(part.shape[0], *sizes)
+        return prefill_a16.linear(
+            part, packed, scale, zero, bias, out_features, group_size, bits, config=config, transposed=transposed
+        )
+
+    _, most = _prefill_choice(m, *sizes)
+    return multiply(x) if m <= most else torch.cat([multiply(part) for part in torch.split(x, most)], int(transposed))
+
+
+def a8(
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    *,
+    lowest: bool = True,
+) -> Tensor:
+    """Return :func:`lq_kernels.cuda.linear_a8.linear`, batch-invariant; arguments and errors are those."""
+    m, k = codes.shape
+    grouped = group_size != k
+    promote = linear_a8.promotes("int8" if codes.dtype == torch.int8 else "fp8", grouped)
+    bits = 4 if weight.dtype == torch.int32 else 8
+    scale_bytes = 16 * scale.element_size() if grouped else 0
+    sizes = (out_features, k, bits, promote, scale_bytes, Arch.of(codes.device).sm_count)
+
+    def multiply(part: Tensor, part_scale: Tensor) -> Tensor:
+        config, _ = _a8_choice(part.shape[0], *sizes)
+        return linear_a8.linear(
+            part, part_scale, weight, scale, bias, out_features, group_size, dtype, lowest=lowest, config=config
+        )
+
+    _, most = _a8_choice(m, *sizes)
+    if m <= most:
+        return multiply(codes, token_scale)
+    parts = zip(torch.split(codes, most), torch.split(token_scale, most), strict=True)
+    return torch.cat([multiply(part, part_scale) for part, part_scale in parts])

@@ -1,0 +1,75 @@
+"""The batch-invariant mode: a token's result is the same bits whatever other tokens it is multiplied with, and how many.
+
+By default lq chooses kernels and their cuts by the number of tokens, so the order in which K is added up, and with it the last
+bits of a result, may change with the batch. In this mode every product takes one kernel, for all numbers of tokens, that adds
+up each result in an order that depends on the weight's sizes and the processor alone. See ``docs/batch-invariance.md``.
+
+The mode is read when a product is called, or traced: operators carry it in their ``kernel`` argument, so a compiled graph keeps
+the mode that it was traced in. ``torch.compile`` guards on it and traces again where it changes; an exported program keeps it.
+"""
+
+import contextlib
+import threading
+
+_PREFIX = "batch-invariant:"
+
+
+class _Thread(threading.local):
+    """What a thread has chosen (None: what the process has), and before; in ``__init__``: torch.compile guards on it."""
+
+    def __init__(self) -> None:
+        self.chosen: bool | None = None
+        self.before: list[bool | None] = []
+
+
+_thread = _Thread()
+_process = False
+
+
+def is_batch_invariant() -> bool:
+    """Return whether products called here and now are batch-invariant."""
+    chosen = _thread.chosen
+    return _process if chosen is None else chosen
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Switch the mode on or off for all threads of the process, except inside :class:`batch_invariant`."""
+    global _process
+    _process = bool(enabled)
+
+
+class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (used like a function)
+    """Make lq's products batch-invariant in this thread: a context manager, or a decorator of a function.
+
+    Row i of every product's result then depends on row i of the activations and on the weight alone, bit for bit, and a product
+    that no kernel can compute so raises :class:`lq_formats.errors.NoKernelError`. May be nested and works inside and outside
+    compiled functions. Gradients, attention and norms are not lq's products.
+
+    Example:
+        >>> with lq_kernels.batch_invariant():
+        ...     logits = model(tokens)
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        """Take whether to switch the mode on, or off."""
+        self._enabled = enabled
+
+    def __enter__(self) -> None:
+        """Switch the mode, for this thread."""
+        _thread.before.append(_thread.chosen)
+        _thread.chosen = self._enabled
+
+    def __exit__(self, *exception: object) -> None:
+        """Switch back."""
+        _thread.chosen = _thread.before.pop()
+
+
+def ask(kernel: str | None) -> str:
+    """Return what an operator is asked for: a kernel's name or "", and the mode."""
+    name = kernel or ""
+    return _PREFIX + name if is_batch_invariant() else name
+
+
+def asked(kernel: str) -> tuple[str, bool]:
+    """Return the kernel's name, and whether in the mode, of what :func:`ask` returned."""
+    return kernel.removeprefix(_PREFIX), kernel.startswith(_PREFIX)
