@@ -114,7 +114,7 @@ def test_models_are_quantized_saved_and_loaded(device, ggml_type, tmp_path):
     dense = model[0].weight.detach().clone()
     quantize_(model, config, filter_fn=lambda module, name: name == "0")
     weight = model[0].weight.data
-    assert torch.equal(weight.blocks(), ggml_format(ggml_type).quantize(dense))
+    assert torch.equal(weight.blocks().to(device), ggml_format(ggml_type).quantize(dense))
     # Of uniform weights; the coarsest, MXFP4, leaves .11 of the norm.
     assert (weight.dequantize() - dense).norm() < 0.13 * dense.norm()
     save_pretrained(model, tmp_path)

@@ -90,7 +90,8 @@ def search_qparams(
     }[algorithm, spec.symmetric]
     rows = max(1, _CHUNK.get(w.device.type, _CHUNK["cpu"]) // w.shape[1])
     chunks: tuple[Tensor, ...] = (w,) if spec.granularity == "tensor" else torch.split(w, rows)
-    found = [search(_Groups(_grouped(_compute(chunk), spec), importance, spec, integer_zero)) for chunk in chunks]
+    grouped = (_grouped(_compute(chunk), spec) for chunk in chunks)
+    found = [search(_Groups(values, importance, spec, integer_zero, algorithm)) for values in grouped]
     scale = torch.cat([part for part, _ in found])
     zeros = [part for _, part in found if part is not None]
     # Checked here, once: a check of every candidate would make a GPU wait for the CPU each time.
@@ -105,9 +106,14 @@ def search_qparams(
 class _Groups:
     """Groups of weights ``(rows, groups, group_size)``, what their errors count, and how parameters are stored."""
 
-    def __init__(self, values: Tensor, importance: Tensor | None, spec: QuantSpec, integer_zero: bool) -> None:
+    def __init__(
+        self, values: Tensor, importance: Tensor | None, spec: QuantSpec, integer_zero: bool, algorithm: str
+    ) -> None:
         self.values = values
-        self.importance = importance
+        self.negative = -values
+        self.exponent = _clip_exponent(values.shape[-1]) if algorithm == "mse" else _HQQ_NORM
+        # What multiplies an error, so that its power is multiplied by the importance.
+        self.factor = None if importance is None else importance.pow(1 / self.exponent)
         self.spec = spec
         self.integer_zero = integer_zero
         self.buffer = torch.empty_like(values)
@@ -127,30 +133,36 @@ class _Groups:
             return zero.round().clamp(0, self.spec.max_code).to(torch.uint8)
         return zero.to(self.spec.scale_dtype)
 
-    def errors(self, scale: Tensor, zero: Tensor | None, power: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the errors ``(rows, groups)`` with parameters of that shape; ``power`` works in place on magnitudes."""
+    def errors(self, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Return the p-norms of the errors, or powers of them, ``(rows, groups)`` with parameters of that shape."""
         wide = scale.to(self.values.dtype).unsqueeze(-1)
-        middle = self.spec.midpoint if zero is None else zero.to(self.values.dtype).unsqueeze(-1)
+        most = self.spec.max_code
         error = torch.div(self.values, wide, out=self.buffer)
-        error.add_(middle).round_().clamp_(0, self.spec.max_code).sub_(middle).mul_(wide).sub_(self.values).abs_()
-        error = power(error)
-        if self.importance is not None:
-            error.mul_(self.importance)
-        return error.sum(-1)
+        if zero is None:
+            error.round_().clamp_(-self.spec.midpoint, most - self.spec.midpoint)
+        else:
+            middle = zero.to(self.values.dtype).unsqueeze(-1)
+            error.add_(middle).round_().clamp_(0, most).sub_(middle)
+        torch.addcmul(self.negative, error, wide, out=error)
+        if self.factor is not None:
+            error.mul_(self.factor)
+        if error.is_cuda:  # one read; on a CPU it is several times slower than the powers
+            norms: Tensor = torch.linalg.vector_norm(error, self.exponent, dim=-1)
+            return norms
+        return error.abs_().pow_(self.exponent).sum(-1)
 
 
 class _Best:
     """The best parameters so far, group by group."""
 
-    def __init__(self, groups: _Groups, power: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, groups: _Groups) -> None:
         self._groups = groups
-        self._power = power
         self._error: Tensor | None = None
         self._parameters: tuple[Tensor, ...] = ()
 
     def offer(self, scale: Tensor, zero: Tensor | None, *labels: Tensor) -> None:
         """Keep the parameters, and the labels with them, where they are better."""
-        error = self._groups.errors(scale, zero, self._power)
+        error = self._groups.errors(scale, zero)
         offered = (scale, *(() if zero is None else (zero,)), *labels)
         if self._error is None:
             self._error, self._parameters = error, offered
@@ -165,14 +177,13 @@ class _Best:
         return iter(self._parameters)
 
 
-def _clip_power(groups: _Groups) -> Callable[[Tensor], Tensor]:
-    exponent = min(max(2 + math.log2(groups.values.shape[-1] / 32) / 2, 2.0), 4.0)
-    return lambda error: error.pow_(exponent)
+def _clip_exponent(group_size: int) -> float:
+    return min(max(2 + math.log2(group_size / 32) / 2, 2.0), 4.0)
 
 
 def _clip_symmetric(groups: _Groups) -> tuple[Tensor, None]:
     spec, most = groups.spec, groups.values.abs().amax(-1)
-    best = _Best(groups, _clip_power(groups))
+    best = _Best(groups)
     scale = groups.store_scale(most / max(spec.midpoint - 1, 1))
     best.offer(scale, None)  # round-to-nearest: nothing found is worse
     most_share = spec.midpoint / max(spec.midpoint - 1, 1)
@@ -190,7 +201,7 @@ def _clip_symmetric(groups: _Groups) -> tuple[Tensor, None]:
 
 def _clip_asymmetric(groups: _Groups) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(groups.values, dim=-1)
-    best = _Best(groups, _clip_power(groups))
+    best = _Best(groups)
 
     def offer(below: Tensor, above: Tensor) -> None:
         scale, zero = _of_range(groups, low * below, high * above)
@@ -231,7 +242,7 @@ def _nearest(groups: _Groups, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor
 def _hqq_symmetric(groups: _Groups) -> tuple[Tensor, None]:
     spec, values = groups.spec, groups.values
     scale = groups.store_scale(values.abs().amax(-1) / max(spec.midpoint - 1, 1))
-    best = _Best(groups, _hqq_power)
+    best = _Best(groups)
     best.offer(scale, None)
     for step in range(_HQQ_STEPS):
         wide = scale.to(values.dtype).unsqueeze(-1)
@@ -248,7 +259,7 @@ def _hqq_asymmetric(groups: _Groups) -> tuple[Tensor, Tensor]:
     values = groups.values
     low, high = torch.aminmax(values, dim=-1)
     scale, zero = _of_range(groups, low, high)
-    best = _Best(groups, _hqq_power)
+    best = _Best(groups)
     best.offer(*_nearest(groups, low, high))
     best.offer(scale, zero)
     wide = scale.to(values.dtype).unsqueeze(-1)
@@ -260,10 +271,6 @@ def _hqq_asymmetric(groups: _Groups) -> tuple[Tensor, Tensor]:
         best.offer(scale, zero)
     scale, zero = best
     return scale, zero
-
-
-def _hqq_power(error: Tensor) -> Tensor:
-    return error.pow_(_HQQ_NORM)
 
 
 def _shrink(error: Tensor, step: int) -> Tensor:
