@@ -9,7 +9,7 @@ from lq_formats import ShapeError
 from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
-from lq_kernels.cuda.variant import Variant
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
@@ -200,6 +200,8 @@ def linear(
     bits: int,
     config: DecodeConfig | None = None,
     transposed: bool = False,
+    residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
@@ -208,17 +210,21 @@ def linear(
         packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).
         scale: ``(groups, rows)``, arranged alike.
         zero: As ``scale``, in its dtype; None for symmetric weights.
-        bias: ``(out_features,)`` in x's dtype, or None.
-        out_features: Rows of the weight.
+        bias: ``(out_features,)`` in x's dtype, or None; of a gated product that of the gates, then that of the ups.
+        out_features: Rows of the weight; of a gated product half as many.
         group_size: In features per scale; K for one scale a row.
         bits: 4 or 8.
         config: How to cut, for tuning; by default :func:`choice`.
         transposed: Whether the result is ``(out_features, M) float32`` instead.
+        residual: ``(M, out_features)`` in x's dtype, contiguous, added before the result is rounded; or None.
+        gated: Whether the rows are those of a gate and an up projection (:mod:`lq_kernels.gated`), and the result is
+            ``silu(gate) * up``, rounded once. One of these three at most.
 
     Raises:
         ShapeError: If the tokens do not fit shared memory or the grid.
     """
     m, k = x.shape
+    epilogue = "transposed" if transposed else "silu_mul" if gated else "residual" if residual is not None else "none"
     if x.stride() != (k, 1) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     launch = _prepare(
@@ -230,7 +236,7 @@ def linear(
         group_size,
         Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
         config,
-        transposed,
+        epilogue,
     )
     y = x.new_empty((out_features, m), dtype=torch.float32) if transposed else x.new_empty((m, out_features))
     launch(
@@ -239,6 +245,7 @@ def linear(
         scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         y.data_ptr(),
     )
     return y
@@ -254,7 +261,7 @@ def _prepare(
     group_size: int,
     variant: Variant,
     config: DecodeConfig | None,
-    transposed: bool,
+    epilogue: str,
 ) -> Launch:
     if config is None and (chosen := _choice(m, blocks, k, variant, Arch.of(torch.device("cuda", index)))):
         config = chosen.config
@@ -267,9 +274,9 @@ def _prepare(
         (config.cluster * config.clusters, -(-m // (8 * config.token_tiles)), 1),
         THREADS,
         config.shared,
-        6,
+        7,
         (m, n, k, blocks, group_size, config.slots, config.stages, config.boxes, config.pitch),
         cluster=config.cluster,
         dependent=True,
-        defines=(*variant.defines, *config.defines, *(("LQ_TRANSPOSED=1",) if transposed else ())),
+        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
     )

@@ -11,7 +11,7 @@ from lq_formats import ShapeError
 from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
-from lq_kernels.cuda.variant import Variant
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
@@ -195,6 +195,8 @@ def linear(
     bits: int,
     config: PrefillConfig | None = None,
     transposed: bool = False,
+    residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
@@ -205,17 +207,21 @@ def linear(
         packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).
         scale: ``(groups, rows)``, arranged alike.
         zero: As ``scale``, in its dtype; None for symmetric weights. 4 bits only.
-        bias: ``(out_features,)`` in x's dtype, or None.
-        out_features: Rows of the weight.
+        bias: ``(out_features,)`` in x's dtype, or None; of a gated product that of the gates, then that of the ups.
+        out_features: Rows of the weight; of a gated product half as many.
         group_size: In features per scale; K for one scale a row.
         bits: 4 or 8.
         config: How to cut, for tuning; by default :func:`choice`.
         transposed: Whether the result is ``(out_features, M) float32`` instead.
+        residual: ``(M, out_features)`` in x's dtype, contiguous, added before the result is rounded; or None.
+        gated: Whether the rows are those of a gate and an up projection (:mod:`lq_kernels.gated`), and the result is
+            ``silu(gate) * up``, rounded once. One of these three at most.
 
     Raises:
         ShapeError: If there are too many tiles for one launch.
     """
     m, k = x.shape
+    epilogue = "transposed" if transposed else "silu_mul" if gated else "residual" if residual is not None else "none"
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
@@ -227,7 +233,7 @@ def linear(
         group_size,
         Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
         config,
-        transposed,
+        epilogue,
     )
     y = x.new_empty((out_features, m), dtype=torch.float32) if transposed else x.new_empty((m, out_features))
     partials = arrivals = 0
@@ -240,6 +246,7 @@ def linear(
         scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         y.data_ptr(),
         partials,
         arrivals,
@@ -266,9 +273,10 @@ def _prepare(
     group_size: int,
     variant: Variant,
     config: PrefillConfig | None,
-    transposed: bool,
+    epilogue: str,
 ) -> _Plan:
-    config = config or _choice(m, n, k, variant, Arch.of(torch.device("cuda", index))).config
+    rows = blocks * BLOCK_ROWS if epilogue == "silu_mul" else n
+    config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index))).config
     stages, shared = ring(config.tokens, variant.bits, variant.scale_bytes)
     launch = Launch(
         index,
@@ -277,9 +285,9 @@ def _prepare(
         (config.ctas, 1, 1),
         THREADS,
         shared,
-        8,
+        9,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
         dependent=True,
-        defines=(*variant.defines, f"LQ_TOKENS={config.tokens}", *(("LQ_TRANSPOSED=1",) if transposed else ())),
+        defines=(*variant.defines, f"LQ_TOKENS={config.tokens}", *EPILOGUES[epilogue]),
     )
     return _Plan(launch, config.tokens, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from lq_formats.layouts import FRAGMENT_INT4
@@ -9,6 +10,16 @@ from lq_formats.layouts.fragment import BLOCK_ROWS
 
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
 """Names of dtypes in the sources."""
+
+EPILOGUES = MappingProxyType(
+    {
+        "none": (),
+        "transposed": ("LQ_TRANSPOSED=1",),
+        "residual": ("LQ_RESIDUAL=1",),
+        "silu_mul": ("LQ_GATED=1",),
+    }
+)
+"""What becomes of a product on its way out: macros by name."""
 
 
 @dataclass(frozen=True)

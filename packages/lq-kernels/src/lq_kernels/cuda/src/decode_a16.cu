@@ -19,10 +19,13 @@
 // and 64 for int8, 1 KB a block.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
-// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TILES (tiles of 8 tokens: 1, 2, 4) and LQ_TRANSPOSED (1: y is fp32
-// (n, m), as ggml's products are here; 0).
+// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TILES (tiles of 8 tokens: 1, 2, 4), LQ_TRANSPOSED (1: y is fp32 (n, m),
+// as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0) and LQ_GATED (1: rows of a gate
+// and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for
+// ups; 0).
 
 #include "lq/dequantize.cuh"
+#include "lq/epilogue.cuh"
 #include "lq/hopper.cuh"
 
 using namespace lq;
@@ -41,6 +44,16 @@ constexpr bool kPerRow = kGroups == 0;
 #define LQ_TRANSPOSED 0
 #endif
 constexpr bool kTransposed = LQ_TRANSPOSED != 0;
+#ifndef LQ_GATED
+#define LQ_GATED 0
+#endif
+constexpr bool kGated = LQ_GATED != 0;
+constexpr int kFeatureRows = kGated ? 2 : 1;  // of the weight, for an out feature
+#ifndef LQ_RESIDUAL
+#define LQ_RESIDUAL 0
+#endif
+constexpr bool kResidual = LQ_RESIDUAL != 0;
+static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
 
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
@@ -67,6 +80,7 @@ struct Arguments {
   const u8* scales;
   const u8* zeros;
   const u16* bias;
+  const u16* residual;
   u16* y;
   i64 m, n, k;
   i64 blocks;      // of 16 rows
@@ -227,26 +241,40 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
     const int pairs = (m + 1) / 2;
-    for (int i = thread; i < owned_rows * pairs; i += count) {
-      const int row = i & (owned_rows - 1), token = 2 * (i >> owned_shift);
+    for (int i = thread; i < owned_rows / kFeatureRows * pairs; i += count) {
+      const int row = kFeatureRows * (i & (owned_rows / kFeatureRows - 1)), token = 2 * (i >> (owned_shift - kGated));
       const float* from = inbox + box * kBuffer + row * kPitch + token;
-      float total[2] = {};
+      float total[kFeatureRows][2] = {};
 #pragma unroll 4
-      for (int s = 0; s < sources; ++s) {
-        const float2 value = *reinterpret_cast<const float2*>(from + (s << owned_shift) * kPitch);
-        total[0] += value.x;
-        total[1] += value.y;
-      }
-      if (row < rows_left && row0 + row < p.n) {
-        const float bias = p.bias ? to_float(X{}, p.bias[row0 + row]) : 0.0f;
+      for (int s = 0; s < sources; ++s)
+#pragma unroll
+        for (int r = 0; r < kFeatureRows; ++r) {
+          const float2 value = *reinterpret_cast<const float2*>(from + ((s << owned_shift) + r) * kPitch);
+          total[r][0] += value.x;
+          total[r][1] += value.y;
+        }
+      const i64 feature = (row0 + row) / kFeatureRows;
+      if (row < rows_left && feature < p.n) {
+        const float bias = p.bias ? to_float(X{}, p.bias[feature]) : 0.0f;
         if constexpr (kTransposed) {
-          float* to = reinterpret_cast<float*>(p.y) + (row0 + row) * p.m + token0 + token;
-          to[0] = total[0] + bias;
-          if (token + 1 < m) to[1] = total[1] + bias;
+          float* to = reinterpret_cast<float*>(p.y) + feature * p.m + token0 + token;
+          to[0] = total[0][0] + bias;
+          if (token + 1 < m) to[1] = total[0][1] + bias;
         } else {
-          u16* to = p.y + (token0 + token) * p.n + row0 + row;
-          to[0] = from_float(X{}, total[0] + bias);
-          if (token + 1 < m) to[p.n] = from_float(X{}, total[1] + bias);
+          u16* to = p.y + (token0 + token) * p.n + feature;
+          float result[2] = {total[0][0] + bias, total[0][1] + bias};
+          if constexpr (kGated) {
+            const float up_bias = p.bias ? to_float(X{}, p.bias[p.n + feature]) : 0.0f;
+            result[0] = silu_multiply(result[0], total[kFeatureRows - 1][0] + up_bias);
+            result[1] = silu_multiply(result[1], total[kFeatureRows - 1][1] + up_bias);
+          }
+          if constexpr (kResidual) {
+            const u16* add = p.residual + (token0 + token) * p.n + feature;
+            result[0] += to_float(X{}, add[0]);
+            if (token + 1 < m) result[1] += to_float(X{}, add[p.n]);
+          }
+          to[0] = from_float(X{}, result[0]);
+          if (token + 1 < m) to[p.n] = from_float(X{}, result[1]);
         }
       }
     }
@@ -427,7 +455,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = slot * kBlockRows + g + 8 * r, owner = row >> owned_shift;
+      // A gate and its up are sent as neighbours, so that one CTA owns both.
+      const int row = slot * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
       float* to = outbox + box * kBuffer + (((owner * k_parts + k_part) << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) *reinterpret_cast<float2*>(to + c * 8) = float2{acc[c][2 * r], acc[c][2 * r + 1]};
@@ -455,7 +484,7 @@ static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do no
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
-    decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y, i64 m, i64 n, i64 k,
-               i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
-  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});
+    decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, const u16* residual, u16* y, i64 m,
+               i64 n, i64 k, i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
+  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});
 }

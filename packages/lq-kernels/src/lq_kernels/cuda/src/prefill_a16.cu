@@ -29,9 +29,11 @@
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in 128 in features: 1, 2, 4; 0: one
-// scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256) and LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are
-// here; 0).
+// scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are
+// here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0) and LQ_GATED (1: rows of a gate and an up projection
+// alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0).
 
+#include "lq/epilogue.cuh"
 #include "lq/wgmma.cuh"
 
 using namespace lq;
@@ -52,6 +54,16 @@ constexpr bool kPerRow = kGroups == 0;
 #define LQ_TRANSPOSED 0
 #endif
 constexpr bool kTransposed = LQ_TRANSPOSED != 0;
+#ifndef LQ_GATED
+#define LQ_GATED 0
+#endif
+constexpr bool kGated = LQ_GATED != 0;
+constexpr int kFeatureRows = kGated ? 2 : 1;  // of the weight, for an out feature
+#ifndef LQ_RESIDUAL
+#define LQ_RESIDUAL 0
+#endif
+constexpr bool kResidual = LQ_RESIDUAL != 0;
+static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
 static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symmetric");
 
 constexpr int kConsumerWarps = kRows / 16;
@@ -77,6 +89,7 @@ constexpr int kScaleStage = kGroups * kGroupBytes * (kZero ? 2 : 1);
 constexpr int kUnits = kTokens / 8;              // of tokens
 constexpr int kChunk = kTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
+constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
 constexpr int kStaging = 2 * kChunk * kPitch;
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
@@ -202,12 +215,25 @@ __device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 lef
   }
 }
 
+// The inverse; zeros past the end.
+__device__ __forceinline__ uint4 load_eight(const u16* from, i64 left, bool whole) {
+  u32 words[4] = {};
+  if (whole) {
+    if (left > 0) return *reinterpret_cast<const uint4*>(from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < left) words[i / 2] |= static_cast<u32>(from[i]) << (16 * (i % 2));
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    prefill_a16(const __grid_constant__ TensorMap x_map, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, u16* y,
-                float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster,
-                i64 shared_tiles, i64 workers) {
+    prefill_a16(const __grid_constant__ TensorMap x_map, const u8* packed, const u8* scales, const u8* zeros, const u16* bias,
+                const u16* residual, u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 all_blocks, i64 group_size,
+                i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -411,10 +437,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (bias)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const i64 row = row0 + block * 16 + g + 8 * r;
-        if (row < n) offset[r] = to_float(X{}, bias[row]);
+        const i64 feature = kGated ? (row0 + block * 16) / 2 + g : row0 + block * 16 + g + 8 * r;
+        if (feature < n) offset[r] = to_float(X{}, bias[kGated ? r * n + feature : feature]);
       }
-    const i64 first_row = row0 + warpgroup * 64;
+    const i64 first_feature = (row0 + warpgroup * 64) / kFeatureRows;
     const int stored = static_cast<int>(m - token0 < kTokens ? m - token0 : kTokens);
     if constexpr (kTransposed) {
       // Eight tokens of a row are 32 bytes.
@@ -438,29 +464,73 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
       continue;
     }
+    // The residual comes in through shared memory as the results go out, a chunk ahead.
+    constexpr int kCopies = kChunk * 8 / 128;  // of 8 results, by a thread
+    const bool aligned = whole && (!kResidual || reinterpret_cast<u64>(residual) % 16 == 0);
+    uint4 added[kCopies];
+    auto fetch = [&](int chunk) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int at = thread % 128 + i * 128, token = chunk * kChunk + at / kParts;
+        const i64 feature = first_feature + at % kParts * 8;
+        if (token < stored) added[i] = load_eight(residual + (token0 + token) * n + feature, n - feature, aligned);
+      }
+    };
+    if constexpr (kResidual) fetch(0);
 #pragma unroll
     for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
       if (chunk * kChunk >= stored) break;
       named_barrier(1 + warpgroup, 128);
+      if constexpr (kResidual) {
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          const int at = thread % 128 + i * 128;
+          *reinterpret_cast<uint4*>(my_staging + at / kParts * kPitch + at % kParts * 16) = added[i];
+        }
+        named_barrier(1 + warpgroup, 128);
+        fetch(chunk + 1);
+      }
 #pragma unroll
       for (int pair = 0; pair < kChunk / 16; ++pair) {
-        u32 r[4];
+        const float* const sums = acc + (chunk * kChunk + pair * 16) / 2;
+        const int token = pair * 16 + (kGated ? lane / 8 % 2 : lane / 16) * 8 + lane % 8;
+        const u32 address = shared_address(my_staging) + token * kPitch;
+        if constexpr (kGated) {
+          u32 r[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* const sums = acc + (chunk * kChunk + pair * 16) / 2 + 2 * i;
-          r[i] = from_floats(X{}, fmaf(sums[0], row_scale[i % 2], offset[i % 2]), fmaf(sums[1], row_scale[i % 2], offset[i % 2]));
+          for (int i = 0; i < 2; ++i) {
+            const float* const gate = sums + 4 * i;
+            float result[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              result[j] = silu_multiply(fmaf(gate[j], row_scale[0], offset[0]), fmaf(gate[j + 2], row_scale[1], offset[1]));
+            r[i] = from_floats(X{}, result[0], result[1]);
+          }
+          store_matrix_x2_transposed(address + block % 4 * 16, r);
+        } else {
+          const u32 to = address + (block % 4 * 16 + lane / 8 % 2 * 8) * 2;
+          u32 r[4];
+          if constexpr (kResidual) load_matrix_x4_transposed(r, to);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float2 result = {fmaf(sums[2 * i], row_scale[i % 2], offset[i % 2]), fmaf(sums[2 * i + 1], row_scale[i % 2], offset[i % 2])};
+            if constexpr (kResidual) {
+              const float2 more = to_floats(X{}, r[i]);
+              result.x += more.x, result.y += more.y;
+            }
+            r[i] = from_floats(X{}, result.x, result.y);
+          }
+          store_matrix_x4_transposed(to, r);
         }
-        const int token = pair * 16 + lane / 16 * 8 + lane % 8, row = block % 4 * 16 + lane / 8 % 2 * 8;
-        store_matrix_x4_transposed(shared_address(my_staging) + token * kPitch + row * 2, r);
       }
       named_barrier(1 + warpgroup, 128);
 #pragma unroll
-      for (int i = thread % 128; i < kChunk * 8; i += 128) {
-        const int token = i / 8, part = i % 8;
+      for (int i = thread % 128; i < kChunk * kParts; i += 128) {
+        const int token = i / kParts, part = i % kParts;
         if (chunk * kChunk + token < stored) {
-          const i64 row = first_row + part * 8;
-          store_eight(y + (token0 + chunk * kChunk + token) * n + row, *reinterpret_cast<const uint4*>(my_staging + token * kPitch + part * 16),
-                      n - row, whole);
+          const i64 feature = first_feature + part * 8;
+          store_eight(y + (token0 + chunk * kChunk + token) * n + feature,
+                      *reinterpret_cast<const uint4*>(my_staging + token * kPitch + part * 16), n - feature, whole);
         }
       }
     }
