@@ -12,11 +12,12 @@ them than multiprocessors. With one part no tile is shared.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from lq_formats import ShapeError
 from torch import Tensor
 
 from lq_kernels.cuda import linear_a8, prefill_a16
@@ -41,6 +42,7 @@ def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count
     """Return the fastest batch-invariant cut by a model; arguments and errors as of :func:`prefill_a16.prefill_config`."""
     parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
     cuts = _prefill_cuts(m, n, k, bits, scale_bytes, sm_count, parts)
+    _check(cuts, m, n, k)
     return min(cuts, key=lambda config: _prefill_clocks(config, m, n, k, bits, sm_count))
 
 
@@ -50,7 +52,7 @@ def prefill_parts(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
 
     def clocks(parts: int, m: int) -> float:
         cuts = _prefill_cuts(m, n, k, bits, scale_bytes, sm_count, parts)
-        return min(_prefill_clocks(config, m, n, k, bits, sm_count) for config in cuts)
+        return min((_prefill_clocks(config, m, n, k, bits, sm_count) for config in cuts), default=math.inf)
 
     return _parts(clocks, -(-k // (512 // bits)))
 
@@ -59,6 +61,7 @@ def a8_config(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int
     """Return the fastest batch-invariant cut by a model; arguments and errors as of :func:`linear_a8.a8_config`."""
     parts = a8_parts(n, k, bits, promote, scale_bytes, sm_count)
     cuts = _a8_cuts(m, n, k, bits, promote, sm_count, parts)
+    _check(cuts, m, n, k)
     return min(cuts, key=lambda config: _a8_clocks(config, m, n, k, bits, promote, scale_bytes, sm_count))
 
 
@@ -68,7 +71,8 @@ def a8_parts(n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_coun
 
     def clocks(parts: int, m: int) -> float:
         cuts = _a8_cuts(m, n, k, bits, promote, sm_count, parts)
-        return min(_a8_clocks(config, m, n, k, bits, promote, scale_bytes, sm_count) for config in cuts)
+        times = (_a8_clocks(config, m, n, k, bits, promote, scale_bytes, sm_count) for config in cuts)
+        return min(times, default=math.inf)
 
     return _parts(clocks, -(-k // linear_a8.STEP))
 
@@ -113,6 +117,11 @@ def _cut_alike(whole: list[_C], tiles: Callable[[_C], int], steps: int, parts: i
         if workers * shared_tiles * steps < MAX_UNITS:
             cuts.append(replace(config, ctas=workers, shared_tiles=shared_tiles, workers=workers))
     return tuple(cuts)
+
+
+def _check(cuts: Sequence[object], m: int, n: int, k: int) -> None:
+    if not cuts:
+        raise ShapeError(f"M={m}, N={n}, K={k}: too many steps for one batch-invariant launch; split the tokens")
 
 
 def _prefill_clocks(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
