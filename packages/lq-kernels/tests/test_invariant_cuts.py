@@ -1,5 +1,7 @@
 """The Hopper kernels' batch-invariant cuts, without a GPU: K is cut alike for every tile, whatever the number of tokens."""
 
+import itertools
+
 import pytest
 import torch
 from lq_formats import QuantSpec, ShapeError
@@ -41,7 +43,7 @@ def runs(config, tiles, steps, parts):
         bounds = [start(worker, units, config.workers) - tile * steps for worker in range(first, last + 2)]
         assert bounds[0] == 0
         assert bounds[-1] == steps
-        pieces = tuple(zip(bounds, bounds[1:], strict=False))
+        pieces = tuple(itertools.pairwise(bounds))
         assert all(begin < end for begin, end in pieces), "a part without a step"
         found.add(pieces)
     return found
