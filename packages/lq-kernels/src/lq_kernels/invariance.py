@@ -4,8 +4,8 @@ By default lq chooses kernels and their cuts by the number of tokens, so the ord
 bits of a result, may change with the batch. In this mode every product takes one kernel, for all numbers of tokens, that adds
 up each result in an order that depends on the weight's sizes and the processor alone. See ``docs/batch-invariance.md``.
 
-The mode is read when a product is called, or traced: operators carry it in their ``kernel`` argument, so a compiled graph keeps
-the mode that it was traced in. ``torch.compile`` guards on it and traces again where it changes; an exported program keeps it.
+A product is batch-invariant if the mode is on when it is called or traced, or when it runs: operators carry the former in their
+``kernel`` argument, so an exported program or a CUDA graph keeps what it was made in. ``torch.compile`` guards on the mode.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, ggml_kernels
 from lq_kernels.cuda import constraints as cuda_constraints
-from lq_kernels.invariance import asked
+from lq_kernels.invariance import asked, is_batch_invariant
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int4_spec
 from lq_kernels.registry import Kernel, select
@@ -67,7 +67,10 @@ def _int8_spec(per_row: bool, scale_dtype: torch.dtype) -> QuantSpec:
 
 def _chosen(problem: Problem, kernel: str) -> Kernel:
     name, batch_invariant = asked(kernel)
-    return select(replace(problem, batch_invariant=True) if batch_invariant else problem, name)
+    # A graph that was traced outside the mode may run inside it.
+    if batch_invariant or is_batch_invariant():
+        problem = replace(problem, batch_invariant=True)
+    return select(problem, name)
 
 
 def _int4_linear(

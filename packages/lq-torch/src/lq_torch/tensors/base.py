@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from lq_formats import DeviceError, DTypeError, FormatError, ShapeError, UnsupportedError
+from lq_formats import DeviceError, DTypeError, FormatError, NoKernelError, ShapeError, UnsupportedError
+from lq_kernels import is_batch_invariant
 from torch import Tensor
 
 from lq_torch.tensors.saved import SavedWeight
@@ -78,6 +79,10 @@ class LowBitTensor(torch.Tensor):
         """Return ``x (..., K) @ self.T + bias`` in x's dtype; x has been checked."""
         raise NotImplementedError
 
+    def why_not_batch_invariant(self) -> str | None:
+        """Return why :meth:`linear` cannot be batch-invariant (:class:`lq_kernels.batch_invariant`), or None."""
+        return None
+
     @classmethod
     def check_saved(cls, saved: SavedWeight) -> None:
         """Raise FormatError unless the tensors of a file fit the shape and attributes; their values are not read."""
@@ -136,15 +141,17 @@ class LowBitTensor(torch.Tensor):
     # PyTorch's protocols.
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(self.inner_tensors()), (tuple(self.attributes().items()), self.dtype)
+        # torch.compile guards on what is returned, and does not see that a product reads the mode.
+        return list(self.inner_tensors()), (tuple(self.attributes().items()), self.dtype, is_batch_invariant())
 
     def _stable_hash_for_caching(self) -> str:
         inner = [(name, tuple(t.shape), t.dtype) for name, t in self.inner_tensors().items()]
-        return repr((type(self).__qualname__, tuple(self.shape), self.dtype, self.attributes(), inner))
+        mode = is_batch_invariant()
+        return repr((type(self).__qualname__, tuple(self.shape), self.dtype, self.attributes(), inner, mode))
 
     @classmethod
     def __tensor_unflatten__(cls, tensors: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Self:
-        attributes, dtype = context
+        attributes, dtype, _ = context
         return cls(tensors, dict(attributes), size, dtype)
 
     @classmethod
@@ -219,6 +226,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ShapeError, DTypeError, DeviceError: If the operands do not fit each other. Under autocast x and bias are cast.
+        NoKernelError: In the batch-invariant mode, if a weight of this kind has no such product.
     """
     if isinstance(input, LowBitTensor) or not isinstance(weight, LowBitTensor):
         raise UnsupportedError("F.linear takes a quantized weight as its second argument only")
@@ -233,6 +241,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise DeviceError(f"x is on {device} and the quantized weight on {weight.device}; move one of them with .to()")
     if bias is not None and bias.device != device:
         raise DeviceError(f"x is on {device} and bias on {bias.device}; move one of them with .to()")
+    if is_batch_invariant() and (reason := weight.why_not_batch_invariant()) is not None:
+        raise NoKernelError(f"a batch-invariant product with a {type(weight).__name__}", [(weight.kind, reason)])
     kind = device.type
     if torch.is_autocast_enabled(kind) and input.dtype in SCALE_DTYPES:
         dtype = torch.get_autocast_dtype(kind)

@@ -185,6 +185,10 @@ class GemliteTensor(LowBitTensor):
         groups = values.reshape(self.shape[0], -1, self.group_size) * scale.unsqueeze(-1)
         return groups.reshape(self.shape).to(dtype or self.dtype)
 
+    def why_not_batch_invariant(self) -> str | None:
+        """Return why: kernels of another library."""
+        return "it is multiplied by gemlite, whose results depend on the number of tokens; quantize to another packing format"
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``; see the class for which way."""
         if not x.is_cuda or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):

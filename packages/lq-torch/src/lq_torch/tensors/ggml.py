@@ -120,6 +120,11 @@ class GGMLTensor(LowBitTensor):
         w: Tensor = ggml_format(self.ggml_type).dequantize(self.qdata[indices], self.dtype)
         return w
 
+    def why_not_batch_invariant(self) -> str | None:
+        """Return why: blocks that no kernel takes are multiplied by torch."""
+        packed = self.ggml_type == "q4_0" or self.planes() is not None
+        return None if packed else "it is dequantized for a dense product, whose results depend on the number of tokens"
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``."""
         planes = self.planes()

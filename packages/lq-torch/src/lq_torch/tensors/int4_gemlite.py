@@ -142,6 +142,10 @@ class Int4GemliteTensor(LowBitTensor):
         w = groups * self.scale.t().float().unsqueeze(-1)
         return w.reshape(self.shape).to(dtype or self.dtype)
 
+    def why_not_batch_invariant(self) -> str | None:
+        """Return why: kernels of another library."""
+        return "it is multiplied by gemlite, whose results depend on the number of tokens; quantize to another packing format"
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``; see the class for which way."""
         check_kernel(self.kernel)

@@ -146,6 +146,12 @@ class Int4TilePackedTensor(LowBitTensor):
         w: Tensor = (codes - 8) * scale + offset
         return w.view(rows, columns).to(dtype or self.dtype)
 
+    def why_not_batch_invariant(self) -> str | None:
+        """Return why: kernels of another library."""
+        return (
+            "it is multiplied by ATen, whose results depend on the number of tokens; quantize to another packing format"
+        )
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``."""
         if not _runs_tinygemm(x):

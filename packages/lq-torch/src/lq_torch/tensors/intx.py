@@ -72,6 +72,10 @@ class IntxTensor(LowBitTensor):
         codes = unpack_bits(self.qdata, self.bits, self.shape[1])
         return dequantize_affine(codes, self.scale, self.zero, spec, dtype or self.dtype)
 
+    def why_not_batch_invariant(self) -> str | None:
+        """Return why: a dense product of torch's is none."""
+        return "it is dequantized for a dense product, whose results depend on the number of tokens"
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias`` by a dense product."""
         return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
