@@ -62,7 +62,7 @@ for name, layout in GGML_PLANES.items():
     run(name, 5, 3 if whole else 11, torch.float16, [(ggml.gemv, 1, True), (ggml.splitk, 17, False)])
     run(name, 33, 1, torch.float32, [(ggml.splitk, 3, True)])
 run("q4_1", 2, 33, torch.float32, [(ggml.gemv, 2, False), (ggml.splitk, 1, True)])
-run("q6_k", 2, 5, torch.float16, [(ggml.gemv, 1, False), (ggml.splitk, 1, True)])
+run("q6_k", 2, 5, torch.float16, [(ggml.gemv, 1, False), (ggml.splitk, 1, True), (ggml.invariant, 3, True)])
 assert max(splits) >= 4, f"K was shared by {splits}"
 print(json.dumps(errors))
 """
@@ -77,7 +77,7 @@ def test_every_type_against_the_float64_product():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert {case.split("-")[0] for case in errors} == {"dequantize", "gemv", "splitk"}
+    assert {case.split("-")[0] for case in errors} == {"dequantize", "gemv", "splitk", "invariant"}
     assert len(errors) >= 12 * 5
     too_large = {
         case: error for case, error in errors.items() if not error <= TOLERANCE["fp16" if "fp16" in case else "fp32"]

@@ -55,7 +55,7 @@ def run_int4(n, k, group, symmetric, dtype, tokens):
         unpacked, f.dequantize_affine(codes, scale, zero, spec, dtype)) else float("inf")
     for m in tokens:
         x = randn(m, k).to(dtype)
-        for launcher in (int4.gemv, int4.splitk, int4.gemm):
+        for launcher in (int4.gemv, int4.splitk, int4.gemm, *((int4.invariant,) if m > 1 else ())):
             note(f"{launcher.__name__}-{label}-M{m}", launcher(x, qweight, scale, zero, group), x.double() @ dense.t(), x)
 
 def run_int8(n, k, granularity, dtype, tokens):
@@ -68,7 +68,7 @@ def run_int8(n, k, granularity, dtype, tokens):
         int8.dequantize_int8(q, scale, dtype), f.dequantize_weight_int8(q, scale, dtype)) else float("inf")
     for m in tokens:
         x = randn(m, k).to(dtype)
-        for launcher in (int8.gemv, int8.splitk, int8.gemm):
+        for launcher in (int8.gemv, int8.splitk, int8.gemm, *((int8.invariant,) if m > 1 else ())):
             note(f"{launcher.__name__}-{label}-M{m}", launcher(x, q, scale), x.double() @ dense.t(), x)
 
 if op == "int4":
@@ -106,7 +106,7 @@ def test_every_kernel_against_the_float64_product(op):
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert {case.split("-")[0] for case in errors} == {"dequantize", "gemv", "splitk", "gemm"}
+    assert {case.split("-")[0] for case in errors} == {"dequantize", "gemv", "splitk", "gemm", "invariant"}
     too_large = {
         case: error for case, error in errors.items() if not error <= TOLERANCE["fp16" if "fp16" in case else "fp32"]
     }
