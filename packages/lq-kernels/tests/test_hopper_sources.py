@@ -1,13 +1,16 @@
 """The Hopper kernels compile without a GPU to what they should: no spills, warpgroup products from registers, bulk copies."""
 
+import itertools
 import re
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from lq_formats import CompileError
 from lq_kernels.cuda.decode_a16 import cut, decode_config
 from lq_kernels.cuda.sources import VARIANTS
+from lq_kernels.cuda.variant import EPILOGUES
 from lq_kernels.jit import compiler
 
 
@@ -51,6 +54,27 @@ def test_decode_compiles_without_spills(variant, tmp_path):
     assert re.search(r"\bUBLKCP\b", sass)
     assert re.search(r"\bACQBULK\b", sass)  # griddepcontrol.wait
     assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+def test_epilogues_compile_without_spills(variant, epilogue):
+    tiles, tokens = 2 if variant.groups == 4 else 4, (16, 256)
+    for name, size in (("decode_a16", f"LQ_TILES={tiles}"), *(("prefill_a16", f"LQ_TOKENS={size}") for size in tokens)):
+        result = build(name, (*variant.defines, size, *EPILOGUES[epilogue]))
+        (used,) = result.usage().values()
+        assert (used.spills, used.stack) == (0, 0), (name, size)
+        assert used.registers <= 168
+        assert "C75" not in result.log
+
+
+@needs_nvrtc
+def test_one_epilogue_at_a_time():
+    for one, other in itertools.combinations(("transposed", "residual", "silu_mul"), 2):
+        defines = (*VARIANTS[0].defines, "LQ_TILES=1", *EPILOGUES[one], *EPILOGUES[other])
+        with pytest.raises(CompileError, match="one epilogue"):
+            build("decode_a16", defines)
 
 
 @needs_nvrtc

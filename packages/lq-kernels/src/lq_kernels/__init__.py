@@ -12,6 +12,7 @@ from lq_kernels.dynamic import (
     quantize_tokens,
     restore_int4_dynamic,
 )
+from lq_kernels.gated import interleave_rows, separate_rows
 from lq_kernels.ggml import ggml_dequantize, ggml_linear
 from lq_kernels.invariance import batch_invariant, is_batch_invariant, set_batch_invariant
 from lq_kernels.linear import (
@@ -27,6 +28,7 @@ from lq_kernels.preshuffled import (
     preshuffle_int4,
     preshuffle_int8,
     preshuffled_dequantize,
+    preshuffled_gated_linear,
     preshuffled_linear,
     restore_int4,
     restore_int8,
@@ -52,6 +54,7 @@ __all__ = [
     "int8_dynamic_linear",
     "int8_gemm",
     "int8_gemm_torch",
+    "interleave_rows",
     "is_batch_invariant",
     "kernel_names",
     "matmul_bf16_i4",
@@ -59,6 +62,7 @@ __all__ = [
     "preshuffle_int4",
     "preshuffle_int8",
     "preshuffled_dequantize",
+    "preshuffled_gated_linear",
     "preshuffled_linear",
     "q4_0_linear",
     "quantize_activation_q8_1",
@@ -67,5 +71,6 @@ __all__ = [
     "restore_int4_dynamic",
     "restore_int8",
     "select",
+    "separate_rows",
     "set_batch_invariant",
 ]

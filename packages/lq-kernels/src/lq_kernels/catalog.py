@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, ggml_kernels, hopper, plans, q4_0, reference
+from lq_kernels import (
+    aten_cpu,
+    cost,
+    dequant_blas,
+    dynamic_kernels,
+    gated,
+    ggml_kernels,
+    hopper,
+    plans,
+    q4_0,
+    reference,
+)
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.plans import Plan
 from lq_kernels.problem import Op, Problem
@@ -86,6 +97,10 @@ KERNELS: tuple[Kernel, ...] = (
     _planned(*_PREFILL, "preshuffled", hopper.prefill),
     _planned(*_DENSE, "preshuffled", dequant_blas.preshuffled_linear),
     Kernel("reference", "preshuffled", _anything, cost.reference_us, reference.preshuffled_linear_reference),
+    _planned(*_DECODE, "preshuffled_gated", hopper.gated_decode),
+    _planned(*_PREFILL, "preshuffled_gated", hopper.gated_prefill),
+    _planned("dequant-blas", dequant_blas.why_not, gated.plan_dense, "preshuffled_gated", gated.dense),
+    Kernel("reference", "preshuffled_gated", _anything, cost.reference_us, gated.reference),
     _planned("cuda-decode", _Q4_0_DECODE.why_not, _Q4_0_DECODE.plan, "q4_0", _Q4_0_DECODE),
     _planned("cuda-prefill", _Q4_0_PREFILL.why_not, _Q4_0_PREFILL.plan, "q4_0", _Q4_0_PREFILL),
     Kernel("cuda-mma", "q4_0", cuda_constraints.why_not_q4_0, cost.q4_0_us, q4_0.quantized(_cuda_q4_0)),

@@ -75,10 +75,12 @@ def preshuffled_linear(
     out_features: int,
     group_size: int,
     bits: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Return ``x (M, K) @ w.T + bias`` in x's dtype."""
+    """Return ``x (M, K) @ w.T + bias`` in x's dtype; a residual is added to the rounded result."""
     w = preshuffled_dequantize(packed, scale, zero, bits, group_size, out_features, x.shape[1], x.dtype)
-    return torch.nn.functional.linear(x, w, bias)
+    y = torch.nn.functional.linear(x, w, bias)
+    return y if residual is None else y.add_(residual)
 
 
 def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:

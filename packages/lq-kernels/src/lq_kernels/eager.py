@@ -78,13 +78,13 @@ class _Known:
         self.stamps = tuple(_stamp(tensor) for tensor in tensors)
         self._device = first.device
         self._dtype = dtype
-        self._sizes = (n, k)
+        self._in_features = k
         self._family = _family(op, n, k, spec, dtype, Arch.of(first.device))
         self._bound: dict[tuple[str, bool], Callable[[Tensor], Tensor]] = {}
 
     def multiply(self, x: Tensor, first: Tensor) -> Tensor | None:
         """Return the product, or None where activations are of another kind than before."""
-        n, k = self._sizes
+        k = self._in_features
         shape = x.shape
         if not shape or shape[-1] != k or x.dtype != self._dtype or x.device != self._device:
             return None
@@ -99,7 +99,7 @@ class _Known:
         if bound is None and hasattr(kernel.run, "bind"):
             bound = self._bound[key] = kernel.run.bind(k, first, *self.rest, *self.values)
         y = kernel.run(matrix, first, *self.rest, *self.values) if bound is None else bound(matrix)
-        return y if len(shape) == 2 else y.view(*shape[:-1], n)
+        return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
 
 _known: dict[int, _Known] = {}
@@ -142,7 +142,7 @@ def remember(
         op: Which operation.
         tensors: Of the weight, in the order of the kernels' launchers.
         values: What launchers take after them.
-        n: Out features.
+        n: Out features, as :class:`Problem` has them.
         k: In features.
         spec: How the weight is quantized.
         dtype: dtype of the activations.

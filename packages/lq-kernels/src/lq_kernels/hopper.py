@@ -4,6 +4,7 @@ A canonical weight is repacked on first use and the result kept beside it (:mod:
 a weight that is kept in fragment order (:mod:`lq_kernels.preshuffled`) is stored once.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Protocol
@@ -33,10 +34,17 @@ class _Launcher(Protocol):
 class OnFragments:
     """A launcher for weights in fragment order."""
 
-    def __init__(self, module: str, function: str = "linear") -> None:
-        """Name the function of a module of :mod:`lq_kernels.cuda` that runs; it is imported then."""
+    def __init__(self, module: str, function: str = "linear", *, gated: bool = False) -> None:
+        """Name the function of a module of :mod:`lq_kernels.cuda` that runs; it is imported then.
+
+        Args:
+            module: The module.
+            function: The function.
+            gated: Whether the weights are those of gated products (:mod:`lq_kernels.gated`).
+        """
         self._module, self._function = module, function
-        self._launcher: _Launcher | None = None
+        self._epilogue = {"gated": True} if gated else {}
+        self._launcher: Callable[..., Tensor] | None = None
 
     def __call__(
         self,
@@ -48,16 +56,23 @@ class OnFragments:
         out_features: int,
         group_size: int,
         bits: int,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Run the kernel; see :func:`lq_kernels.cuda.decode_a16.linear`."""
         if self._launcher is None:
-            self._launcher = getattr(importlib.import_module(f"lq_kernels.cuda.{self._module}"), self._function)
-        return self._launcher(x, packed, scale, zero, bias, out_features, group_size, bits)
+            launcher = getattr(importlib.import_module(f"lq_kernels.cuda.{self._module}"), self._function)
+            self._launcher = functools.partial(launcher, **self._epilogue) if self._epilogue else launcher
+        if residual is None:
+            return self._launcher(x, packed, scale, zero, bias, out_features, group_size, bits)
+        return self._launcher(x, packed, scale, zero, bias, out_features, group_size, bits, residual=residual)
 
 
 decode = OnFragments("decode_a16")
 prefill = OnFragments("prefill_a16")
 invariant_prefill = OnFragments("invariant", "prefill")
+gated_decode = OnFragments("decode_a16", gated=True)
+gated_prefill = OnFragments("prefill_a16", gated=True)
+gated_invariant_prefill = OnFragments("invariant", "prefill", gated=True)
 
 
 class OnCanonicalInt4:

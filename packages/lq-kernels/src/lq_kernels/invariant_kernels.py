@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lq_kernels import aten_cpu, cost, dequant_blas, dynamic_kernels, dynamic_reference, ggml_kernels, hopper, q4_0
+from lq_kernels import (
+    aten_cpu,
+    cost,
+    dequant_blas,
+    dynamic_kernels,
+    dynamic_reference,
+    gated,
+    ggml_kernels,
+    hopper,
+    q4_0,
+)
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.dynamic_reference import Activation
 from lq_kernels.plans import Plan
@@ -73,9 +83,28 @@ def _dense_preshuffled(
     out_features: int,
     group_size: int,
     bits: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     sizes = (bits, group_size, out_features, x.shape[1])
-    return _dense(x, dequant_blas.preshuffled_dequantize(packed, scale, zero, *sizes, x.dtype), bias)
+    y = _dense(x, dequant_blas.preshuffled_dequantize(packed, scale, zero, *sizes, x.dtype), bias)
+    return y if residual is None else y.add_(residual)
+
+
+def _dense_gated(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    interleaved = None if bias is None else gated.interleave_rows(bias)
+    sizes = (bits, group_size, gated.interleaved_rows(out_features), x.shape[1])
+    w = dequant_blas.preshuffled_dequantize(packed, scale, zero, *sizes, x.dtype)
+    # A token at a time to the end: on a CPU, silu of a number depends on whether a vector register holds it.
+    return each_token(lambda token: gated.silu_multiply(linear(token, w, interleaved), out_features, x.dtype), x)
 
 
 def _dense_q4_0(weight_q: Tensor, activation_q: Tensor) -> Tensor:
@@ -172,6 +201,8 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("dequant-blas", "int8", *_DENSE, _dense_int8),
     _prefill("preshuffled", hopper.invariant_prefill),
     Kernel("dequant-blas", "preshuffled", *_DENSE, _dense_preshuffled),
+    _prefill("preshuffled_gated", hopper.gated_invariant_prefill),
+    Kernel("dequant-blas", "preshuffled_gated", *_DENSE, _dense_gated),
     Kernel("cuda-prefill", "q4_0", _Q4_0.why_not, lambda problem: _Q4_0.plan(problem).us, _Q4_0, _Q4_0.plan),
     Kernel("cuda-mma", "q4_0", cuda_constraints.why_not_q4_0, cost.q4_0_us, q4_0.quantized(_cuda_q4_0)),
     Kernel("dequant-blas", "q4_0", *_DENSE, q4_0.quantized(_dense_q4_0)),

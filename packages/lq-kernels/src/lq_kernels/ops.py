@@ -3,6 +3,8 @@
 Operators take canonical packings, choose a kernel by the sizes they see at run time, and are registered with a fake
 implementation (so ``torch.compile(fullgraph=True)`` and export trace them with dynamic sizes) and a gradient for the
 activations. Arguments are validated by the callers in :mod:`lq_kernels.linear`.
+
+Above 500 lines, because it is the only one: an operator is four short pieces here, and nothing else.
 """
 
 import functools
@@ -12,7 +14,7 @@ import torch
 from lq_formats import QuantSpec, dequantize_q4_0, quantize_q8_1
 from torch import Tensor
 
-from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, ggml_kernels
+from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, gated, ggml_kernels
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.invariance import asked, is_batch_invariant
 from lq_kernels.problem import Arch, Problem
@@ -32,6 +34,14 @@ _LIBRARY.define("int8_dequantize(Tensor qweight, Tensor scale, ScalarType dtype)
 _LIBRARY.define(
     "preshuffled_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
     "SymInt out_features, str kernel) -> Tensor"
+)
+_LIBRARY.define(
+    "preshuffled_linear_add(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor residual, int bits, "
+    "int group_size, SymInt out_features, str kernel) -> Tensor"
+)
+_LIBRARY.define(
+    "preshuffled_gated_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
+    "int group_size, SymInt out_features, str kernel) -> Tensor"
 )
 _LIBRARY.define(
     "preshuffled_dequantize(Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, SymInt out_features, "
@@ -122,6 +132,46 @@ def _preshuffled_linear(
     return _chosen(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
 
 
+def _preshuffled_linear_add(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    m, k = x.shape
+    if m == 0 or out_features == 0:
+        return x.new_empty((m, out_features))
+    spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
+    problem = Problem("preshuffled", m, out_features, k, spec, x.dtype, Arch.of(x.device))
+    weight = (packed, scale, zero, bias, out_features, group_size, bits)
+    return _chosen(problem, kernel).run(x, *weight, residual=residual.contiguous())
+
+
+def _preshuffled_gated_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    m, k = x.shape
+    if m == 0 or out_features == 0:
+        return x.new_empty((m, out_features))
+    spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
+    problem = Problem("preshuffled_gated", m, 2 * out_features, k, spec, x.dtype, Arch.of(x.device))
+    return _chosen(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
+
+
 def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
     n, blocks, _ = weight_q.shape
     m = activation_q.shape[0]
@@ -191,6 +241,8 @@ for _name, _implementation in (
     ("int4_dequantize", dequant_blas.int4_dequantize),
     ("int8_dequantize", dequant_blas.int8_dequantize),
     ("preshuffled_linear", _preshuffled_linear),
+    ("preshuffled_linear_add", _preshuffled_linear_add),
+    ("preshuffled_gated_linear", _preshuffled_gated_linear),
     ("preshuffled_dequantize", dequant_blas.preshuffled_dequantize),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("q4_0_linear", _q4_0_linear),
@@ -227,6 +279,23 @@ def _(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(qweight, dtype=dtype)
 
 
+@torch.library.register_fake("lq::preshuffled_linear_add", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("lq::preshuffled_gated_linear", lib=_LIBRARY)
 @torch.library.register_fake("lq::preshuffled_linear", lib=_LIBRARY)
 def _(
     x: Tensor,
@@ -357,6 +426,46 @@ def _preshuffled_backward(ctx, grad):
 
 torch.library.register_autograd(
     "lq::preshuffled_linear", _preshuffled_backward, setup_context=_preshuffled_setup, lib=_LIBRARY
+)
+
+
+def _linear_add_setup(ctx, inputs, output) -> None:
+    x, packed, scale, zero, _, _, bits, group_size, out_features, _ = inputs
+    ctx.save_for_backward(packed, scale, zero)
+    ctx.sizes, ctx.dtype = (bits, group_size, out_features, x.shape[1]), x.dtype
+
+
+def _linear_add_backward(ctx, grad):
+    packed, scale, zero = ctx.saved_tensors
+    w = torch.ops.lq.preshuffled_dequantize(packed, scale, zero, *ctx.sizes, ctx.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+    return grad @ w, None, None, None, bias, grad, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lq::preshuffled_linear_add", _linear_add_backward, setup_context=_linear_add_setup, lib=_LIBRARY
+)
+
+
+def _gated_setup(ctx, inputs, output) -> None:
+    x, packed, scale, zero, bias, bits, group_size, out_features, _ = inputs
+    ctx.save_for_backward(x, packed, scale, zero, bias)
+    ctx.sizes, ctx.out_features = (bits, group_size, gated.interleaved_rows(out_features)), out_features
+
+
+def _gated_backward(ctx, grad):
+    x, packed, scale, zero, bias = ctx.saved_tensors
+    interleaved = None if bias is None else gated.interleave_rows(bias)
+    # Gates and ups are not kept: they are as large as the result twice, and one product away.
+    y = torch.ops.lq.preshuffled_linear(x, packed, scale, zero, interleaved, *ctx.sizes, "")
+    of_y = gated.backward(grad, y)
+    w = torch.ops.lq.preshuffled_dequantize(packed, scale, zero, *ctx.sizes, x.shape[1], x.dtype)
+    of_bias = gated.separate_rows(of_y.sum(0), ctx.out_features) if ctx.needs_input_grad[4] else None
+    return of_y @ w, None, None, None, of_bias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lq::preshuffled_gated_linear", _gated_backward, setup_context=_gated_setup, lib=_LIBRARY
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from lq_kernels import q4_0
 from lq_kernels.cuda import constraints
 from lq_kernels.cuda.sources import SOURCES
-from lq_kernels.cuda.variant import Variant
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.registry import select
 from lq_kernels.triton.config import tile_m
@@ -61,15 +61,18 @@ def _a16(problem: Problem) -> Iterator[Unit]:
 
     spec = problem.spec
     variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    epilogue = EPILOGUES["silu_mul" if problem.op == "preshuffled_gated" else "none"]
     if constraints.why_not_fragment(problem) is None:
         most = decode_a16.max_token_tiles(variant.groups)
-        yield from (Unit("decode_a16", (*variant.defines, f"LQ_TILES={tiles}")) for tiles in (4, 2, 1) if tiles <= most)
+        for tiles in (4, 2, 1):
+            if tiles <= most:
+                yield Unit("decode_a16", (*variant.defines, f"LQ_TILES={tiles}", *epilogue))
     if constraints.why_not_prefill(problem) is None:
         most = prefill_a16.TOKENS[-1]  # every size of tile makes sense for as many tokens as the largest has
         cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
         for tokens in sorted({cut.tokens for cut in cuts}, reverse=True):
-            yield Unit("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}"))
-    if problem.op == "preshuffled" or constraints.why_not_fragment(problem) is None:
+            yield Unit("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}", *epilogue))
+    if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.eager import invisible, recall, remember
+from lq_kernels.gated import interleaved_rows
 from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
@@ -85,9 +86,10 @@ def preshuffled_linear(
     group_size: int,
     out_features: int,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Multiply activations with a weight in fragment order: ``y = x @ ((u - zero) * scale).T + bias``.
+    """Multiply activations with a weight in fragment order: ``y = x @ ((u - zero) * scale).T + bias + residual``.
 
     Args:
         x: ``(..., K)`` fp16, bf16 or fp32.
@@ -98,10 +100,75 @@ def preshuffled_linear(
         group_size: In features per scale; K for one scale a row (always so for 8 bits).
         out_features: N.
         bias: ``(N,)`` in x's dtype; added in fp32 before the result is rounded, by the Hopper kernels.
+        residual: ``(..., N)`` in x's dtype; added likewise, in the same launch.
         kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names`.
 
     Returns:
         ``(..., N)`` in x's dtype.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    direct = kernel is None and residual is None and invisible(x, bias)
+    values = (out_features, group_size, bits)
+    if direct and (known := recall(x, packed, (scale, zero, bias), values)) is not None:
+        return known
+    k = check_activations(x)
+    _check(packed, scale, zero, bits, group_size, out_features, k)
+    check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
+    if bias is not None:
+        check_bias(bias, out_features, x.dtype)
+    weight, sizes = (packed, scale, zero, bias), (bits, group_size, out_features)
+    shape = (*x.shape[:-1], out_features)
+    y: Tensor
+    if residual is not None:
+        check_devices(x, residual=residual)
+        if residual.shape != shape:
+            raise ShapeError(f"residual has shape {tuple(residual.shape)}: expected {shape}")
+        if residual.dtype != x.dtype:
+            raise DTypeError(f"residual has dtype {residual.dtype} and x {x.dtype}: convert one of them")
+        added = residual.reshape(-1, out_features)
+        y = torch.ops.lq.preshuffled_linear_add(x.reshape(-1, k), *weight, added, *sizes, ask(kernel))
+    else:
+        y = torch.ops.lq.preshuffled_linear(x.reshape(-1, k), *weight, *sizes, ask(kernel))
+    if direct:
+        spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
+        remember("preshuffled", weight, values, out_features, k, spec, x.dtype)
+    return y.view(shape)
+
+
+def preshuffled_gated_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Multiply activations with a gate and an up projection in one launch: ``silu(x @ gate.T) * (x @ up.T)``.
+
+    The weight is that of both: their codes, scales and zeros were stacked, interleaved by :func:`lq_kernels.interleave_rows`
+    and then brought into fragment order.
+
+    Args:
+        x: ``(..., K)`` fp16, bf16 or fp32.
+        packed: As :func:`preshuffle_int4` or :func:`preshuffle_int8` returns it for interleaved rows.
+        scale: ``(groups, rows)``, arranged alike.
+        zero: As ``scale``; None for symmetric weights.
+        bits: 4 or 8.
+        group_size: In features per scale; K for one scale a row (always so for 8 bits).
+        out_features: H, of each of the two.
+        bias: ``(2 H,)`` in x's dtype, that of the gates and then that of the ups, not interleaved.
+        kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names` of ``"preshuffled_gated"``.
+
+    Returns:
+        ``(..., H)`` in x's dtype. The Hopper kernels round it once, so it is closer to the exact result than that of layers
+        apart; see :mod:`lq_kernels.gated`.
 
     Raises:
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
@@ -112,16 +179,16 @@ def preshuffled_linear(
     if direct and (known := recall(x, packed, (scale, zero, bias), values)) is not None:
         return known
     k = check_activations(x)
-    _check(packed, scale, zero, bits, group_size, out_features, k)
+    _check(packed, scale, zero, bits, group_size, interleaved_rows(out_features), k)
     check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
     if bias is not None:
-        check_bias(bias, out_features, x.dtype)
-    y: Tensor = torch.ops.lq.preshuffled_linear(
+        check_bias(bias, 2 * out_features, x.dtype)
+    y: Tensor = torch.ops.lq.preshuffled_gated_linear(
         x.reshape(-1, k), packed, scale, zero, bias, bits, group_size, out_features, ask(kernel)
     )
     if direct:
         spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
-        remember("preshuffled", (packed, scale, zero, bias), values, out_features, k, spec, x.dtype)
+        remember("preshuffled_gated", (packed, scale, zero, bias), values, 2 * out_features, k, spec, x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 

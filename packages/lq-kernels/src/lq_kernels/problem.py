@@ -7,7 +7,17 @@ from typing import Literal, TypeAlias
 import torch
 from lq_formats import QuantSpec
 
-Op: TypeAlias = Literal["int4", "int8", "preshuffled", "q4_0", "q4_0_q8_1", "int4_dynamic", "int8_dynamic", "ggml"]
+Op: TypeAlias = Literal[
+    "int4",
+    "int8",
+    "preshuffled",
+    "preshuffled_gated",
+    "q4_0",
+    "q4_0_q8_1",
+    "int4_dynamic",
+    "int8_dynamic",
+    "ggml",
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Problem:
     Attributes:
         op: Which family of formats the weights are in.
         m: Tokens (rows of x).
-        n: Out features (rows of w).
+        n: Out features (rows of w; of a gated product, which has half as many results, gates and ups).
         k: In features.
         spec: How the weights are quantized.
         dtype: dtype of x (and of y).

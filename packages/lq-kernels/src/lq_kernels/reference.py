@@ -78,11 +78,15 @@ def preshuffled_linear_reference(
     out_features: int,
     group_size: int,
     bits: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Return ``x (M, K) @ w.T + bias`` in float64, rounded once to x's dtype."""
+    """Return ``x (M, K) @ w.T + bias + residual`` in float64, rounded once to x's dtype."""
     w = preshuffled_dequantize_reference(packed, scale, zero, bits, group_size, out_features, x.shape[1], torch.float64)
     y = x.to(torch.float64) @ w.t()
-    return (y if bias is None else y + bias.to(torch.float64)).to(x.dtype)
+    for term in (bias, residual):
+        if term is not None:
+            y += term.to(torch.float64)
+    return y.to(x.dtype)
 
 
 def int8_gemm_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -199,20 +199,38 @@ def prefill(
     group_size: int,
     bits: int,
     transposed: bool = False,
+    residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """Return :func:`lq_kernels.cuda.prefill_a16.linear`, batch-invariant; arguments and errors are those."""
     m, k = x.shape
     variant = Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None)
-    sizes = (out_features, k, bits, variant.scale_bytes, Arch.of(x.device).sm_count)
+    rows = 2 * out_features if gated else out_features
+    sizes = (rows, k, bits, variant.scale_bytes, Arch.of(x.device).sm_count)
 
-    def multiply(part: Tensor) -> Tensor:
+    def multiply(part: Tensor, added: Tensor | None) -> Tensor:
         config, _ = _prefill_choice(part.shape[0], *sizes)
         return prefill_a16.linear(
-            part, packed, scale, zero, bias, out_features, group_size, bits, config=config, transposed=transposed
+            part,
+            packed,
+            scale,
+            zero,
+            bias,
+            out_features,
+            group_size,
+            bits,
+            config=config,
+            transposed=transposed,
+            residual=added,
+            gated=gated,
         )
 
     _, most = _prefill_choice(m, *sizes)
-    return multiply(x) if m <= most else torch.cat([multiply(part) for part in torch.split(x, most)], int(transposed))
+    if m <= most:
+        return multiply(x, residual)
+    parts = torch.split(x, most)
+    added = [None] * len(parts) if residual is None else torch.split(residual, most)
+    return torch.cat([multiply(*each) for each in zip(parts, added, strict=True)], int(transposed))
 
 
 def a8(

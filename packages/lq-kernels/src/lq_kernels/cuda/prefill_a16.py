@@ -240,8 +240,10 @@ def linear(
     if plan.counters:
         space = workspace(x.device, plan.partials, plan.counters)
         partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
+    x_map = tensor_map(x, min(plan.tokens, m), 64)
     plan.launch(
-        tensor_map(x, plan.tokens, 64),
+        x_map,
+        tensor_map(x, plan.tail, 64) if plan.tail < plan.tokens < m else x_map,
         packed.data_ptr(),
         scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
@@ -255,10 +257,11 @@ def linear(
 
 
 class _Plan(NamedTuple):
-    """A launch, the tokens of its tiles, and the workspace that it wants."""
+    """A launch, the tokens of its tiles and of the last, and the workspace that it wants."""
 
     launch: Launch
     tokens: int
+    tail: int
     partials: int
     counters: int
 
@@ -285,9 +288,10 @@ def _prepare(
         (config.ctas, 1, 1),
         THREADS,
         shared,
-        9,
+        10,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
         dependent=True,
         defines=(*variant.defines, f"LQ_TOKENS={config.tokens}", *EPILOGUES[epilogue]),
     )
-    return _Plan(launch, config.tokens, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
+    tail = (m - 1) % config.tokens + 1
+    return _Plan(launch, config.tokens, tail, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
