@@ -58,7 +58,7 @@ def test_decode_compiles_without_spills(variant, tmp_path):
 
 @needs_nvrtc
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
 def test_epilogues_compile_without_spills(variant, epilogue):
     tiles, tokens = 2 if variant.groups == 4 else 4, (16, 256)
     for name, size in (("decode_a16", f"LQ_TILES={tiles}"), *(("prefill_a16", f"LQ_TOKENS={size}") for size in tokens)):
