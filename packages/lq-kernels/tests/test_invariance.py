@@ -57,6 +57,16 @@ def products(n, k, group, dtype, device):
         packed = lq_kernels.preshuffle_int4(*symmetric, group_size=group, in_features=k)
         sizes = {"group_size": group, "out_features": n}
         yield "preshuffled", lambda x: lq_kernels.preshuffled_linear(x, *packed, bits=4, **sizes, bias=bias)
+        yield (
+            "preshuffled-residual",
+            lambda x: lq_kernels.preshuffled_linear(
+                x, *packed, bits=4, **sizes, residual=x[..., :1].expand(*x.shape[:-1], n).contiguous()
+            ),
+        )
+        rows = (lq_kernels.interleave_rows(tensor) for tensor in symmetric)
+        pair = lq_kernels.preshuffle_int4(*rows, group_size=group, in_features=k)
+        half = {"group_size": group, "out_features": n // 2, "bias": bias}
+        yield "preshuffled-gated", lambda x: lq_kernels.preshuffled_gated_linear(x, *pair, bits=4, **half)
     if group == k or group % 128 == 0:
         for activation in ("int8", "fp8"):
             weight, its_scale, lowest = lq_kernels.pack_int4_dynamic(
@@ -221,6 +231,7 @@ class TestSelection:
 
         monkeypatch.setattr(triton, "_installed", lambda: True)
         monkeypatch.setattr(cuda, "why_not_compile", lambda: None)
+        monkeypatch.setattr(lookup, "_loaded", lambda device, sm_count: ())
         lookup.forget()
         yield
         lookup.forget()
