@@ -348,7 +348,9 @@ def linear(
             2 * config.workers * config.sharers * config.tokens * ROWS,
             config.shared_tiles * config.sharers,
         )
-    tokens_map = tensor_map(codes, config.tokens // config.sharers, STEP)
+    share = config.tokens // config.sharers
+    tail_map = tensor_map(codes, (m - 1) % share + 1, STEP)
+    tokens_map = tensor_map(codes, share, STEP) if m > share else tail_map
     launch(
         "linear_a8",
         "linear_a8",
@@ -357,6 +359,7 @@ def linear(
         shared,
         codes.device,
         tokens_map,
+        tail_map,
         tokens_map if bits == 4 else tensor_map(weight, ROWS, STEP),
         weight,
         scale,

@@ -171,9 +171,10 @@ __device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 lef
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales,
-              const float* token_scales, const u16* bias, u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size,
-              i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
+    linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map,
+              const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales, const float* token_scales, const u16* bias,
+              u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, i64 raster,
+              i64 shared_tiles, i64 workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -250,16 +251,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
       while (work.advance()) {
         stage = uniform(stage), parity = uniform(parity);
+        // Only tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
+        const int token = work.token * kTokens + rank * kShareTokens, left = static_cast<int>(m) - token;
+        const int of_tile = static_cast<int>(m) - work.token * kTokens;
+        const int expected = (of_tile < kTokens ? of_tile : kTokens) * kStep;
+        const TensorMap* const map = left < kShareTokens ? &tail_map : &x_map;
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
-            mbarrier_arrive_expect(full + stage, kXBytes);
+            mbarrier_arrive_expect(full + stage, expected);
             u8* const to = ring + stage * kStage + rank * kShareTokens * kStep;
-            const int token = work.token * kTokens + rank * kShareTokens;
-            if constexpr (kMulticast)
-              tensor_copy_2d_multicast(to, &x_map, step * kStep, token, full + stage, (1 << kSharers) - 1, policy);
-            else
-              tensor_copy_2d(to, &x_map, step * kStep, token, full + stage, policy);
+            if (left > 0) {
+              if constexpr (kMulticast)
+                tensor_copy_2d_multicast(to, map, step * kStep, token, full + stage, (1 << kSharers) - 1, policy);
+              else
+                tensor_copy_2d(to, map, step * kStep, token, full + stage, policy);
+            }
           }
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;

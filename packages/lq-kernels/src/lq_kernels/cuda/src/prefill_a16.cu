@@ -6,7 +6,7 @@
 //
 // - Warpgroup 0 loads a ring of stages: a K step (128 in features for int4, 64 for int8) of the tile's codes and scales (warp 0; bulk
 //   copies, which do not wait for the previous kernel) and of x (warp 1; a tensor map, which writes the 128-byte swizzle and zeros past
-//   the end of x).
+//   the end of K; a last tile that is not full has a map of its own, with fewer rows).
 // - Warpgroups 1 and 2 multiply 64 out features each. The next stage's codes are read, and unpacked, while up to three groups of
 //   wgmmas are in flight.
 // - Stream-K: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the first `workers` CTAs, so
@@ -231,9 +231,9 @@ __device__ __forceinline__ uint4 load_eight(const u16* from, i64 left, bool whol
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    prefill_a16(const __grid_constant__ TensorMap x_map, const u8* packed, const u8* scales, const u8* zeros, const u16* bias,
-                const u16* residual, u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 all_blocks, i64 group_size,
-                i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
+    prefill_a16(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map, const u8* packed, const u8* scales,
+                const u8* zeros, const u16* bias, const u16* residual, u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k,
+                i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(rest + lane, 1);
       mbarrier_init(empty + lane, kConsumerWarps);
     }
-    if (lane == 0) prefetch_tensor_map(&x_map);
+    if (lane == 0) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -302,14 +302,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       wait_for_previous_kernel();
       while (work.advance()) {
         stage = uniform(stage), parity = uniform(parity);
+        // Of the last tile, only the tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
+        const bool tail = work.token + 1 == work.tokens;
+        const TensorMap* const map = tail ? &tail_map : &x_map;
+        const int box = tail ? (static_cast<int>(m) - work.token * kTokens) * 128 : kBoxBytes;
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
 #pragma unroll
             for (int half = 0; half < kStep / 64; ++half) {
               u64* const barrier = (half && kSplit ? rest : full) + stage;
-              if (half == 0 || kSplit) mbarrier_arrive_expect(barrier, kSplit ? kBoxBytes : kXBytes);
-              tensor_copy_2d(ring + stage * kStage + half * kBoxBytes, &x_map, step * kStep + half * 64, work.token * kTokens, barrier,
+              if (half == 0 || kSplit) mbarrier_arrive_expect(barrier, kSplit ? box : kStep / 64 * box);
+              tensor_copy_2d(ring + stage * kStage + half * kBoxBytes, map, step * kStep + half * 64, work.token * kTokens, barrier,
                              policy);
             }
           }
