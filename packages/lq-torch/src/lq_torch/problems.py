@@ -3,10 +3,12 @@
 import torch
 from lq_formats import QuantSpec
 from lq_kernels import Arch, Problem
+from lq_kernels.problem import Op
 from torch import Tensor, nn
 
 from lq_torch.linear import Int4PackedLinear, Int8Linear
 from lq_torch.tensors import (
+    GatedTensor,
     GGMLTensor,
     Int4DynamicTensor,
     Int4PermutedTensor,
@@ -44,11 +46,12 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
         return Problem("int4", m, n, k, spec, dtype, arch)
     if isinstance(layer, Int8Tensor):
         return Problem("int8", m, n, k, _int8(layer.scale), dtype, arch)
+    fragments: Op = "preshuffled_gated" if isinstance(layer, GatedTensor) else "preshuffled"
     if isinstance(layer, Int4PreshuffledTensor):
         spec = _int4(layer.group_size, k, layer.zero is None, layer.scale.dtype)
-        return Problem("preshuffled", m, n, k, spec, dtype, arch)
+        return Problem(fragments, m, n, k, spec, dtype, arch)
     if isinstance(layer, Int8PreshuffledTensor):
-        return Problem("preshuffled", m, n, k, QuantSpec(8, "row", None, True, layer.scale.dtype), dtype, arch)
+        return Problem(fragments, m, n, k, QuantSpec(8, "row", None, True, layer.scale.dtype), dtype, arch)
     if isinstance(layer, Int4DynamicTensor):
         spec = _int4(layer.group_size, k, True, layer.scale.dtype)
         return Problem("int4_dynamic", m, n, k, spec, dtype, arch, layer.activation)

@@ -13,6 +13,7 @@ from lq_torch.linear import Int4PackedLinear, Int8Linear
 from lq_torch.problems import problem_of
 from lq_torch.tensors import Int4DynamicTensor, LowBitTensor
 from lq_torch.tensors.base import SCALE_DTYPES
+from lq_torch.tensors.gated import GatedTensor, gated_linear
 
 
 class _Product(NamedTuple):
@@ -101,6 +102,8 @@ def _products(model: nn.Module, dtype: torch.dtype) -> Iterator[_Product]:
         for name, weight in module._parameters.items():
             if isinstance(weight, LowBitTensor) and weight.dim() == 2:
                 run = partial(torch.nn.functional.linear, weight=weight)
+                if isinstance(weight, GatedTensor):
+                    run = partial(gated_linear, weight=weight)
                 where = f"{path}.{name}" if path else name
                 key = weight._stable_hash_for_caching()
                 yield _Product(weight, where, key, run, weight.shape[1], weight.dtype, weight.device)

@@ -1,4 +1,4 @@
-"""The epilogue of a merged gate and up product: ``silu(gate) * up``, in one place for a kernel to take over."""
+"""The epilogue of a merged gate and up product: ``silu(gate) * up``, by itself or in the product's kernel."""
 
 from torch import Tensor, nn
 
@@ -18,5 +18,10 @@ def silu_and_multiply(gate: Tensor, up: Tensor) -> Tensor:
 def is_plain_silu(activation: nn.Module) -> bool:
     """Return whether a module computes SiLU and nothing watches it."""
     kind = type(activation)
-    watched = activation._forward_hooks or activation._forward_pre_hooks
-    return (kind.__module__, kind.__qualname__) in _SILU and not watched and not getattr(activation, "inplace", False)
+    plain = (kind.__module__, kind.__qualname__) in _SILU and not getattr(activation, "inplace", False)
+    return plain and not watched(activation)
+
+
+def watched(module: nn.Module) -> bool:
+    """Return whether hooks of a module want to see its input or result."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -21,9 +21,11 @@ import torch
 from lq_formats import ShapeError, UnsupportedError
 from torch import Tensor, nn
 
-from lq_torch.merge.gated import is_plain_silu, silu_and_multiply
+from lq_torch.merge.gated import is_plain_silu, silu_and_multiply, watched
 from lq_torch.merge.rows import cat_rows, slice_rows, why_not_cat
 from lq_torch.merge.source import Gate, SharedInput
+from lq_torch.tensors import GatedTensor, Int4PreshuffledTensor, Int8PreshuffledTensor
+from lq_torch.tensors.gated import gated_form, gated_linear
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,11 @@ class MergingModule(nn.Module):
         if reason := why_not_cat({member: values[f"{member}.weight"] for member in parts}):
             raise UnsupportedError(reason)
         name = prefix + self._lq_group.name
-        state_dict[f"{name}.weight"] = cat_rows([values[f"{member}.weight"] for member in parts])
+        weight = cat_rows([values[f"{member}.weight"] for member in parts])
+        fused = isinstance(self.merged_linear().weight, GatedTensor)
+        if fused and isinstance(weight, Int4PreshuffledTensor | Int8PreshuffledTensor):
+            weight = gated_form(weight)
+        state_dict[f"{name}.weight"] = weight
         bias = cat_bias([(part.out_features, values.get(f"{member}.bias")) for member, part in parts.items()])
         if bias is not None:
             state_dict[f"{name}.bias"] = bias
@@ -241,9 +247,14 @@ def _merging_class(base: Any, group: Group) -> type[MergingModule]:
         given = (*args, *kwargs.values())
         if len(given) != 1 or not kwargs.keys() <= {name} or not is_plain_silu(getattr(self, group.gate.activation)):
             return forward(self, *args, **kwargs)
-        y = getattr(self, linear)(given[0])
-        gate, up = (getattr(self, member)(y) for member in group.members)
-        return getattr(self, group.gate.down)(silu_and_multiply(gate, up))
+        merged, parts = getattr(self, linear), [getattr(self, member) for member in group.members]
+        down = getattr(self, group.gate.down)
+        fused = type(merged) is MergedLinear and isinstance(merged.weight, GatedTensor)
+        if fused and not any(watched(module) for module in (merged, *parts)):
+            return down(gated_linear(given[0], merged.weight, merged.bias))
+        y = merged(given[0])
+        gate, up = (part(y) for part in parts)
+        return down(silu_and_multiply(gate, up))
 
     namespace = {
         "__module__": base.__module__,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lq_torch.tensors import GGMLTensor, LowBitTensor
 
-_ROW_KINDS = frozenset({"int4", "int8", "int8_dynamic", "ggml"})
+_ROW_KINDS = frozenset({"int4", "int8", "int4_preshuffled", "int8_preshuffled", "int8_dynamic", "ggml"})
+"""Kinds whose tensors in files are stored row by row; what is in a kernel's order is brought into theirs and back."""
 
 
 def cat_rows(weights: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import lq_torch.tensors.embedding  # noqa: F401  (F.embedding of ggml blocks)
 from lq_torch.tensors.base import LowBitTensor
+from lq_torch.tensors.gated import GatedTensor, Int4GatedTensor, Int8GatedTensor
 from lq_torch.tensors.gemlite_dynamic import GemliteTensor
 from lq_torch.tensors.ggml import GGMLTensor
 from lq_torch.tensors.int4 import Int4Tensor
@@ -17,14 +18,17 @@ from lq_torch.tensors.transposed import TransposedWeight
 
 __all__ = [
     "GGMLTensor",
+    "GatedTensor",
     "GemliteTensor",
     "Int4DynamicTensor",
+    "Int4GatedTensor",
     "Int4GemliteTensor",
     "Int4PermutedTensor",
     "Int4PreshuffledTensor",
     "Int4Tensor",
     "Int4TilePackedTensor",
     "Int8DynamicTensor",
+    "Int8GatedTensor",
     "Int8PreshuffledTensor",
     "Int8Tensor",
     "IntxTensor",

@@ -44,8 +44,9 @@ class LowBitTensor(torch.Tensor):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.kind:
+        if vars(cls).get("kind"):  # a class that inherits its kind is the same weight to files, which its parent loads
             LowBitTensor._kinds[cls.kind] = cls
+        if cls.kind:
             # torch.save works as for any state dict; torch.load(weights_only=True) refuses classes it does not know.
             torch.serialization.add_safe_globals([cls])
 
@@ -221,8 +222,20 @@ def _parse(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> tuple[type
     return cls, saved
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def linear(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    product: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+) -> Tensor:
     """Check the operands of ``F.linear(input, weight, bias)`` against a quantized weight, and multiply.
+
+    Args:
+        input: ``(..., K)``.
+        weight: ``(N, K)``.
+        bias: ``(N,)`` or None.
+        product: What multiplies; ``weight.linear`` by default.
 
     Raises:
         ShapeError, DTypeError, DeviceError: If the operands do not fit each other. Under autocast x and bias are cast.
@@ -243,19 +256,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise DeviceError(f"x is on {device} and bias on {bias.device}; move one of them with .to()")
     if is_batch_invariant() and (reason := weight.why_not_batch_invariant()) is not None:
         raise NoKernelError(f"a batch-invariant product with a {type(weight).__name__}", [(weight.kind, reason)])
+    product = product or weight.linear
     kind = device.type
     if torch.is_autocast_enabled(kind) and input.dtype in SCALE_DTYPES:
         dtype = torch.get_autocast_dtype(kind)
         # What autocast does to a dense layer. Inside, a reference in float32 must not be cast again.
         with torch.autocast(kind, enabled=False):
-            return weight.linear(input.to(dtype), None if bias is None else bias.to(dtype))
+            return product(input.to(dtype), None if bias is None else bias.to(dtype))
     if input.dtype != weight.dtype:
         raise DTypeError(
             f"x has dtype {input.dtype} and the quantized weight {weight.dtype}; convert x, or the model with .to(dtype)"
         )
     if bias is not None and bias.dtype != input.dtype:
         raise DTypeError(f"bias has dtype {bias.dtype} and x {input.dtype}: convert one of them")
-    return weight.linear(input, bias)
+    return product(input, bias)
 
 
 def _to_copy(
