@@ -4,7 +4,7 @@ Operators take canonical packings, choose a kernel by the sizes they see at run 
 implementation (so ``torch.compile(fullgraph=True)`` and export trace them with dynamic sizes) and a gradient for the
 activations. Arguments are validated by the callers in :mod:`lq_kernels.linear`.
 
-Above 500 lines, because it is the only one: an operator is four short pieces here, and nothing else.
+Longer than other files because it is the only one: an operator is four short pieces here, and nothing else.
 """
 
 import functools
