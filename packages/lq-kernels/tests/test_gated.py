@@ -303,12 +303,16 @@ def test_every_kernel_on_a_gpu(kernel, bits, group, zero, scale_dtype, dtype):
     for h, k in ((256, 1024), (1000, 2304), (44, 512), (8, 256), (3, 256)):
         pair = Pair(h, k, bits, group, zero, scale_dtype, "cuda", seed=h)
         for m in TOKENS:
-            x = torch.randn(m, k, device="cuda").to(dtype)
+            # Gates of about 1: far below, silu(gate) is nothing but the error of gate.
+            x = (torch.randn(m, k, device="cuda") / pair.w.norm(dim=1).mean()).to(dtype)
             bias = torch.randn(2 * h, device="cuda").to(dtype) if m % 2 else None
             poison = torch.full((m, h), float("nan"), device="cuda", dtype=dtype)
             del poison  # the next result takes its memory
             y = pair.run(x, bias, kernel)
-            assert error(y, pair.exact(x, bias)) < {torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype], (h, k, m)
+            bound = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}[dtype] * (
+                2 if h < 16 else 1
+            )  # of few, one may be far off
+            assert error(y, pair.exact(x, bias)) < bound, (h, k, m)
             if kernel == "cuda-decode":  # weights are exact there: one rounding, and fp32 sums
                 gate, up = (x.double().abs() @ pair.w.abs().t()).chunk(2, -1)
                 exact = pair.exact(x, bias)
@@ -332,15 +336,19 @@ def test_every_kernel_adds_a_residual(kernel, bits, group, zero, scale_dtype, dt
             x = torch.randn(m, k, device="cuda").to(dtype)
             bias = torch.randn(n, device="cuda").to(dtype) if m % 2 else None
             # From memory that is not aligned to 16 bytes as well.
-            residual = torch.randn(m * n + 3, device="cuda").to(dtype)[3 * (m % 3 == 0) :][: m * n].view(m, n) * 8
+            start = 3 if m % 3 == 0 else 0
+            residual = (8 * torch.randn(m * n + 3, device="cuda")).to(dtype)[start : start + m * n].view(m, n)
             y = preshuffled_linear(x, *pair.stacked, **sizes, bias=bias, residual=residual)
             exact = x.double() @ pair.w.t() + residual.double() + (0 if bias is None else bias.double())
             assert error(y, exact) < {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}[dtype], (h, k, m)
-            # The sum is rounded once: rounding the product before would be seen where they cancel, and this would be exact.
             if kernel.startswith("cuda"):
                 plain = preshuffled_linear(x, *pair.stacked, **sizes, bias=bias)
                 zeros = torch.zeros_like(residual)
                 assert torch.equal(preshuffled_linear(x, *pair.stacked, **sizes, bias=bias, residual=zeros), plain)
+                # The sum is rounded once: what remains of the product is what rounding takes from it, and not nothing.
+                rest = preshuffled_linear(x, *pair.stacked, **sizes, bias=bias, residual=-plain)
+                assert bool((rest.double().abs() <= ROUNDING[dtype] * plain.double().abs() + 1e-7).all())
+                assert float((rest != 0).double().mean()) > 0.5
 
 
 @pytest.mark.gpu
