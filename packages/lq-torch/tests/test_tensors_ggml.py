@@ -118,7 +118,8 @@ def test_models_are_quantized_saved_and_loaded(device, ggml_type, tmp_path):
     # Of uniform weights; the coarsest, MXFP4, leaves .11 of the norm.
     assert (weight.dequantize() - dense).norm() < 0.13 * dense.norm()
     save_pretrained(model, tmp_path)
-    loaded = load(tmp_path, nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, 2)).to(device))
+    empty = nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, 2)).to(device)
+    loaded = load(tmp_path, empty, device=device)
     assert torch.equal(loaded[0].weight.data.blocks(), weight.blocks())
     x = torch.randn(3, K, device=device)
     assert torch.equal(loaded(x), model(x))

@@ -7,7 +7,8 @@ from typing import Any
 from lq_formats.layouts.fragment import BLOCK_ROWS
 
 from lq_kernels import cost
-from lq_kernels.cuda.variant import TYPES, Variant
+from lq_kernels.cuda import constraints
+from lq_kernels.cuda.variant import Variant
 from lq_kernels.problem import Problem
 from lq_kernels.tuned.lookup import Choice, Measured, measurements
 from lq_kernels.tuned.table import Weight
@@ -55,7 +56,7 @@ def a8(problem: Problem) -> Plan:
 def dense(problem: Problem) -> Plan:
     """Plan unpacking a weight and the vendor's product."""
     found = None
-    if problem.arch.kind == "cuda" and problem.dtype in TYPES and problem.dtype.itemsize == 2:
+    if constraints.why_not_fragment(problem) is None:  # no others are in tables
         weight = weight_of(problem)
         found = next(measurements("dequant_blas", problem.m, weight, problem.arch.name, problem.arch.sm_count), None)
     us, source = _time(problem, found, lambda problem: cost.dequantize_us(problem) + cost.dense_us(problem))
