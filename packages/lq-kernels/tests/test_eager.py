@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -166,6 +167,20 @@ def test_weight_that_ends_is_forgotten():
     del q
     gc.collect()
     assert key not in eager._known
+
+
+def test_entry_of_a_changed_weight_ends_at_once():
+    q, scale, zero = int4_weight()
+    x = torch.randn(3, K, dtype=BF16)
+    int4_linear(x, q, scale, zero, group_size=GROUP)
+    before = weakref.ref(eager._known[id(q)])
+    q.bitwise_xor_(1)
+    gc.disable()  # what it holds may be a copy of the weight: it does not wait for a collection
+    try:
+        int4_linear(x, q, scale, zero, group_size=GROUP)
+        assert before() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ where a gradient is wanted, the operator is called.
 """
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable
 
@@ -70,9 +69,8 @@ class _Known:
     ) -> None:
         first, *rest = tensors
         assert first is not None
-        key = id(first)
         # The first tensor owns this entry; the others belong to the same weight.
-        self.weight = weakref.ref(first, lambda _: _forget(key, self))
+        self.weight = weakref.ref(first, _forgetter(id(first)))
         self.rest = tuple(rest)
         self.values = values
         self.stamps = tuple(_stamp(tensor) for tensor in tensors)
@@ -103,7 +101,6 @@ class _Known:
 
 
 _known: dict[int, _Known] = {}
-_lock = threading.Lock()
 
 
 def recall(x: Tensor, first: Tensor, rest: tuple[Tensor | None, ...], values: tuple[int, ...]) -> Tensor | None:
@@ -154,14 +151,19 @@ def remember(
     ):
         return  # Changes of inference tensors cannot be noticed cheaply.
     known = _Known(op, tensors, values, n, k, spec, dtype)
-    with _lock:
-        _known[id(tensors[0])] = known
+    _known[id(tensors[0])] = known
 
 
-def _forget(key: int, known: _Known) -> None:
-    with _lock:
-        if _known.get(key) is known:
-            del _known[key]
+def _forgetter(key: int) -> Callable[["weakref.ref[Tensor]"], None]:
+    """Return what a weight's end calls. It does not hold the entry, and needs nothing of a module that may be gone by then."""
+    known = _known
+
+    def forget(reference: "weakref.ref[Tensor]") -> None:
+        entry = known.get(key)
+        if entry is not None and entry.weight is reference:
+            known.pop(key, None)
+
+    return forget
 
 
 def _stamp(tensor: Tensor | None) -> tuple[int, int]:
