@@ -4,11 +4,13 @@ import pytest
 import torch
 from lq_eval.bench.gemm import GemmOptions, points, run_gemm
 from lq_eval.bench.ggml import run_ggml
+from lq_eval.bench.ggml_linear import run_ggml_linear
 from lq_eval.bench.model import decode_tokens_per_second
-from lq_eval.bench.operands import random_q4_0
+from lq_eval.bench.operands import random_blocks, random_q4_0
 from lq_eval.bench.shapes import MODELS, parse_shapes
 from lq_eval.bench.timing import copies, cpu_us, time_us, times_or_reasons
-from lq_formats import SpecError, dequantize_q4_0
+from lq_formats import SpecError, dequantize_q4_0, ggml_format
+from lq_formats.layouts import GGML_PLANES
 
 CPU = torch.device("cpu")
 
@@ -151,6 +153,7 @@ def test_a_product_that_cannot_run_says_why(monkeypatch):
 def test_the_time_limit_ends_a_benchmark():
     assert list(run_gemm(options(seconds=-1.0))) == []
     assert list(run_ggml(32, 64, (1, 2), CPU, seconds=-1.0)) == []
+    assert list(run_ggml_linear(("q8_0",), 32, 64, (1, 2), torch.float32, CPU, seconds=-1.0, cold_bytes=1)) == []
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,76 @@ def test_ggml_rows_hold_every_step():
     assert rows[0].to_dict()["speedup"] == 1
 
 
+@pytest.mark.parametrize("ggml_type", GGML_PLANES)
+def test_random_blocks_of_every_type_are_finite(ggml_type):
+    blocks = random_blocks(ggml_type, 8, 512, CPU)
+    w = ggml_format(ggml_type).dequantize(blocks, torch.float32)
+    assert w.shape == (8, 512)
+    assert torch.isfinite(w).all()
+    assert w.abs().amax(dim=1).min() > 0
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Of ggml layers every call is made once, and takes as many microseconds as it is the how-manieth way to multiply.
+
+    Holds the results of all calls, by way, of one point after another.
+    """
+    seen = []
+
+    def times(competitors, device, **options):
+        seen.append({name: [call() for call in calls] for name, calls in competitors.items()})
+        return {name: float(number) for number, name in enumerate(competitors, start=1)}
+
+    monkeypatch.setattr("lq_eval.bench.ggml_linear.times_or_reasons", times)
+    return seen
+
+
+def test_ggml_layers_are_measured_in_every_form(products):
+    types = ("q4_0", "q8_0", "q4_k")
+    rows = list(run_ggml_linear(types, 16, 256, (1, 3), torch.float32, CPU, cold_bytes=1))
+    assert [(row.op, row.m) for row in rows] == list(itertools.product(types, (1, 3)))
+    assert {(row.us, row.layer_us, row.dequantize_us, row.dense_us) for row in rows} == {(1.0, 2.0, 3.0, 4.0)}
+    assert {(row.speedup, row.over_dequantize, row.kernel, row.note) for row in rows} == {(4.0, 3.0, "auto", "")}
+    assert {row.ran for row in rows} == {"dequant-blas"}
+    assert rows[0].to_dict()["over_dequantize"] == 3.0
+
+
+@pytest.mark.parametrize("ggml_type", ["q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k"])
+def test_every_form_of_a_ggml_layer_is_the_same_product(products, ggml_type):
+    """All copies, too; Q4_0 may quantize activations to 8 bits, which is the bound."""
+    list(run_ggml_linear((ggml_type,), 16, 256, (3,), torch.float32, CPU, cold_bytes=1))
+    (found,) = products
+    assert found["dense"][0].shape == (3, 16)
+    same = [y for name in ("packed", "layer", "dequantize") for y in found[name]]
+    assert len(same) == 6
+    reference = found["dequantize"][0].double()
+    assert reference.norm() > 0
+    assert all((y - reference).norm() <= 0.01 * reference.norm() for y in same)
+
+
+def test_a_kernel_that_no_layer_can_run_says_why():
+    rows = list(
+        run_ggml_linear(
+            ("q4_0", "q8_0"), 16, 64, (1,), torch.float32, CPU, kernel="triton-gemv", replays=1, cold_bytes=1
+        )
+    )
+    assert [(row.us, row.ran, row.kernel) for row in rows] == [(None, "", "triton-gemv")] * 2
+    assert "there is no such kernel" in rows[0].note
+    assert "packed: triton-gemv: needs a GPU" in rows[1].note
+    assert all(row.speedup is None and row.dequantize_us > 0 and row.dense_us > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "match"),
+    [("q8_1", "activations"), ("q9", "unknown ggml format"), ("q4_k", "K=64 is no multiple of the 256")],
+    ids=["activations", "unknown", "blocks"],
+)
+def test_ggml_types_that_fit_no_layer_are_refused(ggml_type, match):
+    with pytest.raises(SpecError, match=match):
+        next(run_ggml_linear((ggml_type,), 16, 64, (1,), torch.float32, CPU))
+
+
 def test_decoding_runs_token_by_token(tiny, windows):
     assert decode_tokens_per_second(tiny.model, windows[:1, :8], 2) > 0
     with pytest.raises(SpecError):
@@ -203,3 +276,11 @@ def test_gemm_on_a_gpu():
     )
     assert len(rows) == 6
     assert all(row.us and not row.note for row in rows)
+
+
+@pytest.mark.gpu
+def test_ggml_layers_on_a_gpu():
+    types = ("q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k")
+    rows = list(run_ggml_linear(types, 256, 512, (1, 64), torch.bfloat16, torch.device("cuda"), cold_bytes=1))
+    assert len(rows) == 12
+    assert all(row.us and row.layer_us and row.dequantize_us and row.dense_us and not row.note for row in rows)

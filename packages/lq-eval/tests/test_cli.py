@@ -181,6 +181,27 @@ def test_bench_ggml_records_every_point(lq_eval, tmp_path):
     assert json.loads(record.read_text())["rows"][0]["m"] == 1
 
 
+def test_bench_ggml_records_layers_of_every_type(lq_eval, tmp_path):
+    record, figure = tmp_path / "ggml.jsonl", tmp_path / "ggml.svg"
+    common = ("bench", "ggml", "--n", 32, "--k", 256, "--ms", "1,2", "--device", "cpu")
+    result = lq_eval(*common, "--types", "q4_0,Q4_K", "--json", record)
+    assert result.exit_code == 0, result.output
+    assert "over dequantize" in result.output
+    rows = [row for found in read_records(record) for row in found.rows]
+    assert [(row["op"], row["m"], row["note"]) for row in rows] == [
+        ("q4_0", 1, ""),
+        ("q4_0", 2, ""),
+        ("q4_k", 1, ""),
+        ("q4_k", 2, ""),
+    ]
+    assert all(row["us"] > 0 and row["speedup"] == row["dense_us"] / row["us"] for row in rows)
+    assert lq_eval("bench", "plot", record, figure, "--times", "--ops", "q4_k").exit_code == 0
+    assert "32x256, q4_k" in figure.read_text()
+    refused = lq_eval(*common, "--types", "q8_1")
+    assert refused.exit_code == 1
+    assert "SpecError" in refused.output
+
+
 def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
     """Without the fresh processes of ``cold``, which its own test starts."""
 

@@ -2,7 +2,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from lq_eval.plots import INK, LQ_COLOR, OTHER_COLORS, PEER_COLORS, panels, plot_speedup
+from lq_eval.plots import INK, LQ_COLOR, OTHER_COLORS, PEER_COLORS, panels, plot_speedup, plot_times
 from lq_eval.results import append_record
 from lq_formats import SpecError
 
@@ -50,12 +50,12 @@ def test_rows_become_panels_by_shape_with_lq_first(rows):
     found = panels(rows)
     assert [panel.title for panel in found] == ["4096x4096, int4", "14336x4096, int4"]
     assert [(series.label, series.ours) for series in found[0].series] == [("lq", True), ("humming", False)]
-    assert found[0].series[0].speedups == {1: 3.0, 16: 3 / 16, 256: 3 / 256}
+    assert found[0].series[0].values == {1: 3.0, 16: 3 / 16, 256: 3 / 256}
 
 
 def test_of_a_repeated_point_the_last_counts_and_points_are_in_order():
     (panel,) = panels([row(16, 1.0), row(1, 2.0), row(16, 3.0, shape="llama-3-8b.q")])
-    assert list(panel.series[0].speedups.items()) == [(1, 2.0), (16, 3.0)]
+    assert list(panel.series[0].values.items()) == [(1, 2.0), (16, 3.0)]
 
 
 def test_products_and_shapes_can_be_chosen(rows):
@@ -77,6 +77,50 @@ def test_dtypes_are_named_where_there_are_several():
 def test_rows_of_the_ggml_benchmark_are_drawn():
     (panel,) = panels([{"n": 8, "k": 32, "m": 1, "speedup": 2.0}])
     assert (panel.title, panel.series[0].label) == ("8x32, q4_0", "lq")
+
+
+@pytest.fixture
+def steps():
+    """What bench ggml writes: times of every step, no kernel; and a row that somebody cites."""
+    size = {"n": 4096, "k": 14336}
+    ours = [{**size, "m": m, "total_us": 10.0 + m, "dense_us": 30.0 + m, "speedup": 2.0} for m in (1, 8, 64)]
+    cited = [{**size, "m": m, "kernel": "llama.cpp (cited)", "total_us": 15.0 + m, "speedup": 1.5} for m in (1, 64)]
+    return ours, cited
+
+
+def test_times_have_the_dense_product_as_a_line(steps):
+    ours, cited = steps
+    (panel,) = panels([*ours, *cited], times=True, baseline="cuBLAS")
+    assert [(one.label, one.ours, one.dense) for one in panel.series] == [
+        ("lq", True, False),
+        ("llama.cpp (cited)", False, False),
+        ("cuBLAS", False, True),
+    ]
+    lq, llama, dense = (dict(one.values) for one in panel.series)
+    assert lq == {1: 11.0, 8: 18.0, 64: 74.0}
+    assert llama == {1: 16.0, 64: 79.0}
+    assert dense == {1: 31.0, 8: 38.0, 64: 94.0}
+    # Nothing is drawn that no row holds.
+    assert [one.label for one in panels(ours, times=True)[0].series] == ["lq", "dense"]
+    assert [one.label for one in panels(cited, times=True)[0].series] == ["llama.cpp (cited)"]
+
+
+def test_a_figure_of_times_cites_what_its_files_hold(lq_eval, steps, tmp_path):
+    pytest.importorskip("matplotlib")
+    ours, cited = tmp_path / "lq.jsonl", tmp_path / "llama-cpp.jsonl"
+    append_record(ours, "ggml", steps[0])
+    append_record(cited, "ggml", steps[1])
+    drawn = {}
+    for name, records in (("alone", (ours,)), ("cited", (ours, cited))):
+        figure = tmp_path / f"{name}.svg"
+        result = lq_eval("bench", "plot", *records, figure, "--times")
+        assert result.exit_code == 0, result.output
+        root = ElementTree.fromstring(figure.read_text(encoding="utf-8"))
+        drawn[name] = {"".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"4096x14336, q4_0", "lq", "dense", "microseconds", "10", "20", "50", "100"} <= drawn["alone"]
+    assert drawn["cited"] - drawn["alone"] == {"llama.cpp (cited)"}
+    with pytest.raises(SpecError, match="nothing to plot"):
+        plot_times([row(1, 2.0)], tmp_path / "none.svg")
 
 
 def test_every_color_stands_out_from_both_pages():

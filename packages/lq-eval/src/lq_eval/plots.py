@@ -33,12 +33,14 @@ class Series:
     Attributes:
         label: For the legend.
         ours: Whether it is the registry's choice, which is drawn thick.
-        speedups: By number of tokens, ascending.
+        values: Speedups or microseconds by number of tokens, ascending.
+        dense: Whether it is the dense product, which is drawn dashed.
     """
 
     label: str
     ours: bool
-    speedups: Mapping[int, float]
+    values: Mapping[int, float]
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Panel:
 
     Attributes:
         title: The shape and the product.
-        series: lq first.
+        series: lq first, the dense product last.
     """
 
     title: str
@@ -55,7 +57,12 @@ class Panel:
 
 
 def panels(
-    rows: Iterable[Mapping[str, Any]], ops: Collection[str] = (), sizes: Collection[tuple[int, int]] = ()
+    rows: Iterable[Mapping[str, Any]],
+    ops: Collection[str] = (),
+    sizes: Collection[tuple[int, int]] = (),
+    *,
+    times: bool = False,
+    baseline: str = "dense",
 ) -> tuple[Panel, ...]:
     """Group rows into panels by product and shape, in the order of their first rows.
 
@@ -64,28 +71,32 @@ def panels(
             point the last counts.
         ops: Keep these products; all if empty.
         sizes: Keep these ``(N, K)``; all if empty.
+        times: Microseconds instead of speedups, and the dense product that lq's rows were measured beside as a series.
+        baseline: What the dense product was.
     """
-    kept = [row for row in rows if row.get("speedup")]
+    value = _microseconds if times else _speedup
+    kept = [row for row in rows if value(row)]
     kept = [row for row in kept if (not ops or _op(row) in ops) and (not sizes or (row["n"], row["k"]) in sizes)]
     dtypes = {row.get("dtype", "") for row in kept}
-    found: dict[tuple[str, int, int], dict[tuple[bool, str], dict[int, float]]] = {}
+    found: dict[tuple[str, int, int], dict[tuple[int, str], dict[int, float]]] = {}
     names: dict[tuple[int, int], str] = {}
     for row in kept:
         size = (row["n"], row["k"])
         names.setdefault(size, _shape(row))
         kernel = row.get("kernel") or "auto"
-        ours = kernel == "auto"
-        label = "lq" if ours else kernel
-        if len(dtypes) > 1:
-            label += f" {row.get('dtype', '')}"
+        rank = 0 if kernel == "auto" else 1
+        dtype = f" {row.get('dtype', '')}".rstrip() if len(dtypes) > 1 else ""
         lines = found.setdefault((_op(row), *size), {})
-        lines.setdefault((not ours, label), {})[row["m"]] = row["speedup"]
+        lines.setdefault((rank, ("lq", kernel)[rank] + dtype), {})[row["m"]] = value(row) or 0.0
+        if times and rank == 0 and row.get("dense_us"):
+            lines.setdefault((2, baseline + dtype), {})[row["m"]] = row["dense_us"]
     order = list(dict.fromkeys(op for op, _, _ in found))
     return tuple(
         Panel(
             f"{names[n, k]}, {op}",
             tuple(
-                Series(label, not other, dict(sorted(lines[other, label].items()))) for other, label in sorted(lines)
+                Series(label, rank == 0, dict(sorted(lines[rank, label].items())), rank == 2)
+                for rank, label in sorted(lines)
             ),
         )
         for (op, n, k), lines in sorted(found.items(), key=lambda item: order.index(item[0][0]))
@@ -120,7 +131,27 @@ def plot_speedup(
         SpecError: If no row has a time, or the file format is unknown.
         MissingPackageError: If matplotlib is not installed.
     """
-    chosen = panels(rows, ops, sizes)
+    return _figure(panels(rows, ops, sizes), path, title, baseline, times=False)
+
+
+def plot_times(
+    rows: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    title: str = "",
+    *,
+    ops: Collection[str] = (),
+    sizes: Collection[tuple[int, int]] = (),
+    baseline: str = "dense",
+) -> Path:
+    """Draw microseconds against the number of tokens, both logarithmic, one panel a shape and product.
+
+    lq is a thick line, other libraries and forced kernels are thin ones, the dense product of lq's rows is a dashed one.
+    Arguments, result and errors are those of :func:`plot_speedup`.
+    """
+    return _figure(panels(rows, ops, sizes, times=True, baseline=baseline), path, title, baseline, times=True)
+
+
+def _figure(chosen: Sequence[Panel], path: str | Path, title: str, baseline: str, *, times: bool) -> Path:
     if not chosen:
         raise SpecError("there is nothing to plot: no row has a time")
     try:
@@ -140,15 +171,20 @@ def plot_speedup(
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False)
         for index, (axis, panel) in enumerate(zip(axes.flat, chosen, strict=False)):
-            _draw(axis, panel, colors, baseline)
+            _draw(axis, panel, colors)
+            if times:
+                _scale_times(axis, panel)
+            else:
+                axis.axhline(1, color=INK, linewidth=1.0, linestyle="--", label=baseline)
+                axis.set_ylim(bottom=0)
             if index % columns == 0:
-                axis.set_ylabel(f"speedup over {baseline}", color=INK)
+                axis.set_ylabel("microseconds" if times else f"speedup over {baseline}", color=INK)
         for axis in list(axes.flat)[len(chosen) :]:
             axis.set_visible(False)
         handles = {
             label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        ordered = [label for label in (*colors, baseline) if label in handles]
+        ordered = [label for label in dict.fromkeys((*colors, baseline)) if label in handles]
         figure.legend(
             [handles[label] for label in ordered],
             ordered,
@@ -167,24 +203,23 @@ def plot_speedup(
     return target
 
 
-def _draw(axis: Any, panel: Panel, colors: Mapping[str, str], baseline: str) -> None:
+def _draw(axis: Any, panel: Panel, colors: Mapping[str, str]) -> None:
     for series in reversed(panel.series):  # lq last, on top
         axis.plot(
-            list(series.speedups),
-            list(series.speedups.values()),
+            list(series.values),
+            list(series.values.values()),
             color=colors[series.label],
             linewidth=2.6 if series.ours else 1.1,
-            marker="o" if len(series.speedups) <= _MOST_MARKERS else "",
+            linestyle="--" if series.dense else "-",
+            marker="o" if len(series.values) <= _MOST_MARKERS and not series.dense else "",
             markersize=3.0 if series.ours else 2.0,
             label=series.label,
         )
-    axis.axhline(1, color=INK, linewidth=1.0, linestyle="--", label=baseline)
     axis.set_xscale("log", base=2)
-    ms = [m for series in panel.series for m in series.speedups]
+    ms = [m for series in panel.series for m in series.values]
     ticks = [8**power for power in range(6) if min(ms) <= 8**power <= max(ms)] or sorted(set(ms))
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
     axis.set_title(panel.title, fontsize=_FONT_SIZE, color=INK)
     axis.set_xlabel("tokens (M)", color=INK)
     axis.grid(visible=True, color=INK, alpha=0.25, linewidth=0.6)
@@ -193,9 +228,23 @@ def _draw(axis: Any, panel: Panel, colors: Mapping[str, str], baseline: str) -> 
         spine.set_color(INK)
 
 
+def _scale_times(axis: Any, panel: Panel) -> None:
+    """Make the vertical axis logarithmic, with whole steps of 1, 2 and 5 around the times."""
+    found = [value for series in panel.series for value in series.values.values()]
+    steps = [step * 10**power for power in range(-1, 8) for step in (1, 2, 5)]
+    first = max((index for index, step in enumerate(steps) if step <= min(found)), default=0)
+    last = min((index for index, step in enumerate(steps) if step >= max(found)), default=len(steps) - 1)
+    ticks = steps[first : last + 1]
+    axis.set_yscale("log")
+    axis.set_ylim(ticks[0], ticks[-1])
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
 def _colors(chosen: Sequence[Panel]) -> dict[str, str]:
-    """Return a colour for each label, lq's first; a library has the same one in every figure."""
-    labels = dict.fromkeys((not series.ours, series.label) for panel in chosen for series in panel.series)
+    """Return a colour for each label, lq's first and the dense product's last; a library has the same one in every figure."""
+    series = [series for panel in chosen for series in panel.series]
+    labels = dict.fromkeys((not one.ours, one.label) for one in series if not one.dense)
     ours = [label for other, label in labels if not other]
     rest = [label for other, label in labels if other]
     spare = itertools.cycle(OTHER_COLORS)
@@ -204,7 +253,16 @@ def _colors(chosen: Sequence[Panel]) -> dict[str, str]:
         colors[label] = LQ_COLOR if index == 0 else next(spare)
     for label in rest:
         colors[label] = PEER_COLORS.get(label.split()[0]) or next(spare)
-    return colors
+    return colors | {one.label: INK for one in series if one.dense}
+
+
+def _speedup(row: Mapping[str, Any]) -> float | None:
+    return row.get("speedup")
+
+
+def _microseconds(row: Mapping[str, Any]) -> float | None:
+    """Return the time of a row; of the steps of Q4_0 x Q8_1, that of all of them."""
+    return row.get("us") or row.get("total_us")
 
 
 def _op(row: Mapping[str, Any]) -> str:

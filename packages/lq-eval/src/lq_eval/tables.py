@@ -11,6 +11,7 @@ from lq_eval.bench.cold import ColdRow
 from lq_eval.bench.eager import EagerRow
 from lq_eval.bench.gemm import GemmRow
 from lq_eval.bench.ggml import GGMLRow
+from lq_eval.bench.ggml_linear import GGMLLinearRow
 from lq_eval.bench.sweep import SweepSummary
 from lq_eval.bench.variants import VariantRow
 from lq_eval.doctor import Fact
@@ -202,6 +203,23 @@ def ggml_table(rows: Iterable[GGMLRow], title: str) -> Table:
             f"{row.gflops:,.0f}",
             f"{row.dense_us:.1f}",
             f"{row.speedup:.2f}x",
+        )
+    return table
+
+
+def ggml_linear_table(rows: Iterable[GGMLLinearRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench ggml --types``."""
+    columns = ("type", "kernel", "tokens", "us", "layer us", "dequantize us", "dense us", "over dequantize", "speedup")
+    caption = "dequantize: to a dense weight, and F.linear; dense: F.linear; both ratios are of their time to us"
+    table = _table(title, columns, caption, left=2)
+    for row in rows:
+        times = (row.us, row.layer_us, row.dequantize_us, row.dense_us)
+        table.add_row(
+            f"{row.op} {_SHORT.get(row.dtype, row.dtype)}",
+            Text(f"{row.ran or row.kernel}: {row.note}" if row.note else row.ran),
+            str(row.m),
+            *("-" if value is None else f"{value:.1f}" for value in times),
+            *("-" if ratio is None else f"{ratio:.2f}x" for ratio in (row.over_dequantize, row.speedup)),
         )
     return table
 

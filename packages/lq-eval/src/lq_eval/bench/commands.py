@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from lq_formats import LQError, SpecError
 
@@ -253,31 +254,46 @@ def bench_ggml(
     n: Annotated[int, typer.Option("--n", help="Out features.")] = 4096,
     k: Annotated[int, typer.Option("--k", help="In features.")] = 14336,
     ms: Annotated[str | None, typer.Option(help="Numbers of tokens.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="Force a kernel: cuda-mma, reference.")] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(help="Instead, layers with weights of these types: q4_0, q4_1, q5_0, q8_0, q4_k, q6_k, ..."),
+    ] = None,
+    kernel: Annotated[str | None, typer.Option(help="Force a kernel: cuda-mma, triton-splitk, reference, ...")] = None,
     device: Device = None,
     seconds: Seconds = None,
     json: Json = None,
 ) -> None:
-    """Q4_0 weights times Q8_1 activations, with the time of quantizing the activations."""
+    """Q4_0 weights times Q8_1 activations, with the time of quantizing the activations; or layers of any ggml types."""
     from lq_eval.bench.ggml import run_ggml
+    from lq_eval.bench.ggml_linear import run_ggml_linear
     from lq_eval.bench.timing import COLD_BYTES
     from lq_eval.models import default_device
-    from lq_eval.tables import ggml_table
+    from lq_eval.tables import ggml_linear_table, ggml_table
 
     where = default_device(device)
     gpu = where.type == "cuda"
+    names = split(types.lower()) if types else ()
     tokens = integers(ms or ("1,2,4,8,16,32,64,128,256,512" if gpu else "1,8"))
-    found = []
+    limit = seconds if seconds is not None else (math.inf if gpu else 60.0)
+    cold = COLD_BYTES if gpu else COLD_BYTES // 3
+    rows: Iterator[Any]
+    if names:
+        dtype = torch.bfloat16 if gpu else torch.float32
+        rows = run_ggml_linear(names, n, k, tokens, dtype, where, kernel=kernel, seconds=limit, cold_bytes=cold)
+    else:
+        rows = run_ggml(n, k, tokens, where, kernel=kernel, seconds=limit, cold_bytes=cold)
+    found: list[Any] = []
     with progress_bar() as bar:
-        task = bar.add_task("timing", total=len(tokens))
-        limit = seconds if seconds is not None else (math.inf if gpu else 60.0)
-        for row in run_ggml(
-            n, k, tokens, where, kernel=kernel, seconds=limit, cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3
-        ):
+        task = bar.add_task("timing", total=len(tokens) * max(1, len(names)))
+        for row in rows:
             found.append(row)
             save(json, "ggml", [row.to_dict()])
             bar.advance(task)
-    console().print(ggml_table(found, f"Q4_0 {n}x{k} x Q8_1 on {device_name(where)}"))
+    if names:
+        table = ggml_linear_table(found, f"Layers {n}x{k} of ggml types on {device_name(where)}")
+    else:
+        table = ggml_table(found, f"Q4_0 {n}x{k} x Q8_1 on {device_name(where)}")
+    console().print(table)
 
 
 @bench_app.command("plot")
@@ -286,17 +302,19 @@ def bench_plot(
     output: Annotated[Path, typer.Argument(help="The figure to write (svg, png, pdf).")],
     ops: Annotated[str, typer.Option(help="Draw these products; default: all that were recorded.")] = "",
     shapes: Annotated[str | None, typer.Option(help="Draw these weights, as for gemm; default: all.")] = None,
+    times: Annotated[bool, typer.Option("--times", help="Draw microseconds, of the dense product too.")] = False,
 ) -> None:
-    """Draw the speedups of recorded gemm, sweep or ggml benchmarks, one panel a weight and product."""
+    """Draw the speedups (or times) of recorded gemm, sweep or ggml benchmarks, one panel a weight and product."""
     from lq_eval.bench.shapes import parse_shapes
-    from lq_eval.plots import plot_speedup
+    from lq_eval.plots import plot_speedup, plot_times
 
     found = [record for path in records for record in _records(path) if record.bench in ("gemm", "sweep", "ggml")]
     gpus = dict.fromkeys(str(record.environment.get("gpu") or "CPU") for record in found)
     sizes = {(shape.n, shape.k) for shape in parse_shapes(shapes)} if shapes else set()
     rows = [row for record in found for row in record.rows]
     baseline = "cuBLAS" if all("NVIDIA" in gpu for gpu in gpus) else "dense"
-    target = plot_speedup(rows, output, ", ".join(gpus), ops=split(ops), sizes=sizes, baseline=baseline)
+    draw = plot_times if times else plot_speedup
+    target = draw(rows, output, ", ".join(gpus), ops=split(ops), sizes=sizes, baseline=baseline)
     console().print(f"wrote {target}")
 
 

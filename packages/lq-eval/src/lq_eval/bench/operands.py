@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lq_formats import SpecError
+from lq_formats import SpecError, ggml_format
 from lq_kernels import int4_linear, int8_gemm, q4_0_linear
 from lq_torch import WeightConfig
 from torch import Tensor
@@ -95,15 +95,25 @@ def layer_operand(
     return Operand(nbytes, calls)
 
 
-def random_q4_0(n: int, k: int, device: torch.device) -> Tensor:
-    """Return random Q4_0 blocks ``(n, k // 32, 18) uint8`` with finite scales.
+def random_blocks(ggml_type: str, n: int, k: int, device: torch.device) -> Tensor:
+    """Return random blocks ``(n, k // block size, block bytes) uint8`` of a ggml type, with finite scales and minima.
 
     Raises:
-        SpecError: If ``k`` is not a multiple of 32.
+        SpecError: If there is no such type, or ``k`` is no whole number of its blocks.
     """
-    if k % 32:
-        raise SpecError(f"K={k}: Q4_0 needs a multiple of 32")
-    blocks = torch.randint(0, 256, (n, k // 32, 18), device=device, dtype=torch.uint8)
-    scale = (torch.rand(n, k // 32, 1, device=device) * 0.01).to(torch.float16)
-    blocks[..., :2] = scale.view(torch.uint8)
+    form = ggml_format(ggml_type)
+    if k % form.block_size:
+        raise SpecError(f"K={k}: {form.name.upper()} needs a multiple of {form.block_size}")
+    count = k // form.block_size
+    blocks = torch.randint(0, 256, (n, count, form.type_size), device=device, dtype=torch.uint8)
+    for at in form.halves:
+        scale = (torch.rand(n, count, 1, device=device) * 0.01).to(torch.float16)
+        blocks[..., at : at + 2] = scale.view(torch.uint8)
+    if form.name == "mxfp4":  # a byte that is an exponent: 2^-16 to 2^-1
+        blocks[..., 0] = blocks[..., 0] % 16 + 112
     return blocks
+
+
+def random_q4_0(n: int, k: int, device: torch.device) -> Tensor:
+    """Return random Q4_0 blocks ``(n, k // 32, 18) uint8``; see :func:`random_blocks`."""
+    return random_blocks("q4_0", n, k, device)
