@@ -19,6 +19,7 @@ PEER_COLORS: Mapping[str, str] = MappingProxyType({"gemlite": "#2f81f7", "hummin
 OTHER_COLORS = ("#c2549d", "#0f8f9c", "#8a7a1f", "#6f77c9")
 
 _PANEL = (3.0, 2.6)
+_LEGEND = 4.5  # inches that two labels a line need
 _COLUMNS = 4
 _FONT_SIZE = 9
 _MOST_MARKERS = 20
@@ -167,7 +168,7 @@ def _figure(chosen: Sequence[Panel], path: str | Path, title: str, baseline: str
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(dict(_STYLE)):
-        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(_PANEL[0] * columns, _LEGEND), _PANEL[1] * lines + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False)
         for index, (axis, panel) in enumerate(zip(axes.flat, chosen, strict=False)):
@@ -189,7 +190,7 @@ def _figure(chosen: Sequence[Panel], path: str | Path, title: str, baseline: str
             [handles[label] for label in ordered],
             ordered,
             loc="outside lower center",
-            ncols=len(ordered),
+            ncols=min(len(ordered), 2 * columns),
             frameon=False,
             labelcolor=INK,
         )
