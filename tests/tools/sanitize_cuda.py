@@ -1,33 +1,318 @@
-"""Run lq's CUDA C++ kernels over odd and aligned shapes, for ``compute-sanitizer``.
+"""Run every path of lq's CUDA C++ kernels on small shapes and check the results, alone or under compute-sanitizer.
 
-Usage: ``compute-sanitizer --tool memcheck --report-api-errors no python3 tests/tools/sanitize_cuda.py``. Run it once
-without the sanitizer first, so that no compilation happens under it. ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` (set here)
-makes every tensor its own allocation, so that an access past its end is seen.
+First without the sanitizer, so that no compilation happens under it (about a second a variant, then cached):
+
+    python3 tests/tools/sanitize_cuda.py
+
+Then under each of its tools; name parts to run fewer, racecheck is slow:
+
+    compute-sanitizer --tool memcheck  --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
+    compute-sanitizer --tool racecheck --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
+    compute-sanitizer --tool synccheck --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
+    compute-sanitizer --tool initcheck --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 (set here) makes every tensor its own allocation, so that an access past its end is seen.
+Parts that need a Hopper GPU are passed over, and named, where there is another.
 """
 
+import argparse
+import dataclasses
 import os
+from collections.abc import Callable, Iterator
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from lq_formats import quantize_q4_0, quantize_q8_1
-from lq_kernels import gemm_q4_0_q8_1, quantize_activation_q8_1
+from lq_formats import dequantize_q8_1, quantize_q4_0, quantize_q8_1
+from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, FRAGMENT_INT4, FRAGMENT_INT8
+from lq_formats.layouts.fragment import BLOCK_BYTES
+from lq_kernels import gemm_q4_0_q8_1, interleave_rows, quantize_activation_q8_1
+from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda import dequantize_fragment as fragment
+from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1 as dequantize_q8_1_cuda
+from lq_kernels.cuda.quantize_tokens import quantize_tokens
+from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
+from lq_kernels.cuda.variant import EPILOGUES, Variant
+from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
+from lq_kernels.preshuffled import arranged_groups
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
+from torch import Tensor
 
-SHAPES = [(1, 1, 32), (15, 3, 64), (33, 9, 96), (100, 17, 256), (64, 33, 1056), (129, 65, 768), (32, 130, 4096)]
+Q4_0_SHAPES = [(1, 1, 32), (15, 3, 64), (33, 9, 96), (100, 17, 256), (64, 33, 1056), (129, 65, 768), (32, 130, 4096)]
+ROWS = 136
+"""Out features, about: two tiles of 128 rows, nine blocks of 16, the last of each not full."""
+FEATURES = 1280
+SHARED = 232448
+"""Bytes of shared memory that a block may have on Hopper."""
+
+
+def close(y: Tensor, exact: Tensor) -> None:
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error < 8e-3, f"relative error {error:.3g}"
+
+
+# ---- weights in fragment order and 16-bit tokens ----
+
+
+class Case:
+    """Operands of a product for a variant and an epilogue, and the exact result."""
+
+    def __init__(self, variant: Variant, epilogue: str, m: int, k: int = FEATURES, full: bool = True) -> None:
+        """Make them: ``full`` with a bias, rows of x that start anywhere and a residual that does."""
+        self.variant, self.m, self.k = variant, m, k
+        gated = epilogue == "silu_mul"
+        # Tokens whose results do not start at whole vectors, or do.
+        self.n = ROWS // 2 + (0 if full else 4) if gated else ROWS - full
+        rows = 2 * self.n if gated else self.n
+        self.group = 128 // variant.groups if variant.groups else k
+        codes = torch.randint(0, 1 << variant.bits, (rows, k), dtype=torch.uint8, device="cuda")
+        scales = (torch.rand(rows, k // self.group, device="cuda") * 0.02 + 0.005).to(variant.scale)
+        zeros = torch.randint(0, 16, scales.shape, device="cuda").to(variant.scale) if variant.zero else None
+        offset = 1 << (variant.bits - 1) if zeros is None else zeros.double().repeat_interleave(self.group, 1)
+        self.w = (codes.double() - offset) * scales.double().repeat_interleave(self.group, 1)
+        x = (torch.randn(m, k, device="cuda") / self.w.norm(dim=1).mean()).to(variant.x)
+        wide = torch.cat((x, x), 1)
+        wide[:, 1 : k + 1] = x
+        self.x = wide[:, 1 : k + 1] if full else x
+        self.bias = torch.randn(rows, device="cuda").to(variant.x) if full else None
+        self.options: dict[str, object] = {}
+        residual = None
+        if epilogue == "residual":
+            residual = (
+                torch.randn(m * self.n + 3, device="cuda").to(variant.x)[3 if full else 0 :][: m * self.n].view(m, -1)
+            )
+            self.options = {"residual": residual}
+        elif epilogue != "none":
+            self.options = {"gated" if gated else "transposed": True}
+        self.exact = x.double() @ self.w.T + (0 if self.bias is None else self.bias.double())
+        if gated:
+            gate, up = self.exact.chunk(2, 1)
+            self.exact = torch.nn.functional.silu(gate) * up
+            codes, scales, zeros = (t if t is None else interleave_rows(t) for t in (codes, scales, zeros))
+        elif residual is not None:
+            self.exact += residual.double()
+        elif epilogue == "transposed":
+            self.exact = self.exact.T
+        layout, groups = FRAGMENT_INT4 if variant.bits == 4 else FRAGMENT_INT8, arranged_groups(k, self.group)
+        self.weight = (
+            layout.pack(codes),
+            layout.arrange_scales(scales, groups),
+            None if zeros is None else layout.arrange_scales(zeros, groups),
+        )
+        self.blocks = self.weight[0].shape[1]
+
+    def run(self, kernel: Callable[..., Tensor], config: object) -> None:
+        """Multiply and compare."""
+        sizes = (self.n, self.group, self.variant.bits)
+        y = kernel(self.x, *self.weight, self.bias, *sizes, config=config, **self.options)
+        close(y, self.exact)
+
+
+def decode() -> int:
+    """Tiles, epilogues and variants; clusters of every size, one pass and several, a ring that wraps and one that does not."""
+    forms = [(VARIANTS[0], epilogue, tiles) for epilogue in EPILOGUES for tiles in (1, 2, 4)]
+    forms += [(v, "none", decode_a16.max_token_tiles(v.groups) if i % 2 else 1) for i, v in enumerate(VARIANTS)]
+    runs = 0
+    for at, (variant, epilogue, tiles) in enumerate(forms):
+        for m, k in ((8 * tiles - 3, FEATURES), (8 * tiles + 1, FEATURES if variant.groups else 1000)):
+            case = Case(variant, epilogue, m, k, full=(at + m) % 2 == 0)
+            for config in decode_cuts(case, tiles):
+                case.run(decode_a16.linear, config)
+                runs += 1
+    return runs
+
+
+def decode_cuts(case: Case, tiles: int) -> Iterator[decode_a16.DecodeConfig]:
+    bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
+    for cluster in (1, 2, 4, 8):
+        for clusters in (1, 2, 4, 5, case.blocks):  # two passes of eight slots, one, then one of four, two and one
+            sizes = (case.m, case.blocks, case.k, bits, scale_bytes, tiles, cluster, clusters)
+            whole = decode_a16.cut(*sizes, SHARED)
+            if whole is None:
+                continue
+            yield whole
+            if whole.stages > 2:
+                spare = (whole.stages - 2) * 16 * (BLOCK_BYTES + scale_bytes)
+                wrapping = decode_a16.cut(*sizes, whole.shared - spare)
+                assert wrapping is not None
+                yield wrapping
+
+
+def prefill() -> int:
+    """Tiles, epilogues and variants; whole tiles, tiles that CTAs share in equal parts and across their ends."""
+    forms = [(VARIANTS[0], "none", tokens) for tokens in prefill_a16.TOKENS]
+    forms += [(VARIANTS[0], epilogue, tokens) for epilogue in EPILOGUES if epilogue != "none" for tokens in (16, 64)]
+    fp16_scales = [v for v in VARIANTS[1:] if v.groups == 0 or v.x != torch.float16 or v.scale == v.x]
+    forms += [(v, "none", (32, 128)[i % 2]) for i, v in enumerate(fp16_scales)]
+    runs = 0
+    for at, (variant, epilogue, tokens) in enumerate(forms):
+        for full in (True, False):
+            m = tokens + tokens // 2 + (1 if full else 0)
+            case = Case(variant, epilogue, m, FEATURES if variant.groups or at % 2 else 1000, full)
+            for ctas, shared_tiles, workers in (
+                (4, 0, 0),
+                (1, 0, 0),
+                (3, 1, 3),
+                (2, 2, 2),
+                (7, 3, 7),
+                (8, 4, 8),
+                (20, 4, 20),
+            ):
+                case.run(
+                    prefill_a16.linear, prefill_a16.PrefillConfig(tokens, ctas, 1 + ctas % 2, shared_tiles, workers)
+                )
+                runs += 1
+    return runs
+
+
+def dequantize() -> int:
+    """The dense weight of every variant, in every dtype, with tails of rows and of in features."""
+    runs = 0
+    for variant in VARIANTS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            case = Case(variant, "none", 1, FEATURES if variant.groups else 1000)
+            dense = fragment.dequantize(*case.weight, case.n, case.k, case.group, variant.bits, dtype)
+            close(dense, case.w)
+            runs += 1
+    return runs
+
+
+# ---- 8-bit tokens ----
+
+
+def a8() -> int:
+    """Variants and tiles, alone and in pairs; whole tiles, and tiles that CTAs share."""
+    runs = 0
+    for at, variant in enumerate(A8_VARIANTS):
+        most = linear_a8.MAX_PROMOTED[variant.bits] if variant.promote else max(linear_a8.TOKENS)
+        tiles = [tokens for tokens in linear_a8.TOKENS if tokens <= most]
+        for tokens, multicast in ((tiles[at % 2], False), (tiles[-1 - at % 2], True), (tiles[2], at % 2 == 0)):
+            m, n = tokens + tokens // 2 + 1, 2 * ROWS - (0 if multicast else 5)
+            k = FEATURES if variant.grouped or at % 2 else FEATURES - 112
+            group = 256 if variant.grouped and at % 2 else 128 if variant.grouped else k
+            operands, exact = a8_operands(variant, m, n, k, group)
+            rows, columns = linear_a8.A8Config(tokens, multicast, 1, 1, 0, 0).tiles(m, n)
+            count = rows * columns
+            for ctas, shared, workers in ((count, 0, 0), (1, 0, 0), (2, 2, 2), (3, 1, 3), (7, 2, 7), (16, count, 16)):
+                config = linear_a8.A8Config(tokens, multicast, ctas, 1 + ctas % 2, min(shared, count), workers)
+                options = {"lowest": variant.lowest, "promote": variant.promote, "config": config}
+                close(linear_a8.linear(*operands, n, group, variant.out, **options), exact)
+                runs += 1
+    return runs
+
+
+def a8_operands(variant: linear_a8.A8Variant, m: int, n: int, k: int, group: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    activation = variant.activation
+    x = torch.randn(m, k, device="cuda").to(variant.out)
+    codes, token_scale = quantize_tokens(x, "int8" if activation == "int8" else "fp8")
+    scales = (torch.rand(n, k // group, device="cuda") * 0.02 + 0.005).to(variant.scale)
+    bias = torch.randn(n, device="cuda").to(variant.out)
+    if variant.bits == 8:
+        values = torch.randn(n, k, device="cuda") * 40
+        whole = values.round().clamp(-127, 127).to(torch.int8)
+        weight, scale = whole if activation == "int8" else values.to(torch.float8_e4m3fn), scales[:, 0].contiguous()
+        w = weight.double() * scales.double()
+    else:
+        unsigned = torch.randint(0 if variant.lowest else 1, 16, (n, k), device="cuda", dtype=torch.uint8)
+        layout = FRAGMENT_A8_INT8 if activation == "int8" else FRAGMENT_A8_FP8
+        weight, scale = layout.pack(unsigned), layout.arrange_scales(scales, arranged_groups(k, group))
+        w = (unsigned.double() - 8) * scales.double().repeat_interleave(group, 1)
+    exact = dequantize_tokens_reference(codes, token_scale, torch.float64) @ w.T + bias.double()
+    return (codes, token_scale, weight, scale, bias), exact
+
+
+def tokens() -> int:
+    """The quantizer of tokens, a vector a thread and several, with a token that is not finite."""
+    runs = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for k in (8, 136, 1032, 2056, 5000, 65536):
+            for m in (1, 5):
+                x = torch.randn(m, k + 8, device="cuda").to(dtype)[:, 8:]
+                x[m // 2, k // 2] = torch.nan if m > 1 else 0.0
+                for activation in ("int8", "fp8"):
+                    codes, scale = quantize_tokens(x, activation)
+                    expected, expected_scale = quantize_tokens_reference(x, activation)
+                    assert torch.equal(codes.contiguous().view(torch.uint8), expected.view(torch.uint8))
+                    assert torch.equal(scale.nan_to_num(-1.0), expected_scale.nan_to_num(-1.0))
+                    runs += 1
+    return runs
+
+
+# ---- ggml blocks ----
+
+
+def q4_0() -> int:
+    """The Q4_0 product, aligned and not."""
+    for rows, columns, k in Q4_0_SHAPES:
+        w, a = quantize_q4_0(torch.randn(rows, k)), quantize_q8_1(torch.randn(columns, k))
+        y = gemm_q4_0_q8_1(w.cuda(), a.cuda(), rows, columns, k, kernel="cuda-mma")
+        expected = gemm_q4_0_q8_1_reference(w, a)
+        assert torch.allclose(y.cpu(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    return len(Q4_0_SHAPES)
+
+
+def q8_1() -> int:
+    """The quantizer of activations to Q8_1."""
+    for _, columns, k in Q4_0_SHAPES:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.randn(columns, k).to(dtype)
+            assert torch.equal(quantize_activation_q8_1(x.cuda()).cpu(), quantize_q8_1(x))
+    return 3 * len(Q4_0_SHAPES)
+
+
+def from_q8_1() -> int:
+    """Q8_1 blocks to bf16, from memory that starts at any byte."""
+    for _, columns, k in Q4_0_SHAPES:
+        blocks = quantize_q8_1(torch.randn(columns, k))
+        shifted = torch.empty(blocks.numel() + 1, dtype=torch.uint8, device="cuda")
+        shifted[1:] = blocks.flatten().cuda()
+        for given in (blocks.cuda(), shifted[1:].view(blocks.shape)):
+            assert torch.equal(dequantize_q8_1_cuda(given).cpu(), dequantize_q8_1(blocks).to(torch.bfloat16))
+    return 2 * len(Q4_0_SHAPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What runs under one name, and whether it needs a Hopper GPU."""
+
+    run: Callable[[], int]
+    hopper: bool = True
+
+
+PARTS = {
+    "decode_a16": Part(decode),
+    "prefill_a16": Part(prefill),
+    "dequantize_fragment": Part(dequantize),
+    "linear_a8": Part(a8),
+    "quantize_tokens": Part(tokens),
+    "gemm_q4_0_q8_1": Part(q4_0, hopper=False),
+    "quantize_q8_1": Part(q8_1, hopper=False),
+    "dequantize_q8_1": Part(from_q8_1),
+}
 
 
 def main() -> None:
-    for rows, tokens, k in SHAPES:
-        w, x = quantize_q4_0(torch.randn(rows, k)).cuda(), torch.randn(tokens, k)
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            a = quantize_activation_q8_1(x.to(dtype).cuda())
-            assert torch.equal(a.cpu(), quantize_q8_1(x.to(dtype)))
-        y = gemm_q4_0_q8_1(w, a, rows, tokens, k)
-        expected = gemm_q4_0_q8_1_reference(w.cpu(), a.cpu())
-        assert torch.allclose(y.cpu(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    torch.cuda.synchronize()
-    print(f"{len(SHAPES)} shapes are right")
+    lines = [f"  {name:20} {part.run.__doc__}" for name, part in PARTS.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="\n".join(["parts, by the name of their source:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to run: see below; everything by default")
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := [name for name in chosen if name not in PARTS]:
+        parser.error(f"no part {unknown[0]!r}: expected {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA GPU on this machine")
+    torch.manual_seed(0)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for name in chosen:
+        if PARTS[name].hopper and not hopper:
+            print(f"{name}: passed over, needs compute capability 9.0")
+            continue
+        runs = PARTS[name].run()
+        torch.cuda.synchronize()
+        print(f"{name}: {runs} launches are right", flush=True)
 
 
 if __name__ == "__main__":
