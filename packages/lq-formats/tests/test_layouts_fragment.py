@@ -69,6 +69,23 @@ def test_scales_round_trip_with_the_rows_of_a_lane_together() -> None:
     assert torch.equal(FRAGMENT_INT4.restore_scales(arranged, 70, 3), scale)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (1, 8), (65, 136), (200, 1000)])
+def test_some_rows_are_those_of_all(layout: FragmentLayout, n: int, k: int) -> None:
+    codes, scale = _codes(layout, n, k), torch.randn(n, 3)
+    packed, arranged = layout.pack(codes), layout.arrange_scales(scale, 4)
+    for count in (0, 1, 33):
+        rows = torch.randint(0, n, (count,))
+        assert torch.equal(layout.unpack_rows(packed, rows, k), codes[rows])
+        assert torch.equal(layout.restore_scale_rows(arranged, rows, 3), scale[rows])
+    with pytest.raises(ShapeError, match="packed has shape"):
+        layout.unpack_rows(packed, rows, k + layout.step)
+    with pytest.raises(DTypeError, match="int32"):
+        layout.unpack_rows(packed.view(torch.float32), rows, k)
+    with pytest.raises(ShapeError, match="arranged"):
+        layout.restore_scale_rows(arranged, rows, 5)
+
+
 def test_foreign_tensors_are_refused() -> None:
     packed = FRAGMENT_INT4.pack(torch.zeros(64, 128, dtype=torch.uint8))
     with pytest.raises(ShapeError, match="expected"):

@@ -2,16 +2,22 @@
 
 import pytest
 import torch
-from lq_formats import DTypeError, GroupSizeError, NoKernelError, ShapeError, pack_int4
+from lq_formats import DTypeError, GroupSizeError, NoKernelError, ShapeError, dequantize_q4_0, pack_int4, quantize_q4_0
 from lq_kernels import (
+    Arch,
     kernel_names,
     preshuffle_int4,
     preshuffle_int8,
+    preshuffle_q4_0,
     preshuffled_dequantize,
     preshuffled_linear,
+    q4_0,
+    reads_fragments,
     restore_int4,
     restore_int8,
+    restore_q4_0,
 )
+from lq_kernels.cuda import constraints
 
 FORMATS = [
     pytest.param(4, 128, False, torch.bfloat16, id="int4-g128-sym"),
@@ -65,6 +71,59 @@ def test_nothing_is_lost(n, k, bits, group, zero, scale_dtype):
         packed, scale, zeros, bits=bits, group_size=size, out_features=n, in_features=k, dtype=torch.float32
     )
     assert torch.equal(dense, w.to(torch.float32)) or float((dense - w).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("n", "k"), [(0, 64), (1, 32), (7, 32), (17, 96), (40, 160), (100, 1056), (64, 512)])
+def test_q4_0_comes_back_byte_for_byte(n, k, device, monkeypatch):
+    blocks = torch.randint(0, 256, (n, k // 32, 18), dtype=torch.uint8)
+    special = torch.tensor([0.0, -0.0, 6e-8, torch.inf, torch.nan], dtype=torch.float16).view(torch.uint8).view(5, 2)
+    nans = torch.tensor([[0x01, 0x7C], [0xFF, 0xFF], [0x00, 0xFE]], dtype=torch.uint8)
+    odd = torch.cat((special, nans))
+    blocks[: n // 2, :, :2] = odd[torch.randint(0, 8, (n // 2, k // 32))]
+    blocks = blocks.to(device)
+    for chunk in (q4_0._CHUNK, 1):  # all at once, and 16 rows at a time
+        monkeypatch.setattr(q4_0, "_CHUNK", chunk)
+        packed, scale = preshuffle_q4_0(blocks)
+        assert scale.dtype == torch.float16
+        assert torch.equal(restore_q4_0(packed, scale, out_features=n, in_features=k), blocks)
+    rows = torch.randint(0, max(n, 1), (min(n, 50),), device=device)
+    assert torch.equal(restore_q4_0(packed, scale, out_features=n, in_features=k, rows=rows), blocks[rows])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (17, 96), (100, 1056)])
+def test_q4_0_is_a_weight_in_groups_of_32(n, k):
+    blocks = quantize_q4_0(torch.randn(n, k))
+    weight, w = preshuffle_q4_0(blocks), dequantize_q4_0(blocks, torch.float64)
+    sizes = {"bits": 4, "group_size": 32, "out_features": n}
+    dense = preshuffled_dequantize(*weight, **sizes, in_features=k)
+    assert torch.equal(dense, dequantize_q4_0(blocks))
+    x = torch.randn(3, k)
+    assert error(preshuffled_linear(x, *weight, **sizes), x, w) < 1e-5
+
+
+def test_what_is_no_q4_0_is_named():
+    packed, scale = preshuffle_q4_0(quantize_q4_0(torch.randn(16, 128)))
+    with pytest.raises(DTypeError, match="expected uint8 Q4_0 blocks"):
+        preshuffle_q4_0(torch.zeros(16, 4, 18))
+    with pytest.raises(ShapeError, match=r"\(16, 4, 20\): expected \(N, K / 32, 18\)"):
+        preshuffle_q4_0(torch.zeros(16, 4, 20, dtype=torch.uint8))
+    with pytest.raises(ShapeError, match="packed has shape"):
+        restore_q4_0(packed, scale, out_features=17, in_features=128)
+    with pytest.raises(DTypeError, match="float16 scales"):
+        restore_q4_0(packed, scale.float(), out_features=16, in_features=128)
+    with pytest.raises(ShapeError, match="in_features=120"):
+        restore_q4_0(packed, scale, out_features=16, in_features=120)
+
+
+def test_hopper_with_its_compiler_reads_fragments(monkeypatch):
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
+    assert constraints.why_not_hopper(Arch("cuda", (9, 0))) is None
+    for other in (Arch("cpu"), Arch("cuda", (8, 0)), Arch("cuda", (10, 0)), Arch("rocm")):
+        assert "9.0" in constraints.why_not_hopper(other)
+    assert not reads_fragments(torch.device("cpu"))
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: "no compiler")
+    assert constraints.why_not_hopper(Arch("cuda", (9, 0))) == "no compiler"
 
 
 @pytest.mark.parametrize("kernel", [None, "dequant-blas", "reference"])

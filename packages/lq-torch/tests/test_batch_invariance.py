@@ -55,6 +55,15 @@ def test_rows_of_quantized_models(config, dtype, device):
     check(model, torch.randn(64, 512, device=device).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_q4_0_as_hopper_holds_it(dtype, monkeypatch):
+    monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: True)
+    model = nn.Sequential(nn.Linear(512, 48)).to(dtype)
+    quantize_(model, GGMLWeightOnlyConfig("q4_0"))
+    assert model[0].weight.fragments() is not None
+    check(model, torch.randn(64, 512, dtype=dtype))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 def test_rows_of_layers(make, device):

@@ -159,4 +159,3 @@ def test_moving_rearranges():
     assert there.qdata is None
     assert there.codes.is_cuda
     assert torch.equal(there.to("cpu").qdata, blocks)
-    assert GGMLTensor.from_hp(torch.randn(8, 256, device="cuda"), "q4_0").codes is None

@@ -113,8 +113,10 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("reads_fragments", [False, True], ids=["elsewhere", "as-on-hopper"])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
-def test_the_problem_of_a_layer_is_the_one_that_its_product_selects_a_kernel_for(make, monkeypatch):
+def test_the_problem_of_a_layer_is_the_one_that_its_product_selects_a_kernel_for(make, reads_fragments, monkeypatch):
+    monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: reads_fragments)
     seen = []
     select = ops.select
     monkeypatch.setattr(ops, "select", lambda problem, kernel: seen.append(problem) or select(problem, kernel))
@@ -166,8 +168,9 @@ def test_on_a_gpu_everything_is_compiled_before_anything_runs(monkeypatch):
         Int8WeightOnlyConfig(),
         Int4DynamicActivationConfig("fp8"),
         Int8DynamicActivationConfig(activation="int8"),
+        GGMLWeightOnlyConfig("q4_0"),
     ],
-    ids=["int4", "int4-preshuffled", "int8", "int4-fp8", "int8-int8"],
+    ids=["int4", "int4-preshuffled", "int8", "int4-fp8", "int8-int8", "q4_0"],
 )
 def test_after_warming_up_no_number_of_tokens_compiles(config, monkeypatch):
     from lq_kernels.jit import launcher

@@ -27,11 +27,14 @@ from lq_kernels.linear import (
 from lq_kernels.preshuffled import (
     preshuffle_int4,
     preshuffle_int8,
+    preshuffle_q4_0,
     preshuffled_dequantize,
     preshuffled_gated_linear,
     preshuffled_linear,
+    reads_fragments,
     restore_int4,
     restore_int8,
+    restore_q4_0,
 )
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.reference import int8_gemm_torch
@@ -61,15 +64,18 @@ __all__ = [
     "pack_int4_dynamic",
     "preshuffle_int4",
     "preshuffle_int8",
+    "preshuffle_q4_0",
     "preshuffled_dequantize",
     "preshuffled_gated_linear",
     "preshuffled_linear",
     "q4_0_linear",
     "quantize_activation_q8_1",
     "quantize_tokens",
+    "reads_fragments",
     "restore_int4",
     "restore_int4_dynamic",
     "restore_int8",
+    "restore_q4_0",
     "select",
     "separate_rows",
     "set_batch_invariant",

@@ -1,7 +1,7 @@
 """Weights in fragment order: the form that the Hopper kernels read, made once from canonical bits and as large.
 
-A layer that keeps its weight so stores it once, for decoding and prefill alike. Nothing is lost: ``restore_int4`` and
-``restore_int8`` give the canonical bits back, on any device.
+A layer that keeps its weight so stores it once, for decoding and prefill alike. Nothing is lost: ``restore_int4``,
+``restore_int8`` and ``restore_q4_0`` give the canonical bits back, on any device.
 """
 
 import torch
@@ -10,10 +10,13 @@ from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, INT8, FragmentLayou
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels import q4_0
+from lq_kernels.cuda import constraints
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.gated import interleaved_rows
 from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
+from lq_kernels.problem import Arch
 from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
 
 _LAYOUTS = {4: FRAGMENT_INT4, 8: FRAGMENT_INT8}
@@ -58,6 +61,25 @@ def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return packed, FRAGMENT_INT8.arrange_scales(scale.expand(weight.shape[0])[:, None], 1)
 
 
+def preshuffle_q4_0(weight_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring ggml's Q4_0 blocks into fragment order: they are an int4 weight in groups of 32 with fp16 scales.
+
+    Args:
+        weight_q: ``(N, K // 32, 18) uint8``.
+
+    Returns:
+        packed, and scale ``(groups, rows)`` fp16: what :func:`preshuffled_linear` multiplies with ``bits=4, group_size=32``.
+
+    Raises:
+        ShapeError, DTypeError: If these are not such blocks.
+    """
+    if weight_q.dtype != torch.uint8:
+        raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
+    if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] == 0:
+        raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: expected (N, K / 32, 18)")
+    return q4_0.pack_codes(weight_q), q4_0.pack_scales(weight_q)
+
+
 def restore_int4(
     packed: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, out_features: int, in_features: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -74,6 +96,43 @@ def restore_int8(packed: Tensor, scale: Tensor, *, out_features: int, in_feature
     """Undo :func:`preshuffle_int8`; scale is ``(N,)``."""
     codes = FRAGMENT_INT8.unpack(packed, out_features, in_features)
     return INT8.pack(codes), FRAGMENT_INT8.restore_scales(scale, out_features, 1)[:, 0].contiguous()
+
+
+def restore_q4_0(
+    packed: Tensor, scale: Tensor, *, out_features: int, in_features: int, rows: Tensor | None = None
+) -> Tensor:
+    """Undo :func:`preshuffle_q4_0`, byte for byte.
+
+    Args:
+        packed: As :func:`preshuffle_q4_0` returns it.
+        scale: Likewise.
+        out_features: N.
+        in_features: K.
+        rows: ``(R,) int64``, 0 to N - 1, for some rows only; the others are not read.
+
+    Returns:
+        ``(N, K // 32, 18) uint8``, or ``(R, K // 32, 18)``.
+
+    Raises:
+        ShapeError, DTypeError: If the tensors are not those of such a weight.
+    """
+    if in_features % q4_0.BLOCK:
+        raise ShapeError(f"in_features={in_features}: Q4_0 needs a multiple of {q4_0.BLOCK}")
+    if scale.dtype != torch.float16:
+        raise DTypeError(f"scale has dtype {scale.dtype}: Q4_0 has float16 scales")
+    _check(packed, scale, None, 4, q4_0.BLOCK, out_features, in_features)
+    if rows is not None:
+        return q4_0.unpack_rows(packed, scale, rows, in_features)
+    blocks = packed.new_empty((out_features, in_features // q4_0.BLOCK, 18), dtype=torch.uint8)
+    every = torch.arange(out_features, device=packed.device)
+    for some in q4_0.row_slices(out_features, in_features):
+        blocks[some] = q4_0.unpack_rows(packed, scale, every[some], in_features)
+    return blocks
+
+
+def reads_fragments(device: torch.device) -> bool:
+    """Return whether the kernels that read fragment order run on a device: a Hopper GPU, with ``cuda-core``."""
+    return constraints.why_not_hopper(Arch.of(device)) is None
 
 
 def preshuffled_linear(

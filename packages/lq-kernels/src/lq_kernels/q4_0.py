@@ -2,13 +2,14 @@
 
 A Q4_0 block is 32 codes with an fp16 scale, so the weight is a symmetric int4 weight in groups of 32 and Hopper's int4
 kernels multiply it with activations of 16 bits, which need no quantization. Blocks are repacked on first use and the
-result kept beside them (:mod:`lq_kernels.derived`).
+result kept beside them (:mod:`lq_kernels.derived`), so they are stored twice; a layer that stores its weight once holds the
+fragments instead (:func:`lq_kernels.preshuffle_q4_0`).
 
 Elsewhere activations are quantized to Q8_1 first, as llama.cpp does, and blocks multiplied as integers.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from lq_kernels.problem import Problem
 
 BLOCK = 32
 _DEQUANTIZE_US = 1.5
+_CHUNK = 2**24  # elements that are repacked at a time, a byte each and a few copies
 
 
 def spec(in_features: int) -> QuantSpec:
@@ -83,18 +85,46 @@ class OnQ4_0:  # noqa: N801
 
 def fragments(weight_q: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes and scales of Q4_0 blocks ``(N, B, 18)`` in fragment order, made once a weight."""
+    return (
+        once(weight_q, "fragment-q4_0", lambda: pack_codes(weight_q)),
+        once(weight_q, "fragment-q4_0-scale", lambda: pack_scales(weight_q)),
+    )
+
+
+def pack_codes(weight_q: Tensor) -> Tensor:
+    """Return the codes of Q4_0 blocks ``(N, B, 18)`` in fragment order."""
+    n, count, _ = weight_q.shape
+    packed = weight_q.new_empty(FRAGMENT_INT4.packed_shape(n, count * BLOCK), dtype=torch.int32)
+    for rows in row_slices(n, count * BLOCK):
+        octets = weight_q[rows, :, 2:]
+        codes = torch.cat((octets & 0x0F, octets >> 4), dim=-1).flatten(1)
+        packed[:, rows.start // 16 : -(-rows.stop // 16)] = FRAGMENT_INT4.pack(codes)
+    return packed
+
+
+def pack_scales(weight_q: Tensor) -> Tensor:
+    """Return the scales of Q4_0 blocks ``(N, B, 18)``, fp16, arranged alike."""
     from lq_kernels.preshuffled import arranged_groups
 
-    n, count, _ = weight_q.shape
-    groups = arranged_groups(count * BLOCK, BLOCK)
+    groups = arranged_groups(weight_q.shape[1] * BLOCK, BLOCK)
+    # As integers, so that a NaN keeps its bits.
+    bits = weight_q[..., :2].contiguous().view(torch.int16)[..., 0]
+    return FRAGMENT_INT4.arrange_scales(bits, groups).view(torch.float16)
 
-    def codes() -> Tensor:
-        return FRAGMENT_INT4.pack(torch.cat((weight_q[..., 2:] & 0x0F, weight_q[..., 2:] >> 4), dim=-1).view(n, -1))
 
-    def scales() -> Tensor:
-        return FRAGMENT_INT4.arrange_scales(weight_q[..., :2].contiguous().view(torch.float16)[..., 0], groups)
+def unpack_rows(packed: Tensor, scale: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    """Return some rows ``(R,) int64`` as Q4_0 blocks ``(R, in_features // 32, 18)``."""
+    count = in_features // BLOCK
+    codes = FRAGMENT_INT4.unpack_rows(packed, rows, in_features).view(-1, count, 2, BLOCK // 2)
+    bits = FRAGMENT_INT4.restore_scale_rows(scale.view(torch.int16), rows, count)
+    halves = bits.flatten().view(torch.uint8).view(-1, count, 2)
+    return torch.cat((halves, codes[:, :, 0] | (codes[:, :, 1] << 4)), dim=-1)
 
-    return once(weight_q, "fragment-q4_0", codes), once(weight_q, "fragment-q4_0-scale", scales)
+
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """Return slices of whole blocks of 16 rows, which bound the memory that repacking takes."""
+    step = max(_CHUNK // columns // 16, 1) * 16
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def quantized(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

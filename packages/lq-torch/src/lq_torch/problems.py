@@ -57,6 +57,8 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
         return Problem("int4_dynamic", m, n, k, spec, dtype, arch, layer.activation)
     if isinstance(layer, Int8DynamicTensor):
         return Problem("int8_dynamic", m, n, k, _int8(layer.scale), dtype, arch, layer.activation)
+    if isinstance(layer, GGMLTensor) and layer.fragments() is not None:
+        return Problem("preshuffled", m, n, k, _int4(32, k, True, torch.float16), dtype, arch)
     if isinstance(layer, GGMLTensor) and layer.ggml_type == "q4_0":
         return Problem("q4_0", m, n, k, QuantSpec(4, "group", 32, True, torch.float16), dtype, arch)
     return None

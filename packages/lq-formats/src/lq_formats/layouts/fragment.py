@@ -109,6 +109,37 @@ class FragmentLayout:
         codes = split.reshape(blocks * BLOCK_ROWS, steps * self.step)
         return codes[:out_features, :in_features].contiguous()
 
+    def unpack_rows(self, packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+        """Return the ``(R, in_features) uint8`` codes of some rows; the others are not read.
+
+        Args:
+            packed: As :meth:`pack` returns it.
+            rows: ``(R,) int64`` on its device, 0 to N - 1, in any order and as often as wanted.
+            in_features: K.
+
+        Raises:
+            ShapeError, DTypeError: If ``packed`` is not the packed tensor of a weight with so many in features.
+        """
+        if packed.dtype != torch.int32:
+            raise DTypeError(f"packed has dtype {packed.dtype}: expected int32")
+        blocks = packed.shape[1] if packed.dim() == 5 else 0
+        shape = self.packed_shape(blocks * BLOCK_ROWS, in_features)
+        if tuple(packed.shape) != shape:
+            raise ShapeError(f"packed has shape {tuple(packed.shape)}: expected {shape}")
+        block, g, high = _place(rows)
+        lanes = packed.contiguous().view(shape[0], blocks, _HALVES, 8, 4, _WORDS)[:, block, :, g].contiguous()
+        count = rows.shape[0]
+        high = high.view(count, 1, 1, 1, 1, 1, 1)
+        if self.bits == 4:
+            # Dimensions: 0 row, 1 step, 2 half, 3 t, 4 j, 5 h, 6 kh
+            data = lanes.view(torch.uint8).view(count, shape[0], _HALVES, 4, 4, 2, 2)
+            codes = torch.where(high, data >> 4, data & 0x0F).permute(0, 1, 2, 4, 6, 3, 5)
+        else:
+            # Dimensions: 0 row, 1 step, 2 half, 3 t, 4 j, 5 kh, 6 h, 7 rh
+            data = lanes.view(torch.uint8).view(count, shape[0], _HALVES, 4, 2, 2, 2, 2) ^ 0x80
+            codes = torch.where(high, data[..., 1], data[..., 0]).permute(0, 1, 2, 4, 5, 3, 6)
+        return codes.reshape(count, shape[0] * self.step)[:, :in_features].contiguous()
+
     def arrange_scales(self, values: Tensor, groups: int) -> Tensor:
         """Return scales or zeros ``(N, G)`` as ``(groups, ceil(N / 16) * 16)``, padded with zeros.
 
@@ -132,8 +163,25 @@ class FragmentLayout:
         if arranged.dim() != 2 or arranged.shape[1] != blocks * BLOCK_ROWS or arranged.shape[0] < groups:
             expected = (f">= {groups}", blocks * BLOCK_ROWS)
             raise ShapeError(f"arranged has shape {tuple(arranged.shape)}: expected {expected}")
-        rows = arranged.view(-1, blocks, 8, 2).permute(1, 3, 2, 0).reshape(blocks * BLOCK_ROWS, -1)
+        count = arranged.shape[0]
+        rows = arranged.view(count, blocks, 8, 2).permute(1, 3, 2, 0).reshape(blocks * BLOCK_ROWS, count)
         return rows[:out_features, :groups].contiguous()
+
+    def restore_scale_rows(self, arranged: Tensor, rows: Tensor, groups: int) -> Tensor:
+        """Return the ``(R, groups)`` that :meth:`arrange_scales` was given for some rows ``(R,) int64``.
+
+        Raises:
+            ShapeError: If ``arranged`` is not of so many groups.
+        """
+        if arranged.dim() != 2 or arranged.shape[0] < groups:
+            raise ShapeError(f"arranged has shape {tuple(arranged.shape)}: expected (>= {groups}, rows)")
+        block, g, high = _place(rows)
+        return arranged[:groups, block * BLOCK_ROWS + 2 * g + high].t().contiguous()
+
+
+def _place(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return block, g and whether rh is 1 of rows."""
+    return rows // BLOCK_ROWS, rows % 8, rows % BLOCK_ROWS >= 8
 
 
 FRAGMENT_INT4 = FragmentLayout(4, "fragment-int4")

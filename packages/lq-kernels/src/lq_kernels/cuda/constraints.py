@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from lq_formats.layouts import FRAGMENT_INT4
 
-from lq_kernels.problem import Problem
+from lq_kernels.problem import Arch, Problem
 
 MIN_CAPABILITY = (8, 0)
 
@@ -31,10 +31,17 @@ def why_not_q4_0(problem: Problem) -> str | None:
     return why_not_compile()
 
 
+def why_not_hopper(arch: Arch) -> str | None:
+    """Return why no kernel for fragment-ordered weights runs on this processor, or None."""
+    if arch.kind != "cuda" or arch.capability != (9, 0):
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return why_not_compile()
+
+
 def why_not_fragment(problem: Problem) -> str | None:
     """Return why the Hopper kernels for fragment-ordered weights cannot run ``problem``, or None."""
-    if problem.arch.kind != "cuda" or problem.arch.capability != (9, 0):
-        return "needs a Hopper GPU (compute capability 9.0)"
+    if (reason := why_not_hopper(problem.arch)) is not None:
+        return reason
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {problem.dtype}"
     if problem.k % 8:
@@ -42,7 +49,7 @@ def why_not_fragment(problem: Problem) -> str | None:
     size, step = problem.group_size, FRAGMENT_INT4.step
     if size != problem.k and size not in (32, 64) and size % step:
         return f"takes groups of 32, 64, multiples of {step}, or one scale a row, not groups of {size}"
-    return why_not_compile()
+    return None
 
 
 def why_not_decode(problem: Problem) -> str | None:

@@ -75,15 +75,19 @@ def why_not_cat(weights: Mapping[str, Tensor]) -> str | None:
 
 
 def _row_tensors(weight: LowBitTensor) -> dict[str, Tensor]:
-    """Return tensors whose rows are the weight's: those of files, or of ggml weights the ones that are held."""
-    return weight.inner_tensors() if isinstance(weight, GGMLTensor) else weight.to_tensors()
+    """Return tensors whose rows are the weight's: those of files, or of ggml blocks and planes the ones that are held."""
+    return weight.inner_tensors() if _holds_rows(weight) else weight.to_tensors()
 
 
 def _from_rows(like: LowBitTensor, tensors: dict[str, Tensor], rows: int) -> LowBitTensor:
     shape = [rows, like.shape[1]]
-    if isinstance(like, GGMLTensor):
-        return GGMLTensor(tensors, like.attributes(), shape, like.dtype)
+    if _holds_rows(like):
+        return type(like)(tensors, like.attributes(), shape, like.dtype)
     return LowBitTensor.from_tensors(tensors, {**like.spec_json(), "shape": shape})
+
+
+def _holds_rows(weight: LowBitTensor) -> bool:
+    return isinstance(weight, GGMLTensor) and weight.fragments() is None
 
 
 def _differences(expected: tuple[Any, ...], found: tuple[Any, ...]) -> str:

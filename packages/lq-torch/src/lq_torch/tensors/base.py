@@ -301,8 +301,8 @@ def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> 
             f"{tuple(target.shape)}: only an equally quantized weight of the same shape"
         )
     assert isinstance(source, LowBitTensor)
-    if target.device != source.device:
-        source = _to_copy(source, device=target.device)  # some weights are arranged for their device
+    # Some weights are arranged for their device, and torch.load leaves them as they were arranged for another.
+    source = source._map(torch.detach) if target.device == source.device else _to_copy(source, device=target.device)
     if target.attributes() != source.attributes() or set(target.inner_tensors()) != set(source.inner_tensors()):
         raise UnsupportedError(f"cannot copy {source.attributes()} into {target.attributes()}: different quantization")
     for name, tensor in target.inner_tensors().items():

@@ -6,14 +6,22 @@ from typing import ClassVar, Self
 import torch
 from lq_formats import FormatError, NonFiniteError, ShapeError, SpecError, ggml_format
 from lq_formats.layouts import GGMLPlanes, ggml_planes
-from lq_kernels import ggml_dequantize, ggml_linear, q4_0_linear
+from lq_kernels import (
+    ggml_dequantize,
+    ggml_linear,
+    preshuffle_q4_0,
+    preshuffled_dequantize,
+    preshuffled_linear,
+    q4_0_linear,
+    reads_fragments,
+    restore_q4_0,
+)
 from torch import Tensor
 
 from lq_torch.tensors.base import LowBitTensor, check_weight
 from lq_torch.tensors.saved import SavedWeight
 
 _DEVICES_OF_PLANES = ("cuda",)
-_KEPT_IN_BLOCKS = ("q4_0", "q8_1")
 
 
 class GGMLTensor(LowBitTensor):
@@ -21,13 +29,18 @@ class GGMLTensor(LowBitTensor):
 
     On the CPU it holds the blocks, which may lie in a mapped file, and is dequantized for each product. On a GPU it holds the
     same bits apart by kind (:data:`lq_formats.layouts.GGML_PLANES`), once, and multiplies packed; moving it rearranges it, and
-    files hold blocks. Q4_0 stays in blocks everywhere: it has kernels of its own (:func:`lq_kernels.q4_0_linear`).
+    files hold blocks.
+
+    Q4_0 has kernels of its own. On a Hopper GPU it is in fragment order, once (:func:`lq_kernels.preshuffle_q4_0`), and
+    :func:`lq_kernels.preshuffled_linear` multiplies activations as they are, float32 ones with a temporary dequantized weight.
+    Elsewhere it stays in blocks, and :func:`lq_kernels.q4_0_linear` quantizes activations to Q8_1.
 
     Attributes:
-        qdata: ``(N, K // block size, block bytes) uint8`` blocks; None where there are planes.
-        codes: ``(N, words) int32``; None where there are blocks, as are the following.
+        qdata: ``(N, K // block size, block bytes) uint8`` blocks; None where there are planes or fragments.
+        codes: ``(N, words) int32``, of Q4_0 those of :class:`lq_formats.layouts.FragmentLayout`; None where there are blocks,
+            as are the following.
         high: ``(N, words)`` uint8 or int16; None for types without upper bits, too.
-        scale: ``(N, words) int32``.
+        scale: ``(N, words) int32``, of Q4_0 ``(groups, rows)`` fp16.
         ggml_type: The format's name, for example ``"q4_0"``.
     """
 
@@ -85,39 +98,56 @@ class GGMLTensor(LowBitTensor):
 
     def blocks(self) -> Tensor:
         """Return the blocks ``(N, K // block size, block bytes) uint8``, byte for byte."""
-        planes = self.planes()
-        if planes is None:
-            assert self.qdata is not None
-            return self.qdata
-        return ggml_planes(self.ggml_type).unpack(planes, self.shape[1])
+        if (fragments := self.fragments()) is not None:
+            return restore_q4_0(*fragments, out_features=self.shape[0], in_features=self.shape[1])
+        if (planes := self.planes()) is not None:
+            return ggml_planes(self.ggml_type).unpack(planes, self.shape[1])
+        assert self.qdata is not None
+        return self.qdata
 
     def planes(self) -> GGMLPlanes | None:
-        """Return the planes, or None where the weight is in blocks."""
-        if self.codes is None or self.scale is None:
+        """Return the planes, or None where the weight is in blocks or fragments."""
+        if self.codes is None or self.scale is None or self.ggml_type == "q4_0":
             return None
         return GGMLPlanes(self.codes, self.high, self.scale)
 
+    def fragments(self) -> tuple[Tensor, Tensor] | None:
+        """Return codes and scales in fragment order, or None where the weight is in blocks or planes."""
+        if self.codes is None or self.scale is None or self.ggml_type != "q4_0":
+            return None
+        return self.codes, self.scale
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
-        planes = self.planes()
-        if planes is not None:
-            return ggml_dequantize(
-                planes, ggml_type=self.ggml_type, in_features=self.shape[1], dtype=dtype or self.dtype
+        dtype = dtype or self.dtype
+        rows, columns = self.shape
+        if (fragments := self.fragments()) is not None:
+            return preshuffled_dequantize(
+                *fragments, bits=4, group_size=32, out_features=rows, in_features=columns, dtype=dtype
             )
-        w: Tensor = ggml_format(self.ggml_type).dequantize(self.qdata, dtype or self.dtype)
+        if (planes := self.planes()) is not None:
+            return ggml_dequantize(planes, ggml_type=self.ggml_type, in_features=columns, dtype=dtype)
+        w: Tensor = ggml_format(self.ggml_type).dequantize(self.qdata, dtype)
         return w
 
     def dequantize_rows(self, indices: Tensor) -> Tensor:
         """Return rows ``(*indices.shape, K)`` in this tensor's dtype; no others are dequantized."""
-        planes = self.planes()
-        if planes is not None:
+        rows, columns = self.shape
+        if (planes := self.planes()) is not None:
             flat = indices.flatten()
             high = None if planes.high is None else planes.high[flat]
             some = GGMLPlanes(planes.codes[flat], high, planes.scale[flat])
-            rows = ggml_dequantize(some, ggml_type=self.ggml_type, in_features=self.shape[1], dtype=self.dtype)
-            return rows.view(*indices.shape, self.shape[1])
-        assert self.qdata is not None
-        w: Tensor = ggml_format(self.ggml_type).dequantize(self.qdata[indices], self.dtype)
+            found = ggml_dequantize(some, ggml_type=self.ggml_type, in_features=columns, dtype=self.dtype)
+            return found.view(*indices.shape, columns)
+        if (fragments := self.fragments()) is not None:
+            # Indexing checks the indices, which padding would hide.
+            flat = torch.arange(rows, device=self.device)[indices.flatten()]
+            blocks = restore_q4_0(*fragments, out_features=rows, in_features=columns, rows=flat)
+            blocks = blocks.view(*indices.shape, *blocks.shape[1:])
+        else:
+            assert self.qdata is not None
+            blocks = self.qdata[indices]
+        w: Tensor = ggml_format(self.ggml_type).dequantize(blocks, self.dtype)
         return w
 
     def why_not_batch_invariant(self) -> str | None:
@@ -127,8 +157,9 @@ class GGMLTensor(LowBitTensor):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``."""
-        planes = self.planes()
-        if planes is not None:
+        if (fragments := self.fragments()) is not None:
+            return preshuffled_linear(x, *fragments, bits=4, group_size=32, out_features=self.shape[0], bias=bias)
+        if (planes := self.planes()) is not None:
             return ggml_linear(x, planes, ggml_type=self.ggml_type, bias=bias)
         if self.ggml_type == "q4_0":
             assert self.qdata is not None
@@ -155,17 +186,29 @@ class GGMLTensor(LowBitTensor):
 
     @classmethod
     def from_saved(cls, saved: SavedWeight) -> Self:
-        """Take the blocks as they are on a CPU, and rearrange them on a GPU."""
+        """Take the blocks as they are on a CPU, and rearrange them for a GPU's kernels."""
         return super().from_saved(saved)._arranged()
 
     def _map(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
         return super()._map(function, dtype)._arranged()
 
     def _arranged(self) -> Self:
-        """Return this weight in planes on a GPU and in blocks on a CPU; itself where it is."""
-        wanted = self.device.type in _DEVICES_OF_PLANES and self.ggml_type not in _KEPT_IN_BLOCKS
-        if wanted == (self.codes is not None) or self.device.type == "meta":
+        """Return this weight as its device's kernels read it: planes, fragments, or blocks; itself where it is."""
+        if self.device.type == "meta":
+            return self
+        if self.ggml_type == "q4_0":
+            wanted = reads_fragments(self.device)
+        else:
+            wanted = self.device.type in _DEVICES_OF_PLANES and self.ggml_type != "q8_1"
+        if wanted == (self.codes is not None):
             return self
         blocks = self.blocks()
-        tensors = ggml_planes(self.ggml_type).pack(blocks)._asdict() if wanted else {"qdata": blocks}
+        tensors: dict[str, Tensor | None]
+        if not wanted:
+            tensors = {"qdata": blocks}
+        elif self.ggml_type == "q4_0":
+            codes, scale = preshuffle_q4_0(blocks)
+            tensors = {"codes": codes, "scale": scale}
+        else:
+            tensors = ggml_planes(self.ggml_type).pack(blocks)._asdict()
         return type(self)(tensors, self.attributes(), self.shape, self.dtype)
