@@ -37,6 +37,20 @@ def test_calibrated_codes_are_far_nearer_to_the_float_model(lq_eval, tmp_path):
     assert found["baseline_perplexity"] < found["perplexity"] < reference["perplexity"]
 
 
+# Measured over 4096 tokens: q4_0 0.076 and 0.059, q4_k 0.050 and 0.032.
+@pytest.mark.parametrize(("ggml_type", "share"), [("q4_0", 0.9), ("q4_k", 0.8)], ids=["q4_0", "q4_k"])
+def test_a_text_is_worth_as_much_to_ggml_types_as_an_imatrix(lq_eval, tmp_path, ggml_type, share):
+    common = ("--scheme", ggml_type, "--device", "cpu", "--dtype", "float32")
+    text = ("--calibration", str(calibration_text_path()), "--windows", "8", "--window-length", "256")
+    documents = {}
+    for name, data in (("weighted", text), ("plain", ())):
+        folder = tmp_path / name
+        main(["quantize", str(tiny_llama_path()), str(folder), *common, *data])
+        documents[name] = measure(lq_eval, folder)
+    assert documents["weighted"]["bits_per_weight"] == documents["plain"]["bits_per_weight"] == 4.5
+    assert documents["weighted"]["kl_divergence"] < share * documents["plain"]["kl_divergence"]
+
+
 def test_bits_by_layer_beat_uniform_bits_of_the_same_size(lq_eval, tmp_path):
     """Rounded without data, to be quick; measured on the whole text, 4.5 bits: a KL divergence of 0.040, and 0.069 uniform."""
     common = ("--device", "cpu", "--dtype", "float32", "--algorithm", "mse", "--scale-dtype", "bfloat16")

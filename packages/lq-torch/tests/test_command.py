@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lq_torch import Int4Tensor, Int8Tensor, IntxTensor, LowBitTensor, load
+from lq_torch import GGMLTensor, Int4Tensor, Int8Tensor, IntxTensor, LowBitTensor, load
 from lq_torch.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -110,6 +110,37 @@ def test_with_a_calibration_text(lq, folder, text, tmp_path, algorithm):
     assert (tmp_path / "state" / "block-00001").is_dir()
 
 
+@pytest.mark.parametrize("ggml_type", ["q4_0", "q5_1", "iq4_nl"])
+def test_ggml_types(lq, folder, tmp_path, ggml_type):
+    status, out, err = lq("quantize", folder, tmp_path, "--scheme", ggml_type, "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert "14 layers of" in out
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, weight in low_bit(load(tmp_path)).items():
+        assert weight.ggml_type == ggml_type
+        assert torch.equal(weight.blocks(), GGMLTensor.from_hp(model.get_parameter(name), ggml_type).blocks())
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_a_text_is_an_importance_for_ggml_types_that_search(lq, folder, text, tmp_path):
+    common = ("--scheme", "q4_0", "--device", "cpu")
+    assert lq("quantize", folder, tmp_path / "plain", *common)[0] == 0
+    status, said, err = lq(
+        *("quantize", folder, tmp_path / "out", *common, "--calibration", text, "--windows", 10),
+        *("--exclude", r"layers\.0\.mlp", "--resume", tmp_path / "state", "--batch-size", 4),
+    )
+    assert (status, err) == (0, "")
+    assert "11 layers in" in said
+    assert "in 4.500 bits each" in said
+    report = json.loads((tmp_path / "out" / "calibration.json").read_text())["layers"]
+    assert {(layer["algorithm"], layer["tokens"]) for layer in report} == {("imatrix", 320)}
+    assert all(0 < layer["error"] < 0.05 for layer in report)
+    assert (tmp_path / "state" / "block-00001").is_dir()
+    plain, found = low_bit(load(tmp_path / "plain")), low_bit(load(tmp_path / "out"))
+    assert len(found) == 11
+    assert all(not torch.equal(weight.blocks(), plain[name].blocks()) for name, weight in found.items())
+
+
 @pytest.mark.parametrize("algorithm", ["mse", "gptq"])
 def test_bits_by_layer_within_a_budget(lq, folder, text, tmp_path, algorithm):
     status, out, err = lq(
@@ -176,6 +207,8 @@ def test_an_unused_text_is_said_to_be(lq, folder, text, tmp_path):
     status, _, err = lq("quantize", folder, tmp_path, "--group-size", 32, "--algorithm", "rtn", "--calibration", text)
     assert status == 0
     assert "--calibration is not used" in err
+    status, _, err = lq("quantize", folder, tmp_path / "ggml", "--scheme", "q8_0", "--calibration", text)
+    assert (status, err) == (0, "lq: --calibration is not used: q8_0 needs no data\n")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +225,11 @@ def test_an_unused_text_is_said_to_be(lq, folder, text, tmp_path):
         (("--target-bits", 4.5), "SpecError: --target-bits needs --calibration"),
         (("--target-bits", 1.5, "--calibration", "TEXT"), "raise --target-bits"),
         (("--target-bits", 4.5, "--calibration", "TEXT", "--group-size", 32), "without --scheme and --group-size"),
+        (("--scheme", "q4_0", "--algorithm", "gptq", "--calibration", "TEXT"), "SpecError: --scheme q4_0 fixes groups"),
+        (("--scheme", "q8_0", "--group-size", 0), "SpecError: --scheme q8_0 fixes groups"),
+        (("--scheme", "q4_k"), "ShapeError: model.layers.0.self_attn.q_proj: in_features=64"),
+        (("--scheme", "q4_k", "--calibration", "TEXT"), "ShapeError: model.layers.0.self_attn.q_proj: in_features=64"),
+        (("--scheme", "q4_0", "--calibration", "/no/such/text"), "SpecError: cannot read the calibration text"),
         (("--group-size", 48), "GroupSizeError: model.layers.0"),
         (("--group-size", 0), "GroupSizeError"),
         (("--exclude", "("), "SpecError: --exclude '('"),

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("model", metavar="MODEL", help="a model's folder, or its name on the hub")
     add("out", metavar="OUT", type=Path, help="the folder to write")
-    add("--scheme", choices=SCHEMES, help="bits of a weight; int8 has one scale a row (default: int4)")
+    add("--scheme", choices=SCHEMES, help="bits of a weight, or a ggml type; int8 has one scale a row (default: int4)")
     add("--group-size", type=int, help="in features per scale; -1: one scale a row (default: 128)")
     add("--target-bits", type=float, metavar="BITS", help="instead: bits and groups by layer, so many bits on average")
     add("--asymmetric", action="store_true", help="with zero points")
@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="a UTF-8 text like what the model will read: for gptq, awq and --target-bits",
+        help="a UTF-8 text like what the model will read: for gptq, awq, --target-bits and the "
+        "ggml types that search their scales (q4_0, iq4_nl, q4_k, q5_k, q6_k)",
     )
     rotate = command.add_mutually_exclusive_group()
     rotate.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lq_formats import SpecError
+from lq_formats import GGML_FORMATS, SpecError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, mixed_precision
 from lq_torch.calibrate.sequential import calibrate
 from lq_torch.checkpoint import save_pretrained
-from lq_torch.config import Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
+from lq_torch.config import GGMLWeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.integrations.causal_lm import load_dense, token_windows
 from lq_torch.quantize import quantize_, select_linears
@@ -27,7 +27,8 @@ from lq_torch.tensors import LowBitTensor
 DATA_FREE = ("rtn", "mse", "hqq")
 CALIBRATED = ("gptq", "awq", "awq+gptq")
 ALGORITHMS = (*DATA_FREE, *CALIBRATED)
-SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
+GGML_TYPES = tuple(name for name, form in GGML_FORMATS.items() if form.quantizer is not None and name != "q8_1")
+SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", *GGML_TYPES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "calibration.json"
 
@@ -56,7 +57,7 @@ def quantize(options: argparse.Namespace) -> None:
         configs = _mixed(model, tokens, chosen, device, options)
         said += [f"{path}: {_described(one)}" for path, one in configs.items()]
     report = None
-    if options.algorithm in CALIBRATED:
+    if options.algorithm in CALIBRATED or _weighted(options):
         assert tokens is not None
         report = _calibrated(model, tokens, configs, device, options)
     else:
@@ -71,7 +72,20 @@ def quantize(options: argparse.Namespace) -> None:
     sys.stdout.write("\n".join([*said, f"{_summary(model)}; saved in {options.out}\n"]))
 
 
+def _weighted(options: argparse.Namespace) -> bool:
+    """Return whether the text gives an importance to the search of a ggml type."""
+    return options.calibration is not None and options.scheme in GGML_TYPES and GGML_FORMATS[options.scheme].weighted
+
+
 def _config(options: argparse.Namespace) -> WeightConfig:
+    if options.scheme in GGML_TYPES:
+        given = (options.group_size, options.algorithm, options.scale_dtype)
+        if options.asymmetric or any(value is not None for value in given):
+            raise SpecError(
+                f"--scheme {options.scheme} fixes groups, zero points and scales: leave out --group-size, --asymmetric, "
+                "--scale-dtype and --algorithm"
+            )
+        return GGMLWeightOnlyConfig(options.scheme)
     bits = int((options.scheme or "int4").removeprefix("int"))
     algorithm: Any = options.algorithm if options.algorithm in DATA_FREE else "mse"
     common: dict[str, Any] = {
@@ -162,9 +176,10 @@ def _chosen(model: nn.Module, exclude: re.Pattern[str] | None) -> set[str]:
 
 def _text(options: argparse.Namespace) -> str | None:
     """Return the calibration text, or None where none is used."""
-    if options.algorithm not in CALIBRATED and options.target_bits is None:
+    if options.algorithm not in CALIBRATED and options.target_bits is None and not _weighted(options):
         if options.calibration is not None:
-            sys.stderr.write(f"lq: --calibration is not used: {options.algorithm or 'this scheme'} needs no data\n")
+            user = options.algorithm or options.scheme or "this scheme"
+            sys.stderr.write(f"lq: --calibration is not used: {user} needs no data\n")
         return None
     if options.calibration is None:
         user = "--target-bits" if options.target_bits is not None else f"--algorithm {options.algorithm}"
@@ -195,8 +210,8 @@ def _calibrated(
             model,
             tokens,
             configs,
-            gptq=GPTQOptions() if "gptq" in options.algorithm else None,
-            awq=AWQOptions() if "awq" in options.algorithm else None,
+            gptq=GPTQOptions() if "gptq" in (options.algorithm or "") else None,
+            awq=AWQOptions() if "awq" in (options.algorithm or "") else None,
             batch_size=options.batch_size,
             device=device,
             offload=options.offload,

@@ -1,4 +1,4 @@
-"""Calibration: choose codes by what they do to a model's activations on a text. GPTQ, AWQ, and both in turn."""
+"""Calibration: choose codes by what they do to a model's activations on a text. GPTQ, AWQ, both in turn; ggml's blocks."""
 
 import os
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ __all__ = [
     "awq",
     "awq_gptq",
     "gptq",
+    "imatrix",
     "mixed_precision",
 ]
 
@@ -104,3 +105,30 @@ def awq_gptq(
     Arguments, result and errors are those of :func:`gptq`.
     """
     return calibrate(model, tokens, config, gptq=gptq_options or GPTQOptions(), awq=awq_options or AWQOptions(), **run)
+
+
+def imatrix(
+    model: nn.Module,
+    tokens: Tensor,
+    config: WeightConfig | Mapping[str, WeightConfig],
+    **run: Unpack[RunOptions],
+) -> CalibrationReport:
+    """Quantize a decoder model in place to ggml blocks, scales searched by the mean square of what enters each column.
+
+    This is llama.cpp's "importance matrix", with what the quantized blocks in front of a layer make of the text.
+
+    Args:
+        model: A dense causal language model of chained decoder blocks.
+        tokens: Calibration windows ``(windows, length)`` of token ids.
+        config: ``GGMLWeightOnlyConfig`` of a type with a search (q4_0, iq4_nl, q4_k, q5_k, q6_k), or one for each layer, by
+            path.
+        run: See :class:`RunOptions`.
+
+    Returns:
+        What was done to every layer. Layers that no token reaches are quantized without an importance, and say so there.
+
+    Raises:
+        UnsupportedError: If the model is no chain of blocks, or the configuration takes no importance.
+        LQError: Otherwise as :func:`gptq`.
+    """
+    return calibrate(model, tokens, config, gptq=None, awq=None, **run)

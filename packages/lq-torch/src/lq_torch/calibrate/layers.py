@@ -1,4 +1,4 @@
-"""Quantizing Linear layers that share their inputs, from the moments of these."""
+"""Quantizing Linear layers that share their inputs, from the moments of these: GPTQ, searched scales, ggml blocks."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from lq_torch.calibrate.moments import Moments, factor_inverse
 from lq_torch.calibrate.options import GPTQOptions
 from lq_torch.calibrate.solve import Quantized, descend, gptq_codes, nearest_codes, output_error
 from lq_torch.calibrate.target import Target
-from lq_torch.tensors import LowBitTensor
+from lq_torch.tensors import GGMLTensor, LowBitTensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,26 @@ def quantize_together(
         built = target.build(codes, scale, zero, weight.dtype)
         norm = float(norms[rows].sum())
         outcomes[path] = Outcome(built, float(errors[rows].sum()) / norm if norm else 0.0, damping, "; ".join(notes))
+    return outcomes
+
+
+def quantize_blocks_together(weights: dict[str, Tensor], moments: Moments, ggml_type: str) -> dict[str, Outcome]:
+    """Quantize the weights of layers with one input to ggml blocks, whose scales are searched by what enters each column.
+
+    Args:
+        weights: ``(N_i, K)`` by path.
+        moments: Of their input, at least one token. Their diagonal is the importance.
+        ggml_type: A type with a search.
+    """
+    assert moments.hessian is not None
+    hessian = moments.hessian / moments.tokens
+    outcomes = {}
+    for path, weight in weights.items():
+        built = GGMLTensor.from_hp(weight, ggml_type, hessian.diagonal())
+        wanted = weight.float()
+        error = float(output_error(built.dequantize(torch.float32), wanted, hessian).sum())
+        norm = float(output_error(torch.zeros_like(wanted), wanted, hessian).sum())
+        outcomes[path] = Outcome(built, error / norm if norm else 0.0)
     return outcomes
 
 

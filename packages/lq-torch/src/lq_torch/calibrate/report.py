@@ -11,8 +11,8 @@ class LayerReport:
 
     Attributes:
         path: Its name in the model.
-        algorithm: What chose its codes: ``"gptq"``, ``"awq"``, ``"awq+gptq"``, or ``"data-free"`` where that was
-            impossible; ``note`` then says why.
+        algorithm: What chose its codes: ``"gptq"``, ``"awq"``, ``"awq+gptq"``, ``"imatrix"``, or ``"data-free"``
+            where that was impossible; ``note`` then says why.
         tokens: Calibration tokens that reached it.
         error: Change of its outputs over those tokens, ``|y - y_float|^2 / |y_float|^2``; None if no token did.
         bits_per_weight: True bits, scales and zeros included.

@@ -15,18 +15,19 @@ from lq_formats import SpecError
 from torch import Tensor, nn
 
 from lq_torch.calibrate.blocks import Stream, evaluation, find_blocks, record_stream, split_batches
-from lq_torch.calibrate.layers import quantize_together
+from lq_torch.calibrate.layers import quantize_blocks_together, quantize_together
 from lq_torch.calibrate.moments import Moments
 from lq_torch.calibrate.options import AWQOptions, GPTQOptions
 from lq_torch.calibrate.report import CalibrationReport, LayerReport
 from lq_torch.calibrate.resume import ResumeFolder
 from lq_torch.calibrate.smoothing import shared_parameters, smooth
 from lq_torch.calibrate.stages import find_stages, measure
-from lq_torch.calibrate.target import Target, target_of
+from lq_torch.calibrate.target import Target, searched_type, target_of
 from lq_torch.config import WeightConfig
 from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
 from lq_torch.tensors import LowBitTensor
 
+IMATRIX = "imatrix"
 Progress = Callable[[int, int, LayerReport], None]
 
 
@@ -44,10 +45,13 @@ def calibrate(
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
-    """Quantize a decoder model in place with calibration data; see :func:`lq_torch.calibrate.gptq`."""
+    """Quantize a decoder model in place with calibration data; see :func:`lq_torch.calibrate.gptq`.
+
+    Without options of an algorithm, weights become ggml blocks; see :func:`lq_torch.calibrate.imatrix`.
+    """
     started = time.monotonic()
     batches = split_batches(tokens, batch_size)
-    layers, configs = _checked(model, config, filter_fn)
+    layers, configs = _checked(model, config, filter_fn, blocks=gptq is None and awq is None)
     blocks = find_blocks(model)
     home = next(blocks[0][1].parameters()).device
     where = home if device is None else torch.device(device)
@@ -101,7 +105,8 @@ class _Calibration:
         self._configs, self._gptq, self._awq = configs, gptq, awq
         self._shared = shared
         self._progress = progress
-        self._algorithm = "+".join(name for name, options in (("awq", awq), ("gptq", gptq)) if options is not None)
+        names = [name for name, options in (("awq", awq), ("gptq", gptq)) if options is not None]
+        self._algorithm = "+".join(names) or IMATRIX
 
     def report(self, layer: LayerReport) -> None:
         """Add the report of a layer that is done."""
@@ -159,7 +164,11 @@ class _Calibration:
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         first, layer = next(iter(layers.items()))
         with named(f"{path}.{first}"):
-            outcomes = quantize_together(weights, moments, self._target(f"{path}.{first}", layer), self._gptq)
+            outcomes = (
+                quantize_blocks_together(weights, moments, searched_type(self._configs[f"{path}.{first}"]))
+                if self._algorithm == IMATRIX
+                else quantize_together(weights, moments, self._target(f"{path}.{first}", layer), self._gptq)
+            )
         for name, layer in layers.items():
             if outcomes is None:
                 reason = "the Hessian of its inputs has no Cholesky factor, however damped"
@@ -189,7 +198,11 @@ def _bits(weight: LowBitTensor) -> float:
 
 
 def _checked(
-    model: nn.Module, config: WeightConfig | Mapping[str, WeightConfig], filter_fn: FilterFn | None
+    model: nn.Module,
+    config: WeightConfig | Mapping[str, WeightConfig],
+    filter_fn: FilterFn | None,
+    *,
+    blocks: bool,
 ) -> tuple[dict[str, nn.Linear], dict[str, WeightConfig]]:
     """Return the layers to quantize and their configurations by path, once it is certain that all can be quantized."""
     if isinstance(config, Mapping):
@@ -210,6 +223,9 @@ def _checked(
             raise SpecError(f"config is a {type(chosen).__name__}: expected one such as Int4WeightOnlyConfig()")
         check_linear(path, layer)
         with named(path):
-            target_of(chosen, layer.weight.dtype)
+            if blocks:
+                searched_type(chosen)
+            else:
+                target_of(chosen, layer.weight.dtype)
             chosen.validate(layer.weight)
     return layers, configs

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lq_formats import QuantSpec, UnsupportedError, pack_int4
+from lq_formats import GGML_FORMATS, QuantSpec, UnsupportedError, ggml_format, pack_int4
 from torch import Tensor
 
-from lq_torch.config import Int4PackingFormat, Int4WeightOnlyConfig, WeightConfig
+from lq_torch.config import GGMLWeightOnlyConfig, Int4PackingFormat, Int4WeightOnlyConfig, WeightConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.tensors import Int4PreshuffledTensor, Int4Tensor, IntxTensor, LowBitTensor
 from lq_torch.tensors.int4 import int4_spec
@@ -52,8 +52,21 @@ def target_of(config: WeightConfig, dtype: torch.dtype) -> Target:
         )
     raise UnsupportedError(
         f"calibration chooses scales, zeros and codes of Int4WeightOnlyConfig or IntxWeightOnlyConfig, not of "
-        f"{type(config).__name__}; use quantize_ for that"
+        f"{type(config).__name__}; use quantize_ for that, or imatrix for ggml types"
     )
+
+
+def searched_type(config: WeightConfig) -> str:
+    """Return the ggml type that a configuration quantizes to by a search.
+
+    Raises:
+        UnsupportedError: If it is no ggml type, or one whose scales are not searched.
+    """
+    if isinstance(config, GGMLWeightOnlyConfig) and ggml_format(config.ggml_type).weighted:
+        return config.ggml_type
+    came = config.ggml_type if isinstance(config, GGMLWeightOnlyConfig) else type(config).__name__
+    searched = ", ".join(name for name, form in GGML_FORMATS.items() if form.weighted)
+    raise UnsupportedError(f"an importance steers the search of GGMLWeightOnlyConfig for {searched}, not {came}")
 
 
 def _plain(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Int4Tensor:
