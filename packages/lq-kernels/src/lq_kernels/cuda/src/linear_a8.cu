@@ -28,6 +28,7 @@
 // LQ_GROUPED (0: one scale a row; 1: a scale for groups of a multiple of 128 in features; int4 and LQ_PROMOTE only), LQ_LOWEST (0: no int4
 // code is -8), LQ_PROMOTE (0, 1), LQ_TOKENS (16, 32, 64, 128, 192, 256) and LQ_MULTICAST (0, 1).
 
+#include "lq/stream_k.cuh"
 #include "lq/wgmma_a8.cuh"
 
 using namespace lq;
@@ -71,57 +72,6 @@ constexpr int kChunk = kTokens == 16 ? 16 : 32;  // tokens that pass through sha
 constexpr int kChunkPitch = 144;                 // bytes of 64 results, padded against bank conflicts
 constexpr int kStaging = kRows / 64 * kChunk * kChunkPitch;
 
-struct alignas(64) TensorMap {
-  u8 opaque[128];
-};
-
-// The same value, known to the compiler as the same in all lanes (see prefill_a16.cu).
-__device__ __forceinline__ int uniform(int value) { return static_cast<int>(__reduce_or_sync(0xffffffff, static_cast<u32>(value))); }
-
-// What a CTA (a pair of them with multicast) does, one piece after the other: K steps [begin, end) of a tile.
-struct Work {
-  int rows, tokens, raster, steps;  // row tiles (or pairs), token tiles, ...
-  int shared_tiles, workers;
-  int unit, end_unit;  // what is left of the run of K steps of shared tiles
-  int whole, stride;   // the next whole tile
-
-  int tile, row, token, begin, end;  // the current piece
-  int first, last;                   // the CTAs that have a part of the tile
-
-  // First unit of worker w.
-  __device__ __forceinline__ int start(int w) const {
-    return static_cast<int>(static_cast<u32>(w) * (shared_tiles * steps) / workers);
-  }
-  // The worker that has a unit.
-  __device__ __forceinline__ int owner(int unit) const {
-    return static_cast<int>(static_cast<u32>((unit + 1) * workers - 1) / (shared_tiles * steps));
-  }
-
-  __device__ __forceinline__ bool advance() {
-    if (unit < end_unit) {
-      tile = unit / steps;
-      begin = unit - tile * steps;
-      end = end_unit - tile * steps < steps ? end_unit - tile * steps : steps;
-      first = owner(tile * steps);
-      last = owner(tile * steps + steps - 1);
-      unit += end - begin;
-    } else if (whole < rows * tokens) {
-      tile = whole;
-      begin = 0, end = steps;
-      first = last = 0;
-      whole += stride;
-    } else {
-      return false;
-    }
-    const int band = tile / (raster * tokens), in_band = tile - band * raster * tokens;
-    const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
-    token = uniform(in_band / height);
-    row = uniform(first_row + in_band) - token * uniform(height);
-    begin = uniform(begin), end = uniform(end);
-    return true;
-  }
-};
-
 // A thread's int4 codes and scales of a stage.
 struct Weights {
   u32 words[2 * kSlices];
@@ -154,18 +104,6 @@ __device__ __forceinline__ void arrive_at(u64* barrier, u32 rank) {
       "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
-}
-
-// Eight results of neighbouring out features; `whole` says that they lie at a multiple of 16 bytes.
-__device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 left, bool whole) {
-  if (whole) {
-    if (left > 0) *reinterpret_cast<uint4*>(y) = values;
-  } else {
-    const u32 words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < left) y[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
-  }
 }
 
 }  // namespace

@@ -34,6 +34,7 @@
 // alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0).
 
 #include "lq/epilogue.cuh"
+#include "lq/stream_k.cuh"
 #include "lq/wgmma.cuh"
 
 using namespace lq;
@@ -96,56 +97,6 @@ constexpr int kStaging = 2 * kChunk * kPitch;
 constexpr bool kSplit = kTokens == 256 && kBits == 4;
 static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
 
-struct alignas(64) TensorMap {
-  u8 opaque[128];
-};
-
-// The same value, known to the compiler as the same in all lanes. A quotient is not, and where the stage or a piece's bounds depend on
-// one, descriptors and addresses of copies leave the uniform registers: 250 clocks more a step.
-__device__ __forceinline__ int uniform(int value) { return static_cast<int>(__reduce_or_sync(0xffffffff, static_cast<u32>(value))); }
-
-// What a CTA does, one piece after the other: K steps [begin, end) of a tile.
-struct Work {
-  int rows, tokens, raster, steps;  // row tiles, token tiles, ...
-  int shared_tiles, workers;
-  int unit, end_unit;  // what is left of the run of K steps of shared tiles
-  int whole, stride;   // the next whole tile
-
-  int tile, row, token, begin, end;  // the current piece
-  int first, last;                   // the CTAs that have a part of the tile
-
-  // First unit of worker w.
-  __device__ __forceinline__ int start(int w) const { return static_cast<int>(static_cast<u32>(w) * (shared_tiles * steps) / workers); }
-  // The worker that has a unit.
-  __device__ __forceinline__ int owner(int unit) const {
-    return static_cast<int>((static_cast<u32>(unit + 1) * workers - 1) / (shared_tiles * steps));
-  }
-
-  __device__ __forceinline__ bool advance() {
-    if (unit < end_unit) {
-      tile = unit / steps;
-      begin = unit - tile * steps;
-      end = end_unit - tile * steps < steps ? end_unit - tile * steps : steps;
-      first = owner(tile * steps);
-      last = owner(tile * steps + steps - 1);
-      unit += end - begin;
-    } else if (whole < rows * tokens) {
-      tile = whole;
-      begin = 0, end = steps;
-      first = last = 0;
-      whole += stride;
-    } else {
-      return false;
-    }
-    const int band = tile / (raster * tokens), in_band = tile - band * raster * tokens;
-    const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
-    token = uniform(in_band / height);
-    row = uniform(first_row + in_band) - token * uniform(height);
-    begin = uniform(begin), end = uniform(end);
-    return true;
-  }
-};
-
 template <typename A, typename B>
 constexpr bool kSame = false;
 template <typename A>
@@ -202,18 +153,6 @@ struct Weights {
     }
   }
 };
-
-// Eight results of neighbouring out features; `whole` says that n is a multiple of 8.
-__device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 left, bool whole) {
-  if (whole) {
-    if (left > 0) *reinterpret_cast<uint4*>(y) = values;
-  } else {
-    const u32 words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < left) y[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
-  }
-}
 
 // The inverse; zeros past the end.
 __device__ __forceinline__ uint4 load_eight(const u16* from, i64 left, bool whole) {
