@@ -2,6 +2,9 @@
 
 ``gpu`` and ``multi_gpu`` tests skip with a reason where the machine lacks the GPUs, and fail instead when
 ``LQ_REQUIRE_GPU=1``: a GPU runner that lost its GPU must not report green.
+
+Workers of pytest-xdist compute with one thread each. Were each to start as many threads as there are cores, they would wait
+for each other: half a second of work then takes up to a minute (18 workers on 16 cores).
 """
 
 import os
@@ -10,6 +13,12 @@ import pytest
 import torch
 
 _NEEDED = {"gpu": 1, "multi_gpu": 2}
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
+        torch.set_num_threads(1)
 
 
 def _missing(item: pytest.Item) -> str | None:
