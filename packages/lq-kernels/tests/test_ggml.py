@@ -47,13 +47,20 @@ def test_every_kernel_against_float64(device, kernel, ggml_type):
         pytest.skip("in Triton's interpreter: test_ggml_interpreter.py")
     torch.manual_seed(0)
     block = GGML_PLANES[ggml_type].form.block_size
-    shapes = [(40, 3 * block, (1, 5))]
+    shapes = [(40, 3 * block, (1, 5), DTYPES)]
     if device == "cuda":
+        # Seconds of Triton for each dtype and tile of tokens, and again where N is 1 or divisible by 16: every dtype meets every
+        # tile once, with tails of N and K, and one dtype each every other kind of shape.
         tokens = (1, 2, 8, 16, 17, 33, 64, 65, 200)
-        shapes += [(1, block, tokens), (130, 4096 + block, tokens), (4096, 2048, (1, 16, 64))]
-    for n, k, tokens in shapes:
+        shapes = [
+            (130, 4096 + block, tokens, DTYPES),
+            (40, 3 * block, (1, 5), (torch.float32,)),
+            (1, block, (1, 8, 16), (torch.float16,)),
+            (4096, 2048, (1, 16), (torch.bfloat16,)),
+        ]
+    for n, k, tokens, dtypes in shapes:
         planes, w = weight(ggml_type, n, k, device)
-        for dtype in DTYPES:
+        for dtype in dtypes:
             bias = torch.randn(n, device=device).to(dtype)
             for m in tokens:
                 x = torch.randn(m, k, device=device).to(dtype)
