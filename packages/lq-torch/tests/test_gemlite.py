@@ -333,11 +333,9 @@ _BF16, _FP16 = torch.bfloat16, torch.float16
 @pytest.mark.parametrize(
     ("config", "dtype", "m", "k", "bound"),
     [
-        *(
-            pytest.param(GemliteConfig(), dtype, m, 512, 1e-2, id=f"int4-g128-{name}-M{m}")
-            for dtype, name in ((_BF16, "bf16"), (_FP16, "fp16"))
-            for m in (1, 8, 64)
-        ),
+        # Each compiles and times some 17 configurations: fp16 by every kernel that gemlite chooses, bf16 by one.
+        *(pytest.param(GemliteConfig(), _FP16, m, 512, 1e-2, id=f"int4-g128-fp16-M{m}") for m in (1, 8, 64)),
+        pytest.param(GemliteConfig(), _BF16, 8, 512, 1e-2, id="int4-g128-bf16-M8"),
         pytest.param(GemliteConfig(group_size=16), _FP16, 8, 512, 1e-2, id="int4-g16-fp16-M8"),
         # Splits do not divide K: gemlite's own choice would read scales behind the last.
         pytest.param(GemliteConfig(), _FP16, 8, 640, 1e-2, id="int4-g128-fp16-M8-K640"),
