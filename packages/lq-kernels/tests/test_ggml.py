@@ -49,7 +49,7 @@ def test_every_kernel_against_float64(device, kernel, ggml_type):
     block = GGML_PLANES[ggml_type].form.block_size
     shapes = [(40, 3 * block, (1, 5), DTYPES)]
     if device == "cuda":
-        # Triton compiles, for seconds, each dtype and tile of tokens, and where N is 1 or divisible by 16. Every dtype
+        # Triton takes seconds for each dtype and tile of tokens, and again where N is 1 or a multiple of 16. Every dtype
         # meets every tile once, with tails of N and K, and one dtype each every other kind of shape.
         tokens = (1, 2, 8, 16, 17, 33, 64, 65, 200)
         shapes = [
