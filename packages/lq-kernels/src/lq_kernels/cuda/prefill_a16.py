@@ -222,7 +222,7 @@ def linear(
     """
     m, k = x.shape
     epilogue = "transposed" if transposed else "silu_mul" if gated else "residual" if residual is not None else "none"
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+    if x.stride(1) != 1 or x.stride(0) < k or x.stride(0) % 8 or x.data_ptr() % 16:  # what a tensor map takes
         x = x.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         x.get_device(),
