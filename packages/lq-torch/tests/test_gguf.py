@@ -1,4 +1,7 @@
-"""GGUF files and transformers models: the same function from the same bits, and a named error for a file of another model."""
+"""GGUF files and transformers models: the same function from the same bits, and a named error for a file of another model.
+
+One long file: every test goes from the same small trained models through the same files and back.
+"""
 
 import copy
 import math

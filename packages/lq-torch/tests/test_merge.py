@@ -1,4 +1,7 @@
-"""merge_linears: the same bits and the same function with fewer products, names as before, refusals with reasons."""
+"""merge_linears: the same bits and the same function with fewer products, names as before, refusals with reasons.
+
+One long file: what is merged and what must be refused are the same small modules, changed in one thing each.
+"""
 
 import copy
 import gc

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lq_formats import QuantSpec
 from lq_kernels import Arch, Explanation, Problem, explain
+from lq_kernels.problem import Q4_0_SPEC
 
 from lq_eval.results import PACKAGES, environment, version
 
@@ -72,7 +73,7 @@ def representative_problems(device: torch.device) -> Iterator[Problem]:
         ("int4", QuantSpec(4, "group", 128, False, dtype), dtype),
         ("int4", QuantSpec(4, "row", None, True, torch.float32), torch.float32),
         ("int8", QuantSpec(8, "row", None, True, torch.float32), dtype),
-        ("q4_0_q8_1", QuantSpec(4, "group", 32, True, torch.float16), torch.float32),
+        ("q4_0_q8_1", Q4_0_SPEC, torch.float32),
         ("ggml", QuantSpec(4, "group", 32, False, torch.float16), dtype),
     )
     for op, spec, activations in specs:

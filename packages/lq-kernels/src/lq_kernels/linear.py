@@ -5,16 +5,15 @@ leading dimensions, returns an empty result for no tokens, is differentiable in 
 """
 
 import torch
-from lq_formats import DTypeError, QuantSpec, ShapeError
+from lq_formats import DTypeError, ShapeError
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.invariance import ask
-from lq_kernels.reference import int4_spec
+from lq_kernels.problem import Q4_0_SPEC
+from lq_kernels.reference import int4_spec, int8_spec
 from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices, check_int4
-
-_Q4_0 = QuantSpec(4, "group", 32, True, torch.float16)
 
 
 def int4_linear(
@@ -133,7 +132,7 @@ def int8_gemm(
     check_devices(x, weight=weight, scale=scale, bias=bias)
     y = torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, ask(kernel))
     if direct:
-        spec = QuantSpec(8, "row" if scale.dim() else "tensor", None, True, scale.dtype)
+        spec = int8_spec(scale)
         remember("int8", (weight, scale), (), weight.shape[0], k, spec, x.dtype)
     return _finish(y, x, bias)
 
@@ -251,7 +250,7 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
     check_devices(x, weight_q=weight_q, bias=bias)
     y = torch.ops.lq.q4_0_linear(x.reshape(-1, k), weight_q, ask(kernel))
     if direct:
-        remember("q4_0", (weight_q,), (), weight_q.shape[0], k, _Q4_0, x.dtype)
+        remember("q4_0", (weight_q,), (), weight_q.shape[0], k, Q4_0_SPEC, x.dtype)
     return _finish(y, x, bias)
 
 

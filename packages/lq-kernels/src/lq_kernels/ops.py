@@ -17,8 +17,8 @@ from torch import Tensor
 from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, gated, ggml_kernels
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.invariance import asked, is_batch_invariant
-from lq_kernels.problem import Arch, Problem
-from lq_kernels.reference import int4_spec
+from lq_kernels.problem import Q4_0_SPEC, Arch, Problem
+from lq_kernels.reference import int4_spec, int8_spec
 from lq_kernels.registry import Kernel, select
 
 _LIBRARY = torch.library.Library("lq", "DEF")
@@ -62,18 +62,6 @@ _LIBRARY.define(
     "str activation, ScalarType dtype) -> Tensor"
 )
 
-_Q4_0 = QuantSpec(4, "group", 32, True, torch.float16)
-
-
-@functools.lru_cache(maxsize=1024)
-def _int4_spec(group_size: int, in_features: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:
-    return int4_spec(group_size, in_features, symmetric, scale_dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _int8_spec(per_row: bool, scale_dtype: torch.dtype) -> QuantSpec:
-    return QuantSpec(8, "row" if per_row else "tensor", None, True, scale_dtype)
-
 
 def _chosen(problem: Problem, kernel: str) -> Kernel:
     name, batch_invariant = asked(kernel)
@@ -90,7 +78,7 @@ def _int4_linear(
     n = qweight.shape[0]
     if m == 0 or n == 0:
         return x.new_empty((m, n))
-    spec = _int4_spec(group_size, k, zero is None, scale.dtype)
+    spec = int4_spec(group_size, k, zero is None, scale.dtype)
     problem = Problem("int4", m, n, k, spec, x.dtype, Arch.of(x.device))
     return _chosen(problem, kernel).run(x, qweight, scale, zero, group_size)
 
@@ -100,7 +88,7 @@ def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tens
     n = qweight.shape[0]
     if m == 0 or n == 0:
         return x.new_empty((m, n))
-    spec = _int8_spec(scale.dim() == 1, scale.dtype)
+    spec = int8_spec(scale)
     problem = Problem("int8", m, n, k, spec, x.dtype, Arch.of(x.device))
     return _chosen(problem, kernel).run(x, qweight, scale)
 
@@ -177,7 +165,7 @@ def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tens
     m = activation_q.shape[0]
     if m == 0 or n == 0:
         return torch.empty((n, m), dtype=torch.float32, device=weight_q.device)
-    problem = Problem("q4_0_q8_1", m, n, blocks * 32, _Q4_0, torch.float32, Arch.of(weight_q.device))
+    problem = Problem("q4_0_q8_1", m, n, blocks * 32, Q4_0_SPEC, torch.float32, Arch.of(weight_q.device))
     return _chosen(problem, kernel).run(weight_q, activation_q)
 
 
@@ -186,7 +174,7 @@ def _q4_0_linear(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
     n = weight_q.shape[0]
     if m == 0 or n == 0:
         return x.new_empty((m, n))
-    problem = Problem("q4_0", m, n, k, _Q4_0, x.dtype, Arch.of(x.device))
+    problem = Problem("q4_0", m, n, k, Q4_0_SPEC, x.dtype, Arch.of(x.device))
     return _chosen(problem, kernel).run(x, weight_q)
 
 
@@ -212,7 +200,7 @@ def _int8_dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor 
     if m == 0 or n == 0:
         return x.new_empty((m, n))
     activation = "int8" if weight.dtype == torch.int8 else "fp8"
-    problem = Problem("int8_dynamic", m, n, k, _int8_spec(True, scale.dtype), x.dtype, Arch.of(x.device), activation)
+    problem = Problem("int8_dynamic", m, n, k, int8_spec(scale), x.dtype, Arch.of(x.device), activation)
     return _chosen(problem, kernel).run(x, weight, scale, bias)
 
 
@@ -230,7 +218,7 @@ def _int4_dynamic_linear(
     m, k = x.shape
     if m == 0 or out_features == 0:
         return x.new_empty((m, out_features))
-    spec = _int4_spec(group_size, k, True, scale.dtype)
+    spec = int4_spec(group_size, k, True, scale.dtype)
     problem = Problem("int4_dynamic", m, out_features, k, spec, x.dtype, Arch.of(x.device), activation)
     return _chosen(problem, kernel).run(x, packed, scale, bias, group_size, out_features, activation, lowest)
 

@@ -19,6 +19,9 @@ Op: TypeAlias = Literal[
     "ggml",
 ]
 
+Q4_0_SPEC = QuantSpec(4, "group", 32, True, torch.float16)
+"""How a Q4_0 weight is quantized, in the terms of int4."""
+
 
 @dataclass(frozen=True)
 class Arch:

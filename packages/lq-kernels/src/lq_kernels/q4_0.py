@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lq_kernels.hopper import once
 from lq_kernels.plans import Plan
-from lq_kernels.problem import Problem
+from lq_kernels.problem import Q4_0_SPEC, Problem
 
 BLOCK = 32
 _DEQUANTIZE_US = 1.5
@@ -31,7 +31,7 @@ def spec(in_features: int) -> QuantSpec:
     """Return how a Q4_0 weight is quantized, in the terms of int4."""
     if in_features == BLOCK:
         return QuantSpec(4, "row", None, True, torch.float16)
-    return QuantSpec(4, "group", BLOCK, True, torch.float16)
+    return Q4_0_SPEC
 
 
 class OnQ4_0:  # noqa: N801

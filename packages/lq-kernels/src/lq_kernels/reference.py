@@ -4,6 +4,8 @@ They run on any device, allocate freely and read like the definition. Tests comp
 registry falls back on them where nothing faster can run.
 """
 
+import functools
+
 import torch
 from lq_formats import (
     DeviceError,
@@ -19,11 +21,17 @@ from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
 from torch import Tensor
 
 
+@functools.lru_cache(maxsize=1024)
 def int4_spec(group_size: int, in_features: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:
     """Return the spec of a 4-bit weight; a group as long as the row is a row."""
     if group_size == in_features:
         return QuantSpec(4, "row", None, symmetric, scale_dtype)
     return QuantSpec(4, "group", group_size, symmetric, scale_dtype)
+
+
+def int8_spec(scale: Tensor) -> QuantSpec:
+    """Return the spec of an 8-bit weight with scales ``(N,)``, or ``()`` for one in all."""
+    return QuantSpec(8, "row" if scale.dim() == 1 else "tensor", None, True, scale.dtype)
 
 
 def int4_dequantize_reference(

@@ -3,7 +3,8 @@
 import torch
 from lq_formats import QuantSpec
 from lq_kernels import Arch, Problem
-from lq_kernels.problem import Op
+from lq_kernels.problem import Q4_0_SPEC, Op
+from lq_kernels.reference import int4_spec, int8_spec
 from torch import Tensor, nn
 
 from lq_torch.linear import Int4PackedLinear, Int8Linear
@@ -32,43 +33,41 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
         None for formats that lq's registry does not choose kernels for (gemlite, tinygemm, ggml but Q4_0).
     """
     if isinstance(layer, Int4PackedLinear):
-        spec = _int4(layer.group_size, layer.in_features, True, layer.scales.dtype)
+        spec = int4_spec(layer.group_size, layer.in_features, True, layer.scales.dtype)
         arch = Arch.of(layer.packed.device)
         return Problem("int4", m, layer.out_features, layer.in_features, spec, dtype, arch)
     if isinstance(layer, Int8Linear):
         arch = Arch.of(layer.weight.device)
-        return Problem("int8", m, layer.out_features, layer.in_features, _int8(layer.scale), dtype, arch)
+        return Problem(
+            "int8",
+            m,
+            layer.out_features,
+            layer.in_features,
+            int8_spec(layer.scale),
+            dtype,
+            arch,
+        )
     if isinstance(layer, nn.Module) or layer.dim() != 2:
         return None
     (n, k), arch = layer.shape, Arch.of(layer.device)
     if isinstance(layer, Int4Tensor | Int4PermutedTensor):
-        spec = _int4(layer.group_size, k, layer.zero is None, layer.scale.dtype)
+        spec = int4_spec(layer.group_size, k, layer.zero is None, layer.scale.dtype)
         return Problem("int4", m, n, k, spec, dtype, arch)
     if isinstance(layer, Int8Tensor):
-        return Problem("int8", m, n, k, _int8(layer.scale), dtype, arch)
+        return Problem("int8", m, n, k, int8_spec(layer.scale), dtype, arch)
     fragments: Op = "preshuffled_gated" if isinstance(layer, GatedTensor) else "preshuffled"
     if isinstance(layer, Int4PreshuffledTensor):
-        spec = _int4(layer.group_size, k, layer.zero is None, layer.scale.dtype)
+        spec = int4_spec(layer.group_size, k, layer.zero is None, layer.scale.dtype)
         return Problem(fragments, m, n, k, spec, dtype, arch)
     if isinstance(layer, Int8PreshuffledTensor):
         return Problem(fragments, m, n, k, QuantSpec(8, "row", None, True, layer.scale.dtype), dtype, arch)
     if isinstance(layer, Int4DynamicTensor):
-        spec = _int4(layer.group_size, k, True, layer.scale.dtype)
+        spec = int4_spec(layer.group_size, k, True, layer.scale.dtype)
         return Problem("int4_dynamic", m, n, k, spec, dtype, arch, layer.activation)
     if isinstance(layer, Int8DynamicTensor):
-        return Problem("int8_dynamic", m, n, k, _int8(layer.scale), dtype, arch, layer.activation)
+        return Problem("int8_dynamic", m, n, k, int8_spec(layer.scale), dtype, arch, layer.activation)
     if isinstance(layer, GGMLTensor) and layer.fragments() is not None:
-        return Problem("preshuffled", m, n, k, _int4(32, k, True, torch.float16), dtype, arch)
+        return Problem("preshuffled", m, n, k, int4_spec(32, k, True, torch.float16), dtype, arch)
     if isinstance(layer, GGMLTensor) and layer.ggml_type == "q4_0":
-        return Problem("q4_0", m, n, k, QuantSpec(4, "group", 32, True, torch.float16), dtype, arch)
+        return Problem("q4_0", m, n, k, Q4_0_SPEC, dtype, arch)
     return None
-
-
-def _int4(group_size: int, k: int, symmetric: bool, scale_dtype: torch.dtype) -> QuantSpec:
-    if group_size == k:
-        return QuantSpec(4, "row", None, symmetric, scale_dtype)
-    return QuantSpec(4, "group", group_size, symmetric, scale_dtype)
-
-
-def _int8(scale: Tensor) -> QuantSpec:
-    return QuantSpec(8, "row" if scale.dim() == 1 else "tensor", None, True, scale.dtype)

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from lq_formats import LQError, QuantSpec, ShapeError, SpecError
+from lq_formats import LQError, ShapeError, SpecError
 from lq_formats.layouts import GGMLPlanes, ggml_planes
 from lq_kernels import Arch, Problem, ggml_linear, q4_0_linear, select
 from lq_kernels.ggml_kernels import make_problem
+from lq_kernels.problem import Q4_0_SPEC
 from lq_torch import GGMLTensor
 from torch import Tensor
 
@@ -193,7 +194,7 @@ def _clone_planes(planes: GGMLPlanes) -> GGMLPlanes:
 
 def _problem(name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
     if name == "q4_0":
-        return Problem("q4_0", m, n, k, QuantSpec(4, "group", 32, True, torch.float16), dtype, Arch.of(device))
+        return Problem("q4_0", m, n, k, Q4_0_SPEC, dtype, Arch.of(device))
     return make_problem(m, n, k, name, dtype, Arch.of(device))
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from lq_formats import NoKernelError, QuantSpec, SpecError
 from lq_kernels import Arch, Problem, explain, kernel_names, select
+from lq_kernels.problem import Q4_0_SPEC
 
 from lq_eval.bench.operands import Operand, int4_operand, int8_operand, layer_operand, q4_0_operand
 from lq_eval.bench.shapes import Shape
@@ -113,7 +114,7 @@ class Product:
         if self.op == "int8":
             return QuantSpec(8, "row", None, True, torch.float32)
         if self.op == "q4_0":
-            return QuantSpec(4, "group", 32, True, torch.float16)
+            return Q4_0_SPEC
         if self.group_size == -1:
             return QuantSpec(4, "row", None, self.symmetric, dtype)
         return QuantSpec(4, "group", self.group_size, self.symmetric, dtype)
