@@ -205,3 +205,24 @@ def test_threads_and_streams_share_a_launch(case):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", range(3))
+def test_a_thread_that_never_called_cuda_launches(case):
+    """As autograd's do: the driver has no current context there."""
+    call, _, _ = list(products("cuda"))[case]
+    x = torch.randn(3, K, dtype=BF16, device="cuda")
+    expected, found = call(x), []
+    thread = threading.Thread(target=lambda: found.append(call(x)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", range(3))
+def test_no_out_features_give_no_results(case, device):
+    call, _, _ = list(products(device, n=0))[case]
+    for _ in range(2):  # the second call would find what the first one left
+        assert call(torch.randn(3, K, dtype=BF16, device=device)).shape == (3, 0)

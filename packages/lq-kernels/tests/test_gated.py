@@ -79,7 +79,8 @@ class Pair:
 
 
 def error(y, exact):
-    return float((y.double() - exact).norm() / exact.norm())
+    """Return the relative error; of results that happen to be small, that of gates and ups of about 1."""
+    return float((y.double() - exact).norm() / max(exact.norm(), 0.25 * exact.numel() ** 0.5))
 
 
 # ---- rows ----
@@ -309,9 +310,7 @@ def test_every_kernel_on_a_gpu(kernel, bits, group, zero, scale_dtype, dtype):
             poison = torch.full((m, h), float("nan"), device="cuda", dtype=dtype)
             del poison  # the next result takes its memory
             y = pair.run(x, bias, kernel)
-            bound = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}[dtype] * (
-                2 if h < 16 else 1
-            )  # of few, one may be far off
+            bound = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}[dtype] * (2 if h < 16 else 1)  # one may be far off
             assert error(y, pair.exact(x, bias)) < bound, (h, k, m)
             if kernel == "cuda-decode":  # weights are exact there: one rounding, and fp32 sums
                 gate, up = (x.double().abs() @ pair.w.abs().t()).chunk(2, -1)

@@ -135,7 +135,7 @@ class TestRows:
     )
     @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
     def test_on_a_gpu(self, n, k, group, dtype):
-        x = torch.randn(4096, k, device="cuda").to(dtype)
+        x = (0.1 * torch.randn(4096, k, device="cuda")).to(dtype)  # products of two sums fit float16
         for name, product in products(n, k, group, dtype, "cuda"):
             with batch_invariant():
                 alone = torch.cat([product(token) for token in x[:300].split(1)])

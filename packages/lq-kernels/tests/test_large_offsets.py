@@ -100,7 +100,7 @@ def many_results(kind, m, n, k, device="cuda"):
         packed = FRAGMENT_A8_INT8.pack(codes), FRAGMENT_A8_INT8.arrange_scales(scales, k // GROUP)
         sizes = {"group_size": GROUP, "out_features": n, "activation": "int8"}
         with poisoned():
-            y = int4_dynamic_linear(x, *packed, **sizes, kernel="cuda" if device == "cuda" else "reference")
+            y = int4_dynamic_linear(x, *packed, **sizes, kernel="cuda-a8" if device == "cuda" else "reference")
         tokens = dequantize_tokens_reference(*quantize_tokens_reference(x, "int8"), torch.float64)
         return y, lambda part: tokens[part] @ w.T
     sizes = {"bits": 4, "group_size": GROUP, "out_features": n, "kernel": kernel}
@@ -177,7 +177,7 @@ def large_weight(kind, m, rows, k, device="cuda"):
     generator = torch.Generator(device).manual_seed(3)
     group = k if bits == 8 else GROUP
     x = random((m, k), device=device)
-    if kind == "cuda-int8":
+    if kind == "cuda-a8-int8":
         w = torch.randint(-127, 128, (rows, k), generator=generator, device=device, dtype=torch.int8)
         scale = torch.rand(rows, generator=generator, device=device) * 0.02 + 0.005
         with poisoned():
@@ -185,7 +185,7 @@ def large_weight(kind, m, rows, k, device="cuda"):
         tokens = dequantize_tokens_reference(*quantize_tokens_reference(x, "int8"), torch.float64)
         parts = slices(rows, 4096)
         return y, ((part, tokens @ (w[part].double() * scale[part, None].double()).T) for part in parts)
-    layout = FRAGMENT_INT8 if bits == 8 else FRAGMENT_A8_INT8 if kind == "cuda-int4" else FRAGMENT_INT4
+    layout = FRAGMENT_INT8 if bits == 8 else FRAGMENT_A8_INT8 if kind == "cuda-a8-int4" else FRAGMENT_INT4
     # Any bits are codes.
     packed = torch.randint(
         -(1 << 31), 1 << 31, layout.packed_shape(rows, k), generator=generator, device=device, dtype=torch.int32
@@ -194,7 +194,7 @@ def large_weight(kind, m, rows, k, device="cuda"):
     scale = (torch.rand(shape, generator=generator, device=device) * 0.02 + 0.005).to(
         torch.float32 if bits == 8 else BF16
     )
-    if kind == "cuda-int4":
+    if kind == "cuda-a8-int4":
         sizes = {"group_size": group, "out_features": rows, "activation": "int8"}
         with poisoned():
             y = int4_dynamic_linear(x, packed, scale, **sizes, kernel=kernel)
@@ -212,7 +212,14 @@ def large_weight(kind, m, rows, k, device="cuda"):
     return y, columns()
 
 
-WEIGHTS = ["cuda-decode-int4", "cuda-prefill-int4", "cuda-decode-int8", "cuda-prefill-int8", "cuda-int4", "cuda-int8"]
+WEIGHTS = [
+    "cuda-decode-int4",
+    "cuda-prefill-int4",
+    "cuda-decode-int8",
+    "cuda-prefill-int8",
+    "cuda-a8-int4",
+    "cuda-a8-int8",
+]
 
 
 def check_columns(y, columns):
@@ -243,24 +250,24 @@ def test_the_expected_columns_are_those_of_the_reference(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["cuda-decode", "cuda-prefill", "cuda"])
+@pytest.mark.parametrize("kernel", ["cuda-decode", "cuda-prefill", "cuda-a8"])
 def test_tokens_of_more_than_two_to_the_31_numbers(kernel):
     needs(14)
     m, n, k = 65600, 40, 257 * 128
     assert m * k > WRAP
     codes, scales, w = weight(n, k)
     x = random((m, k))
-    layout = FRAGMENT_A8_INT8 if kernel == "cuda" else FRAGMENT_INT4
+    layout = FRAGMENT_A8_INT8 if kernel == "cuda-a8" else FRAGMENT_INT4
     packed = layout.pack(codes), layout.arrange_scales(scales, k // GROUP)
     with poisoned():
-        if kernel == "cuda":
+        if kernel == "cuda-a8":
             sizes = {"group_size": GROUP, "out_features": n, "activation": "int8"}
             y = int4_dynamic_linear(x, *packed, **sizes, kernel=kernel)
         else:
             y = preshuffled_linear(x, *packed, bits=4, group_size=GROUP, out_features=n, kernel=kernel)
 
     def exact(part):
-        if kernel != "cuda":
+        if kernel != "cuda-a8":
             return x[part].double() @ w.T
         return dequantize_tokens_reference(*quantize_tokens_reference(x[part], "int8"), torch.float64) @ w.T
 

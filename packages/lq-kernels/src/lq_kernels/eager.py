@@ -144,6 +144,8 @@ def remember(
         spec: How the weight is quantized.
         dtype: dtype of the activations.
     """
+    if n == 0:
+        return  # Nothing to run.
     if any(
         type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference()
         for tensor in tensors

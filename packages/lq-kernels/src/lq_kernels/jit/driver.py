@@ -11,6 +11,7 @@ from typing import Any
 from lq_formats import LaunchError
 
 SUCCESS = 0
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: among others, no context is current on the thread
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _UINT8, _FLOAT16, _BFLOAT16 = 0, 6, 9  # CUtensorMapDataType

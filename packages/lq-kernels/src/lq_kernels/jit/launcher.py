@@ -142,6 +142,10 @@ class Launch:
             # What torch.compile's generated code calls as well: 0.1 us, where torch.cuda.current_stream takes 1 us.
             self._config.stream = torch._C._cuda_getCurrentRawStream(index)
             status = self._driver(self._reference, self._function, self._parameters, None)
+            if status == driver.INVALID_CONTEXT:
+                # A new thread, as autograd's, in which nothing has called CUDA's runtime yet.
+                driver.make_current(index)
+                status = self._driver(self._reference, self._function, self._parameters, None)
         if status:
             raise LaunchError(
                 f"the driver refuses to launch {self._label} with grid {tuple(self._config.grid)} and "
