@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lq_eval.bench.cold import ColdRow
 from lq_eval.bench.eager import EagerRow
+from lq_eval.bench.fused import FusedRow
 from lq_eval.bench.gemm import GemmRow
 from lq_eval.bench.ggml import GGMLRow
 from lq_eval.bench.ggml_linear import GGMLLinearRow
@@ -149,6 +150,23 @@ def variants_table(rows: Iterable[VariantRow], title: str) -> Table:
             str(row.m),
             *("-" if value is None else f"{value:.1f}" for value in (row.us, row.usual_us)),
             "-" if row.ratio is None else f"{row.ratio:.2f}x",
+        )
+    return table
+
+
+def fused_table(rows: Iterable[FusedRow], title: str) -> Table:
+    """Return the table of ``lq-eval bench fused``."""
+    columns = ("step", "weights", "way", "M", "us", "gain", "speedup")
+    caption = "gain: over the same weights with layers apart; speedup: over the fastest way with dense weights"
+    table = _table(title, columns, caption, left=3)
+    for row in rows:
+        table.add_row(
+            Text(f"{row.step} {row.n}x{row.k}: {row.note}" if row.note else f"{row.step} {row.n}x{row.k}"),
+            row.op,
+            row.way,
+            str(row.m),
+            "-" if row.us is None else f"{row.us:.1f}",
+            *("-" if value is None else f"{value:.2f}x" for value in (row.gain, row.speedup)),
         )
     return table
 

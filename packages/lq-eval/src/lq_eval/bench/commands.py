@@ -1,4 +1,4 @@
-"""The commands ``lq-eval bench gemm``, ``sweep``, ``variants``, ``eager``, ``cold``, ``ggml``, ``plot`` and ``record``."""
+"""The commands ``lq-eval bench gemm``, ``sweep``, ``variants``, ``fused``, ``eager``, ``cold``, ``ggml``, ``plot``, ..."""
 
 import math
 import time
@@ -183,6 +183,45 @@ def bench_variants(
         save(json, "variants", [row.to_dict() for row in rows])
         found += rows
     console().print(variants_table(found, device_name(where)))
+
+
+@bench_app.command("fused")
+def bench_fused(
+    models: Annotated[str | None, typer.Option(help="llama-3-8b, qwen3-32b, ... or HIDDENxINTERMEDIATExKV.")] = None,
+    ms: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,4,16,64",
+    ops: Annotated[str, typer.Option(help="int4, int8.")] = "int4,int8",
+    dtype: Annotated[str | None, typer.Option(help="dtype of x and of the dense weights.")] = None,
+    replays: Annotated[int, typer.Option(help="Replays of each graph; the median counts.")] = 7,
+    device: Device = None,
+    seconds: Seconds = None,
+    json: Json = None,
+) -> None:
+    """Layers of a block apart, merged, and with silu * up or the residual in the kernel, beside the same with dense weights."""
+    from lq_eval.bench.fused import parse_models, run_fused
+    from lq_eval.bench.timing import COLD_BYTES
+    from lq_eval.models import default_device, default_dtype
+    from lq_eval.tables import fused_table
+
+    where = default_device(device)
+    gpu = where.type == "cuda"
+    precision = default_dtype(dtype or ("bfloat16" if gpu else "float32"), where)
+    deadline = time.monotonic() + (seconds if seconds is not None else 120.0)
+    for name, dimensions in parse_models(models or ("llama-3-8b,llama-3.2-1b" if gpu else "256x512x128")).items():
+        found = []
+        for row in run_fused(
+            name,
+            dimensions,
+            integers(ms),
+            precision,
+            where,
+            ops=split(ops),
+            replays=replays,
+            seconds=deadline - time.monotonic(),
+            cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 64,
+        ):
+            found.append(row)
+            save(json, "fused", [row.to_dict()])
+        console().print(fused_table(found, f"A block of {name}, {device_name(where)}"))
 
 
 @bench_app.command("eager")
