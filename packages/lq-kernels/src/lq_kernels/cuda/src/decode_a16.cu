@@ -7,7 +7,7 @@
 // - Rows are shared among clusters in blocks of 16, which balances any matrix; the CTAs of a cluster share K. A CTA's part of x
 //   is loaded once and stays in shared memory.
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
-//   are 16 consecutive bytes; unpacking is 11 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
+//   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
 //   Few warps a scheduler hide little latency, so the code does: codes are loaded half a stage ahead, and sums are scaled when
 //   the multiplications of the next group have been issued.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K. No atomics,
@@ -68,6 +68,7 @@ constexpr int kScaleBytes = kBlockRows * static_cast<int>(sizeof(ScaleBits));  /
 constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           // of a block and step, zeros included
 constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
+constexpr float kUnit = fragment_unit(X{});  // what is left to multiply sums with
 
 template <int kValue>
 struct Int {
@@ -345,7 +346,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       if constexpr (kPerRow) {
         const i64 at = static_cast<i64>(rows_exist ? block : 0) * kBlockRows + 2 * g + r;
         even.scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
-        if constexpr (kZero) even.zero[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]) - 8.0f;
+        if constexpr (kZero) even.zero[r] = (to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]) - 8.0f) * (1.0f / kUnit);
       }
     }
 
@@ -397,8 +398,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
             load_pair<Scale>(sums.scale, at);
             if constexpr (kZero) {
               load_pair<Scale>(sums.zero, at + kGroups * group_scales);
-              sums.zero[0] -= 8.0f;
-              sums.zero[1] -= 8.0f;
+              sums.zero[0] = (sums.zero[0] - 8.0f) * (1.0f / kUnit);
+              sums.zero[1] = (sums.zero[1] - 8.0f) * (1.0f / kUnit);
             }
             late.finish(acc);
           }
@@ -459,7 +460,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       const int row = slot * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
       float* to = outbox + box * kBuffer + (((owner * k_parts + k_part) << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c) *reinterpret_cast<float2*>(to + c * 8) = float2{acc[c][2 * r], acc[c][2 * r + 1]};
+      for (int c = 0; c < kTokenTiles; ++c) *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
     }
     fence_async_proxy();
     named_barrier(1, kConsumers);

@@ -15,8 +15,9 @@
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
-// Accuracy: u - 8 and zero - 8 are rounded to x's dtype, and so is their difference (all exact for an integer zero); times a group's
-// scale it is rounded once more, as a dequantized weight is (one scale a row: not rounded, the fp32 sum is scaled). Sums are fp32.
+// Accuracy: a weight is (u - 8) * scale rounded once, as a dequantized weight is; u - 8 is exact. Zeros make it an fma with
+// (8 - zero) * scale, which is rounded by itself as well: nothing, where zero is 8 less or more a power of two. With one scale a row,
+// 8 - zero and its sum with u - 8 are rounded (exact for an integer zero) and the fp32 sum is scaled. Sums are fp32.
 // Bitwise reproducible: the order of all sums is fixed.
 //
 // How it came about (H200; clocks for 16 in features of 128 rows):
@@ -102,28 +103,33 @@ constexpr bool kSame = false;
 template <typename A>
 constexpr bool kSame<A, A> = true;
 
-// Scales (or zeros, less `minus`) of rows g and g + 8, each as a pair in x's dtype.
-__device__ __forceinline__ void load_pairs(u32 (&to)[2], const u8* from, float minus) {
-  if constexpr (sizeof(ScaleBits) == 2 && kSame<X, Scale>) {
-    if (minus == 0.0f) {
-      const u32 pair = *reinterpret_cast<const u32*>(from);
-      to[0] = __byte_perm(pair, 0, 0x1010);
-      to[1] = __byte_perm(pair, 0, 0x3232);
-      return;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float value = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(from)[r]) - minus;
-    to[r] = from_floats(X{}, value, value);
-  }
+// Numbers of rows g and g + 8.
+__device__ __forceinline__ float2 load_two(const u8* from) {
+  const ScaleBits* const bits = reinterpret_cast<const ScaleBits*>(from);
+  return {to_float(Scale{}, bits[0]), to_float(Scale{}, bits[1])};
 }
 
-// A thread's codes and scales of a stage.
+// Each of two as a pair in x's dtype.
+__device__ __forceinline__ void spread(u32 (&to)[2], u32 pair) {
+  to[0] = __byte_perm(pair, 0, 0x1010);
+  to[1] = __byte_perm(pair, 0, 0x3232);
+}
+
+__device__ __forceinline__ void spread(u32 (&to)[2], float2 pair) {
+  to[0] = from_floats(X{}, pair.x, pair.x);
+  to[1] = from_floats(X{}, pair.y, pair.y);
+}
+
+// What is left to multiply sums with. Weights of bf16 in groups are multiplied straight from their subnormal bits: with 2^-32, both
+// that factor (the scale times 2^101) and its product with 8 are numbers for scales from 2^-97 to 2^26.
+constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero;
+constexpr float kUnit = kFused ? 4294967296.0f : fragment_unit(X{});
+
+// A thread's codes and scales of a stage. A K step of 128 costs 72 instructions of unpacking (9 for 8 codes), 104 with zeros.
 struct Weights {
   static constexpr int kScales = kPerRow ? 1 : kGroups;
   u32 words[8];
-  u32 scale[kScales][2], zero[kScales][2];
+  u32 scale[kScales][2], offset[kScales][2];  // a weight is a code in its place times the one plus the other
 
   __device__ __forceinline__ void load(const u8* codes, const u8* scales) {
 #pragma unroll
@@ -133,23 +139,44 @@ struct Weights {
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      load_pairs(scale[group], scales + group * kGroupBytes, 0.0f);
-      if constexpr (kZero) load_pairs(zero[group], scales + (kGroups + group) * kGroupBytes, 8.0f);
+      const u8* const scale_at = scales + group * kGroupBytes;
+      const u8* const zero_at = scale_at + kGroups * kGroupBytes;
+      if constexpr (kSame<X, Scale>) {
+        const u32 pair = *reinterpret_cast<const u32*>(scale_at);
+        spread(scale[group], pair);
+        if constexpr (kZero) spread(offset[group], fragment_offset(X{}, *reinterpret_cast<const u32*>(zero_at), pair));
+      } else {
+        const float2 pair = load_two(scale_at);
+        spread(scale[group], pair);
+        if constexpr (kZero) spread(offset[group], fragment_offset(X{}, load_two(zero_at), pair));
+      }
+      if constexpr (kFused) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          offset[group][r] = mul2(X{}, scale[group][r], 0xb100b100u);                          // -8 * 2^-32
+          scale[group][r] = mul2(X{}, scale[group][r], r == 0 ? 0x72007200u : 0x70007000u);  // 2^101, 2^97
+        }
+      }
     }
   }
 
   // The A fragment of k16 step `slice`.
   __device__ __forceinline__ void fragment(u32 (&a)[4], int slice) const {
-    if constexpr (kBits == 8) {
+    const int group = kPerRow ? 0 : slice * kGroups / kSlices;
+    if constexpr (kBits == 8)
       int8_fragment(X{}, a, words[2 * slice], words[2 * slice + 1]);
-    } else {
-      const int group = kPerRow ? 0 : slice * kGroups / kSlices;
+    else if constexpr (kFused)
+      int4_places(a, words[slice]);
+    else
       int4_fragment(X{}, a, words[slice]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kZero) a[i] = sub2(X{}, a[i], zero[group][i % 2]);
-        if constexpr (!kPerRow) a[i] = mul2(X{}, a[i], scale[group][i % 2]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kPerRow && kZero)
+        a[i] = add2(X{}, a[i], offset[0][i % 2]);
+      else if constexpr (kFused || kZero)
+        a[i] = fma2(X{}, a[i], scale[group][i % 2], offset[group][i % 2]);
+      else if constexpr (!kPerRow)
+        a[i] = mul2(X{}, a[i], scale[group][i % 2]);
     }
   }
 };
@@ -277,13 +304,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   while (work.advance()) {
     const i64 row0 = static_cast<i64>(work.row) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
-    float row_scale[2] = {1.0f, 1.0f};
+    float row_scale[2] = {kUnit, kUnit};
     if constexpr (kPerRow) {
       if (row0 / 16 + block < blocks) {
         const i64 at = row0 + block * 16 + 2 * g;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) row_scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[at + r]);
-        if constexpr (kZero) load_pairs(weights.zero[0], zeros + at * static_cast<int>(sizeof(ScaleBits)), 8.0f);
+        for (int r = 0; r < 2; ++r) row_scale[r] *= to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[at + r]);
+        if constexpr (kZero) {
+          const float2 zero = load_two(zeros + at * static_cast<int>(sizeof(ScaleBits)));
+          spread(weights.offset[0], fragment_offset(X{}, zero, float2{1.0f, 1.0f}));
+        }
       }
     }
 

@@ -1,5 +1,9 @@
-// Integers to bf16 and fp16 by bit tricks: a code is put into the mantissa of a float whose exponent makes its unit 1, and the
-// offset is subtracted. No integer-to-float conversion, every result exact.
+// Integers to bf16 and fp16 by bit tricks, without a conversion, every result exact.
+//
+// - bf16: where the upper byte is zero, the number is the lower byte times 2^-133: subnormal up to 127, and the binade above goes on
+//   with the same unit. So a byte, or a nibble in either half of it, is a number where it stands, and one fma scales it and subtracts
+//   the offset. 2^133 is no bf16: results are a 64th.
+// - fp16: a code is put into the mantissa of 1024, whose unit is 1 (16 for a nibble in the upper half), and the offset is subtracted.
 //
 // Codes come in fragment order (lq_formats.layouts.FRAGMENT_INT4, FRAGMENT_INT8): what one call unpacks is the A fragment of one
 // m16n8k16 (and of a wgmma k16 step): a[0] = row g, a[1] = row g + 8, a[2] = row g at k + 8, a[3] = row g + 8 at k + 8.
@@ -26,15 +30,28 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
   return d;
 }
 
-__device__ __forceinline__ u32 sub2(Bf16, u32 a, u32 b) {
+// (a & b) ^ c; from C the compiler makes two instructions of it.
+__device__ __forceinline__ u32 and_xor(u32 a, u32 b, u32 c) {
   u32 d;
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
 __device__ __forceinline__ u32 sub2(Fp16, u32 a, u32 b) {
   u32 d;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ u32 add2(Bf16, u32 a, u32 b) {
+  u32 d;
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ u32 add2(Fp16, u32 a, u32 b) {
+  u32 d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
@@ -50,35 +67,52 @@ __device__ __forceinline__ u32 mul2(Fp16, u32 a, u32 b) {
   return d;
 }
 
-// Eight unsigned int4 codes u to u - 8. bf16: 0x4300 is 128 with a unit of 1; fp16: 0x6400 is 1024 with a unit of 1.
-__device__ __forceinline__ void int4_fragment(Bf16 t, u32 (&a)[4], u32 word) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x43004300u), 0x43084308u);
+// a * b + c, rounded once.
+__device__ __forceinline__ u32 fma2(Bf16, u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
+__device__ __forceinline__ u32 fma2(Fp16, u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// What the results of int4_fragment and int8_fragment are to be multiplied by.
+__device__ constexpr float fragment_unit(Bf16) { return 64.0f; }
+__device__ constexpr float fragment_unit(Fp16) { return 1.0f; }
+
+// Eight unsigned int4 codes in their places: rows g in the lower half of a byte, rows g + 8 in the upper.
+__device__ __forceinline__ void int4_places(u32 (&a)[4], u32 word) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = word >> (i / 2 * 8) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
+}
+
+// Eight unsigned int4 codes u to (u - 8) / unit. bf16: times 2^127 or 2^123, less 1 / 8.
+__device__ __forceinline__ void int4_fragment(Bf16 t, u32 (&a)[4], u32 word) {
+  int4_places(a, word);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = fma2(t, a[i], i % 2 ? 0x7d007d00u : 0x7f007f00u, 0xbe00be00u);
+}
+
+// fp16: less 1032, or a 16th less 72.
 __device__ __forceinline__ void int4_fragment(Fp16 t, u32 (&a)[4], u32 word) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x64006400u), 0x64086408u);
+  for (int i = 0; i < 4; ++i) {
+    const u32 bits = and_or(word >> (i / 2 * 8), i % 2 ? 0x00f000f0u : 0x000f000fu, 0x64006400u);
+    a[i] = i % 2 ? fma2(t, bits, 0x2c002c00u, 0xd480d480u) : sub2(t, bits, 0x64086408u);
+  }
 }
 
-// The same codes as they are, 0 to 15.
-__device__ __forceinline__ void int4_codes(Bf16 t, u32 (&a)[4], u32 word) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x43004300u), 0x43004300u);
-}
-
-__device__ __forceinline__ void int4_codes(Fp16 t, u32 (&a)[4], u32 word) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = sub2(t, and_or(word >> (4 * i), 0x000f000fu, 0x64006400u), 0x64006400u);
-}
-
-// Eight int8 codes in two words; bytes of a word are [a_i.lo, a_{i+1}.lo, a_i.hi, a_{i+1}.hi].
-// bf16 has 8 bits of mantissa, enough for the low seven bits at 128 and, apart, for the sign's weight of 128.
+// Eight int8 codes b in two words, to b / unit; bytes of a word are [a_i.lo, a_{i+1}.lo, a_i.hi, a_{i+1}.hi].
+// bf16: b ^ 0x80 is b + 128; times 2^127, less 2.
 __device__ __forceinline__ void int8_fragment(Bf16 t, u32 (&a)[4], u32 word0, u32 word1) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const u32 word = (i < 2 ? word0 : word1) >> (8 * (i % 2));
-    a[i] = sub2(t, and_or(word, 0x007f007fu, 0x43004300u), and_or(word, 0x00800080u, 0x43004300u));
+    a[i] = fma2(t, and_xor(word, 0x00ff00ffu, 0x00800080u), 0x7f007f00u, 0xc000c000u);
   }
 }
 
@@ -87,7 +121,7 @@ __device__ __forceinline__ void int8_fragment(Fp16 t, u32 (&a)[4], u32 word0, u3
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const u32 word = (i < 2 ? word0 : word1) >> (8 * (i % 2));
-    a[i] = sub2(t, (word & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+    a[i] = sub2(t, and_xor(word, 0x00ff00ffu, 0x64806480u), 0x64806480u);
   }
 }
 
@@ -118,6 +152,22 @@ __device__ __forceinline__ u32 from_floats(Fp16, float low, float high) {
   u32 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// What makes a scaled fragment that of codes less a zero: (8 - zero) * scale / unit of two rows, rounded once.
+__device__ __forceinline__ u32 fragment_offset(Bf16 t, u32 zeros, u32 scales) {
+  return fma2(t, zeros, mul2(t, scales, 0xbc80bc80u), mul2(t, scales, 0x3e003e00u));  // -1 / 64, 1 / 8
+}
+
+__device__ __forceinline__ u32 fragment_offset(Fp16 t, u32 zeros, u32 scales) {
+  return fma2(t, zeros, mul2(t, scales, 0xbc00bc00u), mul2(t, scales, 0x48004800u));  // -1, 8
+}
+
+// The same as floats, not rounded.
+template <typename T>
+__device__ __forceinline__ float2 fragment_offset(T, float2 zeros, float2 scales) {
+  constexpr float kPart = 1.0f / fragment_unit(T{});
+  return {(8.0f - zeros.x) * scales.x * kPart, (8.0f - zeros.y) * scales.y * kPart};
 }
 
 // D += A (16 x 16) * B (16 x 8), fp32 sums; fragments as in mma.cuh with pairs of k instead of fours.
