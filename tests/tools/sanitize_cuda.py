@@ -124,16 +124,17 @@ def decode() -> int:
 
 def decode_cuts(case: Case, tiles: int) -> Iterator[decode_a16.DecodeConfig]:
     bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
+    sums = decode_a16.sum_bytes(case.variant.groups, case.variant.zero)
     for cluster in (1, 2, 4, 8):
         for clusters in (1, 2, 4, 5, case.blocks):  # two passes of eight slots, one, then one of four, two and one
             sizes = (case.m, case.blocks, case.k, bits, scale_bytes, tiles, cluster, clusters)
-            whole = decode_a16.cut(*sizes, SHARED)
+            whole = decode_a16.cut(*sizes, SHARED, sums)
             if whole is None:
                 continue
             yield whole
             if whole.stages > 2:
                 spare = (whole.stages - 2) * 16 * (BLOCK_BYTES + scale_bytes)
-                wrapping = decode_a16.cut(*sizes, whole.shared - spare)
+                wrapping = decode_a16.cut(*sizes, whole.shared - spare, sums)
                 assert wrapping is not None
                 yield wrapping
 

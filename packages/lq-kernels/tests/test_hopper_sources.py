@@ -3,12 +3,13 @@
 import itertools
 import re
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from lq_formats import CompileError
-from lq_kernels.cuda.decode_a16 import cut, decode_config
+from lq_kernels.cuda.decode_a16 import cut, decode_config, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES
 from lq_kernels.jit import compiler
@@ -104,6 +105,15 @@ def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
     assert config.pitch % 128 == 16 or k % 64  # rows of x fall into different banks
     if config.boxes == 1:
         assert -(-blocks // config.clusters) <= config.slots
+
+
+def test_sums_of_tokens_have_room():
+    without, with_sums = (cut(5, 256, 4096, 4, 64, 1, 2, 66, 232448, sums) for sums in (0, sum_bytes(1, True)))
+    assert with_sums.shared - without.shared == 16 * 8 * 4  # 16 K steps of a CTA, 8 tokens, a float
+    assert replace(with_sums, shared=without.shared) == without
+    assert sum_bytes(4, True) == 16
+    assert sum_bytes(0, True) == 4
+    assert sum_bytes(4, False) == 0
 
 
 def test_a_cut_that_does_not_fit_is_none():

@@ -57,7 +57,16 @@ class DecodeConfig:
 
 
 def cut(
-    m: int, blocks: int, k: int, bits: int, scale_bytes: int, token_tiles: int, cluster: int, clusters: int, shared: int
+    m: int,
+    blocks: int,
+    k: int,
+    bits: int,
+    scale_bytes: int,
+    token_tiles: int,
+    cluster: int,
+    clusters: int,
+    shared: int,
+    sum_bytes: int = 0,
 ) -> DecodeConfig | None:
     """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
     step = 512 // bits
@@ -70,6 +79,7 @@ def cut(
     passes = -(-rows // slots)
     boxes = min(passes, 2)
     fixed = _HEADER + boxes * 2 * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
+    fixed += share * sum_bytes * 8 * token_tiles
     wanted = passes * -(-share * slots // (2 * _WARPS))
     stage = 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
     stages = min(_MAX_STAGES, wanted, (shared - fixed) // stage)
@@ -79,7 +89,14 @@ def cut(
 
 
 def decode_config(
-    m: int, blocks: int, k: int, bits: int, scale_bytes: int, sm_count: int, max_token_tiles: int = 4
+    m: int,
+    blocks: int,
+    k: int,
+    bits: int,
+    scale_bytes: int,
+    sm_count: int,
+    max_token_tiles: int = 4,
+    sum_bytes: int = 0,
 ) -> DecodeConfig | None:
     """Return the fastest cut by a model, or None if the tokens do not fit shared memory or the grid.
 
@@ -91,13 +108,21 @@ def decode_config(
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
         sm_count: Multiprocessors.
         max_token_tiles: Largest number of token tiles that is compiled.
+        sum_bytes: Bytes of the sums that zeros multiply, of a token and K step.
     """
-    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles)
+    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles, sum_bytes)
     return min(cuts, key=lambda config: cost(config, m, blocks, k, bits, sm_count), default=None)
 
 
 def candidates(
-    m: int, blocks: int, k: int, bits: int, scale_bytes: int, sm_count: int, max_token_tiles: int = 4
+    m: int,
+    blocks: int,
+    k: int,
+    bits: int,
+    scale_bytes: int,
+    sm_count: int,
+    max_token_tiles: int = 4,
+    sum_bytes: int = 0,
 ) -> Iterator[DecodeConfig]:
     """Yield every cut that makes sense; arguments are those of :func:`decode_config`."""
     wanted = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
@@ -109,8 +134,9 @@ def candidates(
                 once = _clusters(sm_count, cluster)
                 if not once or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
+                clusters = min(blocks, once * per_sm)
                 config = cut(
-                    m, blocks, k, bits, scale_bytes, token_tiles, cluster, min(blocks, once * per_sm), _SHARED[per_sm]
+                    m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters, _SHARED[per_sm], sum_bytes
                 )
                 if config is not None:
                     yield config
@@ -166,10 +192,15 @@ def choice(
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
     """
-    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups))
+    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups), sum_bytes(groups, zero))
     weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
     found = measurements("decode_a16", m, weight, device, sm_count)
     return choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
+
+
+def sum_bytes(groups: int, zero: bool) -> int:
+    """Return the bytes of the sums that zeros multiply, of a token and K step; the kernel keeps them beside x."""
+    return 4 * max(groups, 1) if zero else 0
 
 
 def max_token_tiles(groups: int) -> int:

@@ -29,6 +29,7 @@ VARIANTS = tuple(
         (torch.bfloat16, torch.float32, 4, 0, True),
         (torch.bfloat16, torch.float32, 8, 0, False),
         (torch.float16, torch.float32, 8, 0, False),
+        (torch.float16, torch.float16, 4, 2, True),
     )
 )
 """What the lint compiles of the sources that are compiled for a weight; between them every choice is taken."""

@@ -9,7 +9,8 @@
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
 //   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
 //   Few warps a scheduler hide little latency, so the code does: codes are loaded half a stage ahead, and sums are scaled when
-//   the multiplications of the next group have been issued.
+//   the multiplications of the next group have been issued. Zeros multiply sums of x, which are the same for all rows: each is
+//   computed once, when its chunk of x has come.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
@@ -68,6 +69,7 @@ constexpr int kScaleBytes = kBlockRows * static_cast<int>(sizeof(ScaleBits));  /
 constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           // of a block and step, zeros included
 constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
+constexpr int kTokenSums = kZero ? kScaleCount : 0;  // of x in a step, for a token
 constexpr float kUnit = fragment_unit(X{});  // what is left to multiply sums with
 
 template <int kValue>
@@ -97,17 +99,13 @@ template <int kTokenTiles>
 struct Sums {
   static constexpr int kChains = kTokenTiles == 1 && kGroups != 4 ? 2 : 1;
   float part[kChains][kTokenTiles][4];
-  float tokens[kZero ? kTokenTiles : 1][4];  // sums of x itself, in every row
-  float scale[2], zero[2];                   // of rows g and g + 8
+  float scale[2];  // of rows g and g + 8
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        part[0][c][j] = part[kChains - 1][c][j] = 0.0f;
-        if constexpr (kZero) tokens[c][j] = 0.0f;
-      }
+      for (int j = 0; j < 4; ++j) part[0][c][j] = part[kChains - 1][c][j] = 0.0f;
   }
 
   // Add them, scaled, to acc.
@@ -118,7 +116,6 @@ struct Sums {
       for (int j = 0; j < 4; ++j) {
         float sum = part[0][c][j];
         if constexpr (kChains == 2) sum += part[1][c][j];
-        if constexpr (kZero) sum = fmaf(-zero[j / 2], tokens[c][j], sum);
         acc[c][j] = fmaf(scale[j / 2], sum, acc[c][j]);
       }
   }
@@ -154,6 +151,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u8* tokens = reinterpret_cast<u8*>(inbox + p.boxes * kBuffer);
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
   const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
+  float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
   const int chunk_stages = (stages_per_pass + kChunks - 1) / kChunks, chunk_k = chunk_stages * stage_steps * kStep;
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
@@ -317,6 +315,40 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u32 parity = 0, codes = first_codes;
   u32 words[2][2][4];  // this lane's codes of a stage: two steps of two halves
 
+  const u32 my_sums = shared_address(token_sums) + (2 * k_part * kTokenSums * kTokens + 2 * t) * 4;
+
+  // Sums of x over the groups of steps [from, to), as fragments are, for all rows and passes: products with ones.
+  auto sum_tokens = [&](int from, int to) {
+    constexpr int kGroupQuads = 2 * kHalfQuads / kScaleCount;
+    const u32 one = ones2(X{}), ones[4] = {one, one, one, one};
+#pragma unroll 1
+    for (int step = from + warp; step < to; step += kWarps)
+#pragma unroll
+      for (int c = 0; c < kTokenTiles; ++c) {
+        u32 at = tokens_at[c] + (step - 2 * k_part) * kStep * 2;
+        order_after(at);
+#pragma unroll
+        for (int group = 0; group < kTokenSums; ++group) {
+          float low[4], high[4];  // every row of them is the same
+#pragma unroll
+          for (int quad = 0; quad < kGroupQuads; ++quad) {
+            u32 b[4];
+            load_matrix_x4(b, at + (group * kGroupQuads + quad) * 64);
+            if (quad == 0) {
+              mma_k16_first(X{}, low, ones, b[0], b[1]);
+              mma_k16_first(X{}, high, ones, b[2], b[3]);
+            } else {
+              mma_k16(X{}, low, ones, b[0], b[1]);
+              mma_k16(X{}, high, ones, b[2], b[3]);
+            }
+          }
+          float* const sum = token_sums + (step * kTokenSums + group) * kTokens + c * 8 + 2 * t;
+          if (g == 0) *reinterpret_cast<float2*>(sum) = float2{(low[0] + high[0]) * (1.0f / kUnit), (low[1] + high[1]) * (1.0f / kUnit)};
+        }
+      }
+    named_barrier(1, kConsumers);
+  };
+
   auto load_words = [&] {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -340,20 +372,29 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     Sums<kTokenTiles> even, odd;  // sums of a group: the one being multiplied and the one before, by turns
     even.clear();
     odd.clear();
+    float row_offset[2], row_tokens[kTokenTiles][2] = {};  // of one scale a row: 8 less the zero, sums of x
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      even.scale[r] = even.zero[r] = odd.scale[r] = odd.zero[r] = 0.0f;
+      even.scale[r] = odd.scale[r] = row_offset[r] = 0.0f;
       if constexpr (kPerRow) {
         const i64 at = static_cast<i64>(rows_exist ? block : 0) * kBlockRows + 2 * g + r;
         even.scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
-        if constexpr (kZero) even.zero[r] = (to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]) - 8.0f) * (1.0f / kUnit);
+        if constexpr (kZero) row_offset[r] = 8.0f - to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]);
       }
     }
 
     // A step, half a stage. A group's sums are scaled when the next group's multiplications are on their way.
-    auto multiply = [&](auto which, u32 step_scale, const u32(&x_at)[kTokenTiles]) {
+    auto multiply = [&](auto which, u32 step_scale, u32 step_sums, const u32(&x_at)[kTokenTiles]) {
       constexpr int kStepInStage = decltype(which)::value;
       constexpr int kQuads = 2 * kHalfQuads;
+      if constexpr (kPerRow && kZero) {
+#pragma unroll
+        for (int c = 0; c < kTokenTiles; ++c) {
+          float sum[2];
+          load_pair<Fp32>(sum, step_sums + c * 32);
+          row_tokens[c][0] += sum[0], row_tokens[c][1] += sum[1];
+        }
+      }
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
         constexpr int kGroupQuads = kQuads / kScaleCount;
@@ -383,23 +424,24 @@ __device__ __forceinline__ void decode(const Arguments& p) {
             mma_k16_first(X{}, sums.part[kLast][c], a[1], b[2], b[3]);
           else
             mma_k16(X{}, sums.part[kLast][c], a[1], b[2], b[3]);
-          if constexpr (kZero) {
-            const u32 one = ones2(X{}), ones[4] = {one, one, one, one};
-            if (first)
-              mma_k16_first(X{}, sums.tokens[c], ones, b[0], b[1]);
-            else
-              mma_k16(X{}, sums.tokens[c], ones, b[0], b[1]);
-            mma_k16(X{}, sums.tokens[c], ones, b[2], b[3]);
-          }
         }
         if constexpr (!kPerRow) {
           if ((quad + 1) % kGroupQuads == 0) {
             const u32 at = step_scale + quad / kGroupQuads * group_scales;
             load_pair<Scale>(sums.scale, at);
             if constexpr (kZero) {
-              load_pair<Scale>(sums.zero, at + kGroups * group_scales);
-              sums.zero[0] = (sums.zero[0] - 8.0f) * (1.0f / kUnit);
-              sums.zero[1] = (sums.zero[1] - 8.0f) * (1.0f / kUnit);
+              // What zeros that are not 8 add: their share of the sums of x.
+              float zero[2];
+              load_pair<Scale>(zero, at + kGroups * group_scales);
+#pragma unroll
+              for (int r = 0; r < 2; ++r) zero[r] = (8.0f - zero[r]) * sums.scale[r];
+#pragma unroll
+              for (int c = 0; c < kTokenTiles; ++c) {
+                float sum[2];
+                load_pair<Fp32>(sum, step_sums + (quad / kGroupQuads * kTokens + c * 8) * 4);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) acc[c][j] = fmaf(zero[j / 2], sum[j % 2], acc[c][j]);
+              }
             }
             late.finish(acc);
           }
@@ -414,20 +456,22 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     int mine = rows_exist ? steps - 2 * k_part : 0;  // this warp's steps from here on, and the other warps' between them
     if (pass > 0) next_chunk = stages_per_pass;  // x is there
     for (int at = 0; at < stages_per_pass; ++at) {
-      const u32 scale = codes + to_scales;
+      const u32 scale = codes + to_scales, sums = my_sums + at * stage_steps * (kTokenSums * kTokens * 4);
       u64* const used = empty + stage;
       if (at == next_chunk) {
         // The next chunk of x; what lies past the end of K was zeroed.
         if (next_chunk * stage_steps * kStep < k_here) mbarrier_wait(chunk_full++, 0);
+        const int from = next_chunk * stage_steps;
         next_chunk += chunk_stages;
+        if constexpr (kZero) sum_tokens(from, next_chunk * stage_steps < steps ? next_chunk * stage_steps : steps);
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
       if (mine > 0) {
         ends_even = kScaleCount == 1 && mine == 1;
-        multiply(Int<0>{}, scale, x_at);
+        multiply(Int<0>{}, scale, sums, x_at);
       }
-      if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_at);
+      if (mine > 1) multiply(Int<1>{}, scale + step_scales, sums + kTokenSums * kTokens * 4, x_at);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(used);
       if (loaded < total) {
@@ -440,6 +484,12 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       mine -= stage_steps;
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
+    }
+    if constexpr (kPerRow && kZero) {
+#pragma unroll
+      for (int c = 0; c < kTokenTiles; ++c)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) even.part[0][c][j] = fmaf(row_offset[j / 2], row_tokens[c][j % 2], even.part[0][c][j]);
     }
     if (kPerRow || ends_even)
       even.finish(acc);
@@ -460,7 +510,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       const int row = slot * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
       float* to = outbox + box * kBuffer + (((owner * k_parts + k_part) << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c) *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
+      for (int c = 0; c < kTokenTiles; ++c)
+        *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
     }
     fence_async_proxy();
     named_barrier(1, kConsumers);
@@ -479,7 +530,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 }
 
 // CTAs of a multiprocessor, for which registers must do.
-constexpr int kCtas = LQ_TILES == 4 || kGroups == 4 ? 1 : LQ_TILES == 2 ? (kZero ? 1 : 2) : kZero || kGroups == 2 ? 2 : 3;
+constexpr int kCtas = LQ_TILES == 4 || kGroups == 4 || (LQ_TILES == 2 && kGroups == 2 && kZero) ? 1
+                      : LQ_TILES == 2 || kGroups == 2 || kZero                                      ? 2
+                                                                                                    : 3;
 static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do not fit the registers");
 
 }  // namespace
