@@ -201,7 +201,7 @@ class Product:
     """Random operands in fragment order, and their product in float64.
 
     Zeros are multiples of 1/16, which neither kernel rounds. ``rounded`` is the weight as the prefill kernel multiplies it: a
-    group's scale, and the product with it, are rounded to x's dtype.
+    group's scale, what its zero adds, and the product with the one plus the other are rounded to x's dtype.
     """
 
     def __init__(self, form, problem, device):
@@ -227,8 +227,11 @@ class Product:
         middle = 1 << (form.bits - 1)
         difference = codes.double() - (middle if zeros is None else spread(zeros))
         self.w = difference * spread(scales)
-        rounded = form.group == -1
-        self.rounded = self.w if rounded else (difference * spread(scales.to(form.x))).to(form.x).double()
+        self.rounded = self.w
+        if form.group != -1:
+            added = 0 if zeros is None else spread(((middle - zeros.double()) * scales.double()).float().to(form.x))
+            scaled = (codes.double() - middle) * spread(scales.to(form.x))
+            self.rounded = (scaled + added).to(form.x).double()
         largest = (codes.double() - middle).abs() + (0 if zeros is None else spread((zeros - middle).abs()))
         self.largest = largest * spread(scales)
 
