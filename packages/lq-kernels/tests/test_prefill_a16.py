@@ -66,6 +66,16 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_pa
     assert not re.search(r"\bI2FP?\b|\bI2F\b", sass.split("HGMMA", 1)[1].rsplit("HGMMA", 1)[0])
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=["int4", "int8"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_pairs_share_tokens_without_spills(variant, tokens):
+    defines = (*variant.defines, *PrefillConfig(tokens, 1, 1, 0, 0, multicast=True).defines)
+    result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
+    assert (result.usage()["prefill_a16"].spills, result.usage()["prefill_a16"].stack) == (0, 0)
+    assert "C75" not in result.log
+
+
 def test_shared_memory_fits_and_the_ring_is_deep_enough():
     for tokens in TOKENS:
         for bits, scale_bytes in ((4, 0), (4, 32), (4, 64), (4, 256), (4, 512), (8, 0)):
@@ -162,15 +172,17 @@ class Case:
         def spread(values):
             return values.repeat_interleave(self.group_size, dim=1)[:, :k]
 
-        # Zeros are taken relative to the middle and rounded to x's dtype: exact where they are integers.
-        difference = codes.double() - (1 << (bits - 1))
-        if zeros is not None:
-            difference -= spread((zeros.float() - 8).to(x)).double()
-        difference = difference.to(x).double()
-        if self.group_size == k:  # not rounded: it multiplies the sum
-            self.weight, factor = difference, scales.double().T
+        # What zeros add is rounded to x's dtype, and so is the weight.
+        self.weight, offset, factor = codes.double() - (1 << (bits - 1)), 0.0, 1.0
+        if self.group_size == k:  # the scale is not rounded: it multiplies the sum
+            factor = scales.double().T
+            if zeros is not None:
+                offset = (8 - zeros.float()).to(x).double()
         else:
-            self.weight, factor = (difference * spread(scales.to(x)).double()).to(x).double(), 1.0
+            self.weight *= spread(scales.to(x)).double()
+            if zeros is not None:
+                offset = spread(((8 - zeros.double()) * scales.double()).float().to(x)).double()
+        self.weight = (self.weight + offset).to(x).double()
         self.exact = self.x.double() @ self.weight.T * factor
         self.magnitude = self.x.double().abs() @ self.weight.abs().T * factor
         if self.bias is not None:
@@ -191,11 +203,11 @@ class Case:
         assert bool((error <= bound).all()), f"worst error is {(error / bound).max().item():.3g} times its bound"
 
 
-def config_of(tokens, m, n, shared_tiles=0, workers=0, ctas=100, raster=3):
-    tiles = -(-n // ROWS) * -(-m // tokens)
+def config_of(tokens, m, n, shared_tiles=0, workers=0, ctas=100, raster=3, multicast=False):
+    tiles = -(-n // (ROWS * (1 + multicast))) * -(-m // tokens)
     shared_tiles = min(shared_tiles, tiles)
     ctas = max(min(ctas, tiles - shared_tiles), workers, 1)
-    return PrefillConfig(tokens, ctas, raster, shared_tiles, workers if shared_tiles else 0)
+    return PrefillConfig(tokens, ctas, raster, shared_tiles, workers if shared_tiles else 0, multicast)
 
 
 hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")]
@@ -232,6 +244,24 @@ class TestOnHopper:
         case = Case(100, 264, 1000, 8, -1, x, FP32, bias=True)
         case.check(case.run(config_of(tokens, 100, 264)))
         case.check(case.run(config_of(tokens, 100, 264, 2, 7)))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    def test_pairs_that_load_tokens_for_each_other(self, tokens, bits):
+        group_size, scale = (128, BF16) if bits == 4 else (-1, FP32)
+        for n in (2 * ROWS + 40, 4 * ROWS, 24):  # the last pair has rows for one CTA, for both, for less than one
+            for m in (
+                tokens + tokens // 2 + 1,
+                tokens // 2,
+                1,
+                3 * tokens,
+            ):  # the second CTA has some, no, no and all tokens
+                case = Case(m, n, 2176, bits, group_size, scale=scale, bias=True)
+                case.check(case.run(config_of(tokens, m, n, multicast=True)))
+                for shared_tiles, workers in ((1, 3), (2, 2), (3, 7), (4, 16)):
+                    config = config_of(tokens, m, n, shared_tiles, workers, multicast=True)
+                    case.check(case.run(config))
+                    assert torch.equal(case.run(config), case.run(config))
 
     @pytest.mark.parametrize(
         ("m", "n", "k"),

@@ -46,6 +46,8 @@ class PrefillConfig:
         raster: Row tiles in a band; a band's tiles are taken for all tokens before the next band's.
         shared_tiles: Tiles whose K steps are shared among CTAs.
         workers: CTAs that share them.
+        multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. ``ctas``,
+            ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
     """
 
     tokens: int
@@ -53,6 +55,17 @@ class PrefillConfig:
     raster: int
     shared_tiles: int
     workers: int
+    multicast: bool = False
+
+    @property
+    def sharers(self) -> int:
+        """CTAs that have the same tokens."""
+        return 2 if self.multicast else 1
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros."""
+        return (f"LQ_TOKENS={self.tokens}", *(("LQ_MULTICAST=1",) if self.multicast else ()))
 
 
 def ring(tokens: int, bits: int, scale_bytes: int) -> tuple[int, int]:
@@ -240,10 +253,10 @@ def linear(
     if plan.counters:
         space = workspace(x.device, plan.partials, plan.counters)
         partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
-    x_map = tensor_map(x, min(plan.tokens, m), 64)
+    x_map = tensor_map(x, min(plan.share, m), 64)
     plan.launch(
         x_map,
-        tensor_map(x, plan.tail, 64) if plan.tail < plan.tokens < m else x_map,
+        tensor_map(x, plan.tail, 64) if plan.tail < plan.share < m else x_map,
         packed.data_ptr(),
         scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
@@ -257,10 +270,10 @@ def linear(
 
 
 class _Plan(NamedTuple):
-    """A launch, the tokens of its tiles and of the last, and the workspace that it wants."""
+    """A launch, the tokens that a CTA loads of a tile and of the last, and the workspace that it wants."""
 
     launch: Launch
-    tokens: int
+    share: int
     tail: int
     partials: int
     counters: int
@@ -285,13 +298,15 @@ def _prepare(
         index,
         "prefill_a16",
         "prefill_a16",
-        (config.ctas, 1, 1),
+        (config.ctas * config.sharers, 1, 1),
         THREADS,
         shared,
         10,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
+        cluster=2 if config.multicast else 0,
         dependent=True,
-        defines=(*variant.defines, f"LQ_TOKENS={config.tokens}", *EPILOGUES[epilogue]),
+        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
     )
-    tail = (m - 1) % config.tokens + 1
-    return _Plan(launch, config.tokens, tail, 2 * config.workers * config.tokens * ROWS, config.shared_tiles)
+    share = config.tokens // config.sharers
+    partials = 2 * config.workers * config.sharers * config.tokens * ROWS
+    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.sharers)

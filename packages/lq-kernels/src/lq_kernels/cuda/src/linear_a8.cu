@@ -96,16 +96,6 @@ struct Weights {
   }
 };
 
-// Says to CTA `rank` that a stage has been read. Nothing was written, so nothing is ordered: mbarrier_arrive_remote, which does, waits for
-// all earlier memory operations.
-__device__ __forceinline__ void arrive_at(u64* barrier, u32 rank) {
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -233,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const auto release = [&](int stage) {
     if constexpr (kMulticast) {
-      if (lane < kSharers) arrive_at(empty + stage, lane);
+      if (lane < kSharers) mbarrier_arrive_at(empty + stage, lane);
     } else {
       if (lane == 0) mbarrier_arrive(empty + stage);
     }

@@ -12,6 +12,9 @@
 // - Stream-K: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the first `workers` CTAs, so
 //   that all end at once whatever the shape. The CTAs that have a part of a tile leave their sums in a workspace; the last to come
 //   adds them up, in the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
+// - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both: L2 delivers 28 bytes a
+//   clock and multiprocessor, and a step of 64 with 256 tokens is 40 KB of int8 weights and tokens in 1,024 clocks of products. A stage is
+//   free when the consumers of both have released it. Pairs of CTAs walk as one, and a tile is a pair of row tiles.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
@@ -31,8 +34,9 @@
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in 128 in features: 1, 2, 4; 0: one
 // scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are
-// here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0) and LQ_GATED (1: rows of a gate and an up projection
-// alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0).
+// here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection
+// alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_MULTICAST
+// (0, 1).
 
 #include "lq/epilogue.cuh"
 #include "lq/stream_k.cuh"
@@ -66,6 +70,12 @@ constexpr int kFeatureRows = kGated ? 2 : 1;  // of the weight, for an out featu
 #endif
 constexpr bool kResidual = LQ_RESIDUAL != 0;
 static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
+#ifndef LQ_MULTICAST
+#define LQ_MULTICAST 0
+#endif
+constexpr bool kMulticast = LQ_MULTICAST != 0;
+constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
+constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
 static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symmetric");
 
 constexpr int kConsumerWarps = kRows / 16;
@@ -210,24 +220,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x);
+  const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kSharers;
+  const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;
   Work work{};
-  work.rows = (blocks + kBlocks - 1) / kBlocks, work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
+  work.rows = (blocks + kSharers * kBlocks - 1) / (kSharers * kBlocks), work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
   work.raster = static_cast<int>(raster), work.steps = static_cast<int>((k + kStep - 1) / kStep);
   work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
   if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
-  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x);
+  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kSharers;
 
   if (warp == 1) {
     if (lane < stages) {
       mbarrier_init(full + lane, 2);
       mbarrier_init(rest + lane, 1);
-      mbarrier_init(empty + lane, kConsumerWarps);
+      mbarrier_init(empty + lane, kSharers * kConsumerWarps);
     }
     if (lane == 0) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
     mbarrier_init_fence();
   }
   __syncthreads();
+  if constexpr (kMulticast) cluster_arrive();
   let_next_kernel_start();
 
   if (warp < 4) {
@@ -239,15 +251,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
       const int steps_per_group = static_cast<int>(group_size / kStep);
       while (work.advance()) {
-        const int block = work.row * kBlocks, here = blocks - block < kBlocks ? blocks - block : kBlocks;
+        // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
+        const int block = (work.row * kSharers + rank) * kBlocks, left = blocks - block;
+        const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
             mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
-            bulk_copy(ring + stage * kStage + kXBytes, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes,
-                      here * kBlockBytes, full + stage, policy);
-            if constexpr (!kPerRow) {
+            if (!kMulticast || here > 0)
+              bulk_copy(ring + stage * kStage + kXBytes, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes,
+                        here * kBlockBytes, full + stage, policy);
+            if (!kPerRow && (!kMulticast || here > 0)) {
               const int group = kGroups > 1 ? step * kGroups : steps_per_group == 1 ? step : step / steps_per_group;
               u8* const to = scale_ring + stage * kScaleStage;
 #pragma unroll 1
@@ -266,12 +281,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     } else if (warp == 1) {
       const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
       wait_for_previous_kernel();
+      if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
       while (work.advance()) {
         stage = uniform(stage), parity = uniform(parity);
         // Of the last tile, only the tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
-        const bool tail = work.token + 1 == work.tokens;
+        const bool last = work.token + 1 == work.tokens;
+        const int box = last ? (static_cast<int>(m) - work.token * kTokens) * 128 : kBoxBytes;
+        const int token = work.token * kTokens + rank * kShareTokens, left = static_cast<int>(m) - token;  // of this CTA's share
+        const bool tail = kMulticast ? left < kShareTokens : last;
         const TensorMap* const map = tail ? &tail_map : &x_map;
-        const int box = tail ? (static_cast<int>(m) - work.token * kTokens) * 128 : kBoxBytes;
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
@@ -279,14 +297,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             for (int half = 0; half < kStep / 64; ++half) {
               u64* const barrier = (half && kSplit ? rest : full) + stage;
               if (half == 0 || kSplit) mbarrier_arrive_expect(barrier, kSplit ? box : kStep / 64 * box);
-              tensor_copy_2d(ring + stage * kStage + half * kBoxBytes, map, step * kStep + half * 64, work.token * kTokens, barrier,
-                             policy);
+              u8* const to = ring + stage * kStage + half * kBoxBytes + rank * kShareTokens * 128;
+              if constexpr (!kMulticast)
+                tensor_copy_2d(to, map, step * kStep + half * 64, token, barrier, policy);
+              else if (left > 0)
+                tensor_copy_2d_multicast(to, map, step * kStep + half * 64, token, barrier, (1 << kSharers) - 1, policy);
             }
           }
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
       }
+      // A CTA whose barriers the other still arrives at must not go.
+      if constexpr (kMulticast)
+        for (int i = 0; i < stages; ++i) {
+          mbarrier_wait(empty + stage, parity);
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
     }
     return;
   }
@@ -301,9 +328,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   int stage = 0;
   u32 parity = 0;
   Weights weights;
+  const auto release = [&](int stage) {
+    if constexpr (kMulticast) {
+      if (lane < kSharers) mbarrier_arrive_at(empty + stage, lane);
+    } else {
+      if (lane == 0) mbarrier_arrive(empty + stage);
+    }
+  };
 
   while (work.advance()) {
-    const i64 row0 = static_cast<i64>(work.row) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
+    const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
     float row_scale[2] = {kUnit, kUnit};
     if constexpr (kPerRow) {
       if (row0 / 16 + block < blocks) {
@@ -353,29 +387,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
         wgmma_wait<kPending>();
         // Of the stage before, no wgmma is in flight.
-        if (batch == kPending - 1 && step > work.begin && lane == 0) mbarrier_arrive(empty + before);
+        if (batch == kPending - 1 && step > work.begin) release(before);
       }
     }
     wgmma_wait<0>();
     pin_sums(acc);
-    if (lane == 0) mbarrier_arrive(empty + last);
+    release(last);
     wait_for_previous_kernel();  // long past; the workspace and y are written from here on
 
     if (work.first < work.last) {
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
       const bool cut = work.start(work.first) < work.tile * work.steps;  // the first worker has a tile before this one
       const auto part_of = [&](int worker) {
-        return partials + static_cast<i64>(2 * worker + (cut && worker == work.first)) * (kUnits * kConsumers) + thread;
+        const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kSharers + rank;
+        return partials + part * (kUnits * kConsumers) + thread;
       };
       float4* const mine = part_of(cta);
 #pragma unroll
       for (int j = 0; j < kUnits; ++j) __stcg(mine + j * kConsumers, float4{acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]});
       __threadfence();
       named_barrier(3, kConsumers);
-      if (thread == 0) *arrived = add_acquire_release(arrivals + work.tile, 1);
+      int* const counter = arrivals + work.tile * kSharers + rank;
+      if (thread == 0) *arrived = add_acquire_release(counter, 1);
       named_barrier(3, kConsumers);
       if (uniform(*arrived) < work.last - work.first) continue;
-      if (thread == 0) arrivals[work.tile] = 0;  // for the next launch
+      if (thread == 0) *counter = 0;  // for the next launch
       constexpr int kAtOnce = kUnits < 4 ? kUnits : 4, kWorkers = kTokens == 256 ? 2 : 4;  // loads in flight
 #pragma unroll
       for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {

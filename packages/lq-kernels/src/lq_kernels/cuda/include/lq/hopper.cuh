@@ -44,6 +44,16 @@ __device__ __forceinline__ void mbarrier_arrive_remote(u64* barrier, u32 rank) {
       "  mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)), "r"(rank) : "memory");
 }
 
+// The same for a stage that has been read. Nothing was written, so nothing is ordered: mbarrier_arrive_remote waits for all earlier
+// memory operations.
+__device__ __forceinline__ void mbarrier_arrive_at(u64* barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Wait until the phase of the given parity is complete.
 __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
   asm volatile(
@@ -135,6 +145,13 @@ __device__ __forceinline__ u32 map_shared(const void* pointer, u32 rank) { retur
 __device__ __forceinline__ void bulk_copy_to_cluster(u32 to, const void* shared, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "r"(shared_address(shared)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// Store a pair in the shared memory of a CTA of the cluster, 8 bytes that complete on that CTA's barrier. Addresses as above.
+__device__ __forceinline__ void store_async(u32 to, float first, float second, u32 barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(first), "f"(second),
+               "r"(barrier)
                : "memory");
 }
 
