@@ -22,7 +22,7 @@ _MAX_STAGES = 16
 _SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
 _MAX_GRID_Y = 65535
-_SAME = ("token_tiles", "cluster", "clusters")
+_SAME = ("token_tiles", "cluster", "clusters", "stages")
 """Fields of a cut from which the others follow."""
 
 
@@ -67,6 +67,7 @@ def cut(
     clusters: int,
     shared: int,
     sum_bytes: int = 0,
+    most_stages: int = _MAX_STAGES,
 ) -> DecodeConfig | None:
     """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
     step = 512 // bits
@@ -78,11 +79,12 @@ def cut(
     pitch = share * step * 2 + 16
     passes = -(-rows // slots)
     boxes = min(passes, 2)
-    fixed = _HEADER + boxes * 2 * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
+    buffers = boxes * (1 if token_tiles == 1 else 2)
+    fixed = _HEADER + buffers * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
     fixed += share * sum_bytes * 8 * token_tiles
     wanted = passes * -(-share * slots // (2 * _WARPS))
     stage = 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
-    stages = min(_MAX_STAGES, wanted, (shared - fixed) // stage)
+    stages = min(most_stages, wanted, (shared - fixed) // stage)
     if stages < min(wanted, 2):
         return None
     return DecodeConfig(token_tiles, slots, cluster, clusters, stages, boxes, pitch, fixed + stages * stage)

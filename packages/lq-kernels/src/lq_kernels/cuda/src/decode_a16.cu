@@ -3,7 +3,8 @@
 // At this size the time is that of reading the weight once, so everything serves one stream of bytes that never pauses:
 //
 // - A producer warp fills a ring of stages (up to 16 KB of codes and their scales each) by bulk copies. Weights do not depend on
-//   the previous kernel: the ring is filled *before* griddepcontrol.wait, while that kernel still runs.
+//   the previous kernel: the ring is filled while that kernel still runs. Filling it takes a microsecond to issue, so another warp
+//   waits for that kernel and brings x.
 // - Rows are shared among clusters in blocks of 16, which balances any matrix; the CTAs of a cluster share K. A CTA's part of x
 //   is loaded once and stays in shared memory.
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
@@ -11,7 +12,8 @@
 //   Few warps a scheduler hide little latency, so the code does: codes are loaded half a stage ahead, and sums are scaled when
 //   the multiplications of the next group have been issued. Zeros multiply sums of x, which are the same for all rows: each is
 //   computed once, when its chunk of x has come.
-// - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K. No atomics,
+// - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
+//   threads themselves for one tile of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
@@ -56,7 +58,7 @@ constexpr int kFeatureRows = kGated ? 2 : 1;  // of the weight, for an out featu
 constexpr bool kResidual = LQ_RESIDUAL != 0;
 static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
 
-constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 the epilogue of all passes but the last
+constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brings x and is the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
 constexpr int kMaxStages = 16;
@@ -125,11 +127,12 @@ template <int kTokenTiles>
 __device__ __forceinline__ void decode(const Arguments& p) {
   constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kPitch = kTokens + 2, kBuffer = 128 * kPitch;  // floats; padded against bank conflicts
+  constexpr bool kDirect = kTokenTiles == 1;                   // threads send their sums themselves
   extern __shared__ __align__(128) u8 shared[];
   u64* full = reinterpret_cast<u64*>(shared);
   u64* empty = full + kMaxStages;
   u64* x_full = empty + kMaxStages;
-  u64* received = x_full + kChunks;  // two: a pass's sums have arrived
+  u64* received = x_full + kChunks;  // two: a pass's sums are in the inbox
   u64* released = received + 2;      // two: every CTA has read them
   u8* ring = shared + 512;
   const int stages = static_cast<int>(p.stages);
@@ -146,9 +149,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int first_block = static_cast<int>(static_cast<i64>(blocks) * cluster / clusters);
   const int my_blocks = static_cast<int>(static_cast<i64>(blocks) * (cluster + 1) / clusters) - first_block;
   const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full
-  float* outbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of 128 x kTokens, by owner
-  float* inbox = outbox + p.boxes * kBuffer;                         // ... and by source
-  u8* tokens = reinterpret_cast<u8*>(inbox + p.boxes * kBuffer);
+  float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of 128 x kTokens, by source
+  float* outbox = inbox + p.boxes * kBuffer;                        // ... and by owner, what is sent in bulk
+  u8* tokens = reinterpret_cast<u8*>(kDirect ? outbox : outbox + p.boxes * kBuffer);
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
   const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
   float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
@@ -156,6 +159,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
   const int owned_rows = slots * kBlockRows >> log_ranks, owned_shift = __ffs(owned_rows) - 1;
+  const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
   if (warp == kWarps) {
     if (lane < stages) {
@@ -165,7 +169,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     if (lane == 0) {
       for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
       for (int i = 0; i < 2; ++i) {
-        mbarrier_init(received + i, 1);
+        mbarrier_init(received + i, kDirect ? 1 : 2);
         mbarrier_init(released + i, ranks);
       }
     }
@@ -177,7 +181,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   if (warp == kWarps) {
     // The producer. Control flow and addresses are uniform, so that copies are issued without a loop over lanes.
-    const u64 policy = policy_evict_first(), keep = policy_evict_last();
+    const u64 policy = policy_evict_first();
     const int steps_per_group = static_cast<int>(p.group_size / kStep);
     const int total = passes * stages_per_pass;
     int stage = 0, filled = 0, block = first_block, left = my_blocks, step = 0;
@@ -213,18 +217,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     };
 
     while (filled < total && filled < stages) fill();
-    wait_for_previous_kernel();
-    if (elect_one()) {
-      const u8* x = p.x + (token0 * p.k + static_cast<i64>(first_step) * kStep) * 2;
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
-        if (here <= 0) break;
-        mbarrier_arrive_expect(x_full + chunk, m * here * 2);
-        for (int token = 0; token < m; ++token)
-          bulk_copy(tokens + token * p.pitch + from * 2, x + (token * p.k + from) * 2, here * 2, x_full + chunk, keep);
-      }
-    }
-    __syncwarp();
     while (filled < total) {
       mbarrier_wait(empty + stage, parity);
       fill();
@@ -235,12 +227,12 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   // Add what the CTAs of the cluster sent of a pass's rows that this one owns, and store it; `count` threads share the work.
   auto finish = [&](int pass, int thread, int count) {
     const int box = pass % 2, sources = ranks * k_parts;
-    if (thread == 0) mbarrier_arrive_expect(received + box, kBuffer * 4);
+    if (thread == 0)
+      mbarrier_arrive_expect(received + box, kDirect ? kWarps * kBlockRows * token_pairs * 8 : (kBuffer - part_of_buffer) * 4);
     mbarrier_wait(received + box, pass / 2 % 2);
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
-    const int pairs = (m + 1) / 2;
-    for (int i = thread; i < owned_rows / kFeatureRows * pairs; i += count) {
+    for (int i = thread; i < owned_rows / kFeatureRows * token_pairs; i += count) {
       const int row = kFeatureRows * (i & (owned_rows / kFeatureRows - 1)), token = 2 * (i >> (owned_shift - kGated));
       const float* from = inbox + box * kBuffer + row * kPitch + token;
       float total[kFeatureRows][2] = {};
@@ -281,6 +273,18 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   if (warp == kWarps + 1) {
     wait_for_previous_kernel();
+    if (elect_one()) {
+      const u64 keep = policy_evict_last();
+      const u8* x = p.x + (token0 * p.k + static_cast<i64>(first_step) * kStep) * 2;
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
+        if (here <= 0) break;
+        mbarrier_arrive_expect(x_full + chunk, m * here * 2);
+        for (int token = 0; token < m; ++token)
+          bulk_copy(tokens + token * p.pitch + from * 2, x + (token * p.k + from) * 2, here * 2, x_full + chunk, keep);
+      }
+    }
+    __syncwarp();
     cluster_wait();
     for (int pass = 0; pass + 1 < passes; ++pass) {
       finish(pass, lane, 32);
@@ -508,20 +512,30 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     for (int r = 0; r < 2; ++r) {
       // A gate and its up are sent as neighbours, so that one CTA owns both.
       const int row = slot * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
-      float* to = outbox + box * kBuffer + (((owner * k_parts + k_part) << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
+      const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
+      if constexpr (kDirect) {
+        if (t < token_pairs)
+          store_async(map_shared(inbox + rank * part_of_buffer + at, owner), kUnit * acc[0][2 * r], kUnit * acc[0][2 * r + 1],
+                      map_shared(received + box, owner));
+      } else {
+        float* to = (owner == rank ? inbox : outbox) + owner * part_of_buffer + at;
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c)
-        *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
+        for (int c = 0; c < kTokenTiles; ++c)
+          *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
+      }
     }
-    fence_async_proxy();
-    named_barrier(1, kConsumers);
-    if (warp == 0 && elect_one()) {
-      const int chunk = kBuffer >> log_ranks;
-      for (int owner = 0; owner < ranks; ++owner)
-        bulk_copy_to_cluster(map_shared(inbox + box * kBuffer + rank * chunk, owner), outbox + box * kBuffer + owner * chunk, chunk * 4,
-                             map_shared(received + box, owner));
+    if constexpr (!kDirect) {
+      fence_async_proxy();
+      named_barrier(1, kConsumers);
+      if (warp == 0 && elect_one()) {
+        mbarrier_arrive(received + box);
+        for (int owner = 0; owner < ranks; ++owner)
+          if (owner != rank)
+            bulk_copy_to_cluster(map_shared(inbox + box * kBuffer + rank * part_of_buffer, owner),
+                                 outbox + box * kBuffer + owner * part_of_buffer, part_of_buffer * 4, map_shared(received + box, owner));
+      }
+      __syncwarp();
     }
-    __syncwarp();
   }
   if (passes == 0)
     cluster_wait();
