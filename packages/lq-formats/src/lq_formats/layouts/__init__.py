@@ -4,8 +4,9 @@ Three kinds of layout share these names. A *code layout* (``INT4``, ``INT8``, ``
 ``FRAGMENT_INT8``, ``FRAGMENT_A8_INT8``, ``FRAGMENT_A8_FP8``) turns codes ``(N, K)`` into one
 tensor; scales and zeros are kept beside it. A *checkpoint layout* (``GPTQ``, ``GPTQ_V2``, ``AWQ``,
 ``COMPRESSED_TENSORS``, ``HQQ``) turns a whole :class:`AffineWeight` into the named tensors that another library saves for one
-linear layer. A *plane layout* (``GGML_PLANES``, one a ggml type) takes ggml's blocks apart for kernels. All directions are
-exact: no layout rounds, and what a format cannot hold is an error.
+linear layer. A *plane layout* (``GGML_PLANES``, one a ggml type) takes ggml's blocks apart for kernels, a *fragment layout*
+(``GGML_FRAGMENTS``) for those of Hopper. All directions are exact: what was packed comes back bit for bit, and what a format
+cannot hold is an error.
 """
 
 from lq_formats.layouts.affine_weight import AffineWeight
@@ -15,6 +16,7 @@ from lq_formats.layouts.fragment import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLa
 from lq_formats.layouts.fragment8 import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, Fragment8Layout
 from lq_formats.layouts.gemlite import GEMLITE, GemliteLayout
 from lq_formats.layouts.ggml import GGML_PLANES, GGMLPlanes, GGMLPlanesLayout, ggml_planes
+from lq_formats.layouts.ggml_fragment import GGML_FRAGMENTS, GGMLFragments, GGMLFragmentsLayout
 from lq_formats.layouts.gptq import GPTQ, GPTQ_V2, GPTQLayout
 from lq_formats.layouts.hqq import HQQ, HQQLayout
 from lq_formats.layouts.int4 import INT4, Int4Layout
@@ -28,6 +30,7 @@ __all__ = [
     "FRAGMENT_INT4",
     "FRAGMENT_INT8",
     "GEMLITE",
+    "GGML_FRAGMENTS",
     "GGML_PLANES",
     "GPTQ",
     "GPTQ_V2",
@@ -39,6 +42,8 @@ __all__ = [
     "CompressedTensorsLayout",
     "Fragment8Layout",
     "FragmentLayout",
+    "GGMLFragments",
+    "GGMLFragmentsLayout",
     "GGMLPlanes",
     "GGMLPlanesLayout",
     "GPTQLayout",
