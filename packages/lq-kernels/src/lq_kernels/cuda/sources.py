@@ -30,6 +30,7 @@ VARIANTS = tuple(
         (torch.bfloat16, torch.float32, 8, 0, False),
         (torch.float16, torch.float32, 8, 0, False),
         (torch.float16, torch.float16, 4, 2, True),
+        (torch.bfloat16, torch.float32, 4, 1, False),
     )
 )
 """What the lint compiles of the sources that are compiled for a weight; between them every choice is taken."""

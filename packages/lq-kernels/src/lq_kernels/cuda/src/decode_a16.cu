@@ -544,9 +544,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 }
 
 // CTAs of a multiprocessor, for which registers must do.
-constexpr int kCtas = LQ_TILES == 4 || kGroups == 4 || (LQ_TILES == 2 && kGroups == 2 && kZero) ? 1
-                      : LQ_TILES == 2 || kGroups == 2 || kZero                                      ? 2
-                                                                                                    : 3;
+constexpr int kCtas = LQ_TILES == 4 || kGroups == 4 || (LQ_TILES == 2 && kGroups == 2 && kZero)        ? 1
+                      : LQ_TILES == 2 || kGroups == 2 || kZero || (kGroups == 1 && sizeof(ScaleBits) == 4) ? 2
+                                                                                                           : 3;
 static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do not fit the registers");
 
 }  // namespace
