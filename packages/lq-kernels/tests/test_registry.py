@@ -53,7 +53,7 @@ def q4_0(m, arch):
         pytest.param(int4(8192, H200), "dequant-blas", id="int4-h200-M8192"),
         pytest.param(int4(1, TURING), "dequant-blas", id="int4-sm75-M1"),
         pytest.param(int8(8192, H200), "cuda-prefill", id="int8-h200-M8192"),
-        pytest.param(q4_0(8, H200), "cuda-mma", id="q4_0-h200-M8"),
+        pytest.param(q4_0(8, H200), "cuda-decode", id="q4_0-h200-M8"),
         pytest.param(q4_0(8, TURING), "dequant-blas", id="q4_0-sm75-M8"),
     ],
 )

@@ -130,11 +130,15 @@ def q4_0_us(problem: Problem) -> float:
 
 
 def decode_us(problem: Problem) -> float:
-    """Predict the Hopper decode kernel: 2.2 us, the weight at 3.3 TB/s, more for each tile of tokens, and x itself (H200)."""
-    tiles = -(-problem.m // 8)
-    work = 1.0 if problem.m <= 4 else 1.05 if tiles == 1 else 1.3 if tiles == 2 else 2.1 * -(-tiles // 4)
+    """Predict the Hopper decode kernel: 2 us, the weight at 4.25 TB/s, more for each tile of tokens, and x itself (H200).
+
+    Unpacking and multiplying int4 codes is what takes longer from two tiles on; int8 has half as many in a byte.
+    """
+    tiles, codes = -(-problem.m // 8), problem.spec.bits == 4
+    two, four = (1.35, 2.0) if codes else (1.05, 1.35)
+    work = 1.0 if tiles == 1 else two if tiles == 2 else four * -(-tiles // 4)
     share = _H200.bandwidth / machine(problem.arch).bandwidth
-    return 2.2 + share * (weight_bytes(problem) / 3.3e6 * work + 2.8e-5 * problem.m * problem.k)
+    return 2.0 + share * (weight_bytes(problem) / 4.25e6 * work + 2.2e-5 * problem.m * problem.k)
 
 
 def prefill_us(problem: Problem) -> float:
