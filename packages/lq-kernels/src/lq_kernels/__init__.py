@@ -24,6 +24,7 @@ from lq_kernels.linear import (
     q4_0_linear,
     quantize_activation_q8_1,
 )
+from lq_kernels.minima import minima_dequantize, minima_linear
 from lq_kernels.preshuffled import (
     preshuffle_int4,
     preshuffle_int8,
@@ -61,6 +62,8 @@ __all__ = [
     "is_batch_invariant",
     "kernel_names",
     "matmul_bf16_i4",
+    "minima_dequantize",
+    "minima_linear",
     "pack_int4_dynamic",
     "preshuffle_int4",
     "preshuffle_int8",

@@ -16,7 +16,11 @@ from lq_kernels import cost
 from lq_kernels.cuda.constraints import why_not_compile
 from lq_kernels.hopper import int4_fragments, int8_fragments
 from lq_kernels.problem import Arch, Problem
-from lq_kernels.reference import int4_dequantize_reference, preshuffled_dequantize_reference
+from lq_kernels.reference import (
+    int4_dequantize_reference,
+    minima_dequantize_reference,
+    preshuffled_dequantize_reference,
+)
 from lq_kernels.triton.constraints import why_not_dequantize
 
 
@@ -54,16 +58,47 @@ def preshuffled_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the ``(N, K)`` weight of bits in fragment order, by the fastest kernel of the device."""
-    arch = Arch.of(packed.device)
-    size, step = group_size, FRAGMENT_INT4.step
-    whole = size == in_features or size in (32, 64) or size % step == 0
-    narrow = dtype in (torch.float16, torch.bfloat16, torch.float32)
-    if arch.kind == "cuda" and whole and narrow and why_not_compile() is None and out_features:
+    if _compiled(packed, group_size, out_features, in_features, dtype):
         from lq_kernels.cuda.dequantize_fragment import dequantize
 
         w: Tensor = dequantize(packed, scale, zero, out_features, in_features, group_size, bits, dtype)
         return w
     return preshuffled_dequantize_reference(packed, scale, zero, bits, group_size, out_features, in_features, dtype)
+
+
+def minima_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the ``(N, K)`` weight of int4 bits in fragment order with minima, by the fastest kernel of the device."""
+    if _compiled(packed, group_size, out_features, in_features, dtype):
+        from lq_kernels.cuda.dequantize_fragment import dequantize
+
+        w: Tensor = dequantize(packed, scale, minimum, out_features, in_features, group_size, 4, dtype, minimum=True)
+        return w
+    return minima_dequantize_reference(packed, scale, minimum, group_size, out_features, in_features, dtype)
+
+
+def _compiled(packed: Tensor, group_size: int, out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Return whether the CUDA kernel unpacks such a weight in fragment order."""
+    size, step = group_size, FRAGMENT_INT4.step
+    whole = size == in_features or size in (32, 64) or size % step == 0
+    narrow = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    on_gpu = Arch.of(packed.device).kind == "cuda" and why_not_compile() is None
+    return on_gpu and whole and narrow and out_features > 0
+
+
+def minima_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, out_features: int, group_size: int
+) -> Tensor:
+    """Return ``x (M, K) @ w.T + bias`` in x's dtype."""
+    w = minima_dequantize(packed, scale, minimum, group_size, out_features, x.shape[1], x.dtype)
+    return torch.nn.functional.linear(x, w, bias)
 
 
 def preshuffled_linear(

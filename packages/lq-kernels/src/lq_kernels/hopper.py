@@ -67,9 +67,37 @@ class OnFragments:
         return self._launcher(x, packed, scale, zero, bias, out_features, group_size, bits, residual=residual)
 
 
+class OnMinima:
+    """A launcher for int4 weights in fragment order that have minima, not zeros."""
+
+    def __init__(self, module: str, function: str = "linear") -> None:
+        """Name the function of a module of :mod:`lq_kernels.cuda` that runs; it is imported then."""
+        self._module, self._function = module, function
+        self._launcher: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        minimum: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        group_size: int,
+    ) -> Tensor:
+        """Run the kernel; see :func:`lq_kernels.cuda.decode_a16.linear`."""
+        if self._launcher is None:
+            launcher = getattr(importlib.import_module(f"lq_kernels.cuda.{self._module}"), self._function)
+            self._launcher = functools.partial(launcher, minimum=True)
+        return self._launcher(x, packed, scale, minimum, bias, out_features, group_size, 4)
+
+
 decode = OnFragments("decode_a16")
 prefill = OnFragments("prefill_a16")
 invariant_prefill = OnFragments("invariant", "prefill")
+minima_decode = OnMinima("decode_a16")
+minima_prefill = OnMinima("prefill_a16")
+minima_invariant_prefill = OnMinima("invariant", "prefill")
 gated_decode = OnFragments("decode_a16", gated=True)
 gated_prefill = OnFragments("prefill_a16", gated=True)
 gated_invariant_prefill = OnFragments("invariant", "prefill", gated=True)

@@ -90,6 +90,13 @@ def _dense_preshuffled(
     return y if residual is None else y.add_(residual)
 
 
+def _dense_minima(
+    x: Tensor, packed: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, out_features: int, group_size: int
+) -> Tensor:
+    sizes = (group_size, out_features, x.shape[1])
+    return _dense(x, dequant_blas.minima_dequantize(packed, scale, minimum, *sizes, x.dtype), bias)
+
+
 def _dense_gated(
     x: Tensor,
     packed: Tensor,
@@ -201,6 +208,8 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("dequant-blas", "int8", *_DENSE, _dense_int8),
     _prefill("preshuffled", hopper.invariant_prefill),
     Kernel("dequant-blas", "preshuffled", *_DENSE, _dense_preshuffled),
+    _prefill("preshuffled_minima", hopper.minima_invariant_prefill),
+    Kernel("dequant-blas", "preshuffled_minima", *_DENSE, _dense_minima),
     _prefill("preshuffled_gated", hopper.gated_invariant_prefill),
     Kernel("dequant-blas", "preshuffled_gated", *_DENSE, _dense_gated),
     Kernel("cuda-prefill", "q4_0", _Q4_0.why_not, lambda problem: _Q4_0.plan(problem).us, _Q4_0, _Q4_0.plan),

@@ -47,6 +47,14 @@ _LIBRARY.define(
     "preshuffled_dequantize(Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, SymInt out_features, "
     "SymInt in_features, ScalarType dtype) -> Tensor"
 )
+_LIBRARY.define(
+    "minima_linear(Tensor x, Tensor packed, Tensor scale, Tensor minimum, Tensor? bias, int group_size, "
+    "SymInt out_features, str kernel) -> Tensor"
+)
+_LIBRARY.define(
+    "minima_dequantize(Tensor packed, Tensor scale, Tensor minimum, int group_size, SymInt out_features, "
+    "SymInt in_features, ScalarType dtype) -> Tensor"
+)
 _LIBRARY.define("gemm_q4_0_q8_1(Tensor weight_q, Tensor activation_q, str kernel) -> Tensor")
 _LIBRARY.define("q4_0_linear(Tensor x, Tensor weight_q, str kernel) -> Tensor")
 _LIBRARY.define("quantize_q8_1(Tensor x) -> Tensor")
@@ -160,6 +168,24 @@ def _preshuffled_gated_linear(
     return _chosen(problem, kernel).run(x, packed, scale, zero, bias, out_features, group_size, bits)
 
 
+def _minima_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    m, k = x.shape
+    if m == 0 or out_features == 0:
+        return x.new_empty((m, out_features))
+    spec = preshuffled_spec(4, group_size, k, False, scale.dtype)
+    problem = Problem("preshuffled_minima", m, out_features, k, spec, x.dtype, Arch.of(x.device))
+    return _chosen(problem, kernel).run(x, packed, scale, minimum, bias, out_features, group_size)
+
+
 def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
     n, blocks, _ = weight_q.shape
     m = activation_q.shape[0]
@@ -232,6 +258,8 @@ for _name, _implementation in (
     ("preshuffled_linear_add", _preshuffled_linear_add),
     ("preshuffled_gated_linear", _preshuffled_gated_linear),
     ("preshuffled_dequantize", dequant_blas.preshuffled_dequantize),
+    ("minima_linear", _minima_linear),
+    ("minima_dequantize", dequant_blas.minima_dequantize),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("q4_0_linear", _q4_0_linear),
     ("quantize_q8_1", _quantize_q8_1),
@@ -305,6 +333,33 @@ def _(
     scale: Tensor,
     zero: Tensor | None,
     bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=dtype)
+
+
+@torch.library.register_fake("lq::minima_linear", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("lq::minima_dequantize", lib=_LIBRARY)
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
     group_size: int,
     out_features: int,
     in_features: int,
@@ -415,6 +470,21 @@ def _preshuffled_backward(ctx, grad):
 torch.library.register_autograd(
     "lq::preshuffled_linear", _preshuffled_backward, setup_context=_preshuffled_setup, lib=_LIBRARY
 )
+
+
+def _minima_setup(ctx, inputs, output) -> None:
+    x, packed, scale, minimum, _, group_size, out_features, _ = inputs
+    ctx.save_for_backward(packed, scale, minimum)
+    ctx.sizes, ctx.dtype = (group_size, out_features, x.shape[1]), x.dtype
+
+
+def _minima_backward(ctx, grad):
+    w = torch.ops.lq.minima_dequantize(*ctx.saved_tensors, *ctx.sizes, ctx.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+    return grad @ w, None, None, None, bias, None, None, None
+
+
+torch.library.register_autograd("lq::minima_linear", _minima_backward, setup_context=_minima_setup, lib=_LIBRARY)
 
 
 def _linear_add_setup(ctx, inputs, output) -> None:

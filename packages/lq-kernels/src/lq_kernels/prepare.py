@@ -60,7 +60,15 @@ def _a16(problem: Problem) -> Iterator[Unit]:
     from lq_kernels.cuda import decode_a16, prefill_a16
 
     spec = problem.spec
-    variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
+    variant = Variant.of(
+        problem.dtype,
+        spec.scale_dtype,
+        spec.bits,
+        problem.group_size,
+        problem.k,
+        not spec.symmetric,
+        problem.op == "preshuffled_minima",
+    )
     epilogue = EPILOGUES["silu_mul" if problem.op == "preshuffled_gated" else "none"]
     if constraints.why_not_fragment(problem) is None:
         most = decode_a16.max_token_tiles(variant.groups)

@@ -120,7 +120,7 @@ def restore_q4_0(
         raise ShapeError(f"in_features={in_features}: Q4_0 needs a multiple of {q4_0.BLOCK}")
     if scale.dtype != torch.float16:
         raise DTypeError(f"scale has dtype {scale.dtype}: Q4_0 has float16 scales")
-    _check(packed, scale, None, 4, q4_0.BLOCK, out_features, in_features)
+    check_fragments(packed, scale, None, 4, q4_0.BLOCK, out_features, in_features)
     if rows is not None:
         return q4_0.unpack_rows(packed, scale, rows, in_features)
     blocks = packed.new_empty((out_features, in_features // q4_0.BLOCK, 18), dtype=torch.uint8)
@@ -154,9 +154,9 @@ def preshuffled_linear(
         x: ``(..., K)`` fp16, bf16 or fp32.
         packed: As :func:`preshuffle_int4` or :func:`preshuffle_int8` returns it.
         scale: ``(groups, rows)``, arranged alike.
-        zero: As ``scale``; None for symmetric weights.
+        zero: As ``scale``; None for symmetric weights, as 8-bit ones are.
         bits: 4 or 8.
-        group_size: In features per scale; K for one scale a row (always so for 8 bits).
+        group_size: In features per scale; K for one scale a row.
         out_features: N.
         bias: ``(N,)`` in x's dtype; added in fp32 before the result is rounded, by the Hopper kernels.
         residual: ``(..., N)`` in x's dtype; added likewise, in the same launch.
@@ -174,7 +174,7 @@ def preshuffled_linear(
     if direct and (known := recall(x, packed, (scale, zero, bias), values)) is not None:
         return known
     k = check_activations(x)
-    _check(packed, scale, zero, bits, group_size, out_features, k)
+    check_fragments(packed, scale, zero, bits, group_size, out_features, k)
     check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
     if bias is not None:
         check_bias(bias, out_features, x.dtype)
@@ -220,7 +220,7 @@ def preshuffled_gated_linear(
         scale: ``(groups, rows)``, arranged alike.
         zero: As ``scale``; None for symmetric weights.
         bits: 4 or 8.
-        group_size: In features per scale; K for one scale a row (always so for 8 bits).
+        group_size: In features per scale; K for one scale a row.
         out_features: H, of each of the two.
         bias: ``(2 H,)`` in x's dtype, that of the gates and then that of the ups, not interleaved.
         kernel: Force a kernel by name; see :func:`lq_kernels.kernel_names` of ``"preshuffled_gated"``.
@@ -238,7 +238,7 @@ def preshuffled_gated_linear(
     if direct and (known := recall(x, packed, (scale, zero, bias), values)) is not None:
         return known
     k = check_activations(x)
-    _check(packed, scale, zero, bits, group_size, interleaved_rows(out_features), k)
+    check_fragments(packed, scale, zero, bits, group_size, interleaved_rows(out_features), k)
     check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
     if bias is not None:
         check_bias(bias, 2 * out_features, x.dtype)
@@ -266,7 +266,7 @@ def preshuffled_dequantize(
 
     Arguments and errors are those of :func:`preshuffled_linear`.
     """
-    _check(packed, scale, zero, bits, group_size, out_features, in_features)
+    check_fragments(packed, scale, zero, bits, group_size, out_features, in_features)
     check_devices(packed, scale=scale, zero=zero)
     w: Tensor = torch.ops.lq.preshuffled_dequantize(
         packed, scale, zero, bits, group_size, out_features, in_features, dtype
@@ -283,9 +283,17 @@ def arranged_groups(in_features: int, group_size: int) -> int:
     return -(-padded // group_size)
 
 
-def _check(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, out_features: int, k: int
+def check_fragments(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    k: int,
+    second: str = "zero",
 ) -> None:
+    """Raise unless the tensors are a weight in fragment order with ``k`` in features; ``second`` is the name of ``zero``."""
     layout: FragmentLayout | None = _LAYOUTS.get(bits)
     if layout is None:
         raise ShapeError(f"bits={bits!r}: expected 4 or 8")
@@ -296,13 +304,13 @@ def _check(
         raise ShapeError(f"packed has shape {tuple(packed.shape)}: {out_features} out and {k} in features need {shape}")
     if not (packed.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous())):
         raise ShapeError("a weight in fragment order is contiguous; call .contiguous() on its tensors")
-    if bits == 8 and (group_size != k or zero is not None):
-        raise ShapeError("8-bit weights in fragment order have one scale a row and no zeros")
+    if bits == 8 and zero is not None:
+        raise ShapeError("8-bit weights in fragment order have no zeros")
     expected = (arranged_groups(k, group_size), shape[1] * 16)
-    for name, tensor in (("scale", scale), ("zero", zero)):
+    for name, tensor in (("scale", scale), (second, zero)):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected {expected} for group_size={group_size}")
     if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
     if zero is not None and zero.dtype != scale.dtype:
-        raise DTypeError(f"zero has dtype {zero.dtype}: expected the scales' {scale.dtype}")
+        raise DTypeError(f"{second} has dtype {zero.dtype}: expected the scales' {scale.dtype}")

@@ -12,6 +12,7 @@ Op: TypeAlias = Literal[
     "int8",
     "preshuffled",
     "preshuffled_gated",
+    "preshuffled_minima",
     "q4_0",
     "q4_0_q8_1",
     "int4_dynamic",

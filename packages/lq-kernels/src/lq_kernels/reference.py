@@ -97,6 +97,34 @@ def preshuffled_linear_reference(
     return y.to(x.dtype)
 
 
+def minima_dequantize_reference(
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the ``(N, K)`` weight ``u * scale + minimum`` of int4 bits in fragment order, rounded once to ``dtype``."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    groups = in_features // group_size
+    codes = FRAGMENT_INT4.unpack(packed, out_features, in_features).view(out_features, groups, group_size).to(compute)
+    scales, minima = (
+        FRAGMENT_INT4.restore_scales(each, out_features, groups).to(compute)[..., None] for each in (scale, minimum)
+    )
+    return (codes * scales + minima).view(out_features, in_features).to(dtype)
+
+
+def minima_linear_reference(
+    x: Tensor, packed: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, out_features: int, group_size: int
+) -> Tensor:
+    """Return ``x (M, K) @ w.T + bias`` in float64, rounded once to x's dtype."""
+    w = minima_dequantize_reference(packed, scale, minimum, group_size, out_features, x.shape[1], torch.float64)
+    y = x.to(torch.float64) @ w.t()
+    return (y if bias is None else y + bias.to(torch.float64)).to(x.dtype)
+
+
 def int8_gemm_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """W8A16 product in plain torch: dequantize, multiply in float32 (float64 for float64 x), round once.
 

@@ -18,13 +18,14 @@ def dequantize(
     group_size: int,
     bits: int,
     dtype: torch.dtype,
+    minimum: bool = False,
 ) -> Tensor:
     """Return the ``(out_features, in_features)`` weight in ``dtype``, rounded once from fp32.
 
     Arguments are those of :func:`lq_kernels.cuda.decode_a16.linear`.
     """
     out = torch.empty((out_features, in_features), dtype=dtype, device=packed.device)
-    variant = Variant.of(dtype, scale.dtype, bits, group_size, in_features, zero is not None)
+    variant = Variant.of(dtype, scale.dtype, bits, group_size, in_features, zero is not None, minimum)
     steps, blocks = packed.shape[:2]
     defines = [define.replace("LQ_X=", "LQ_OUT=") for define in variant.defines]
     assert f"LQ_OUT={TYPES[dtype]}" in defines

@@ -201,6 +201,7 @@ def prefill(
     transposed: bool = False,
     residual: Tensor | None = None,
     gated: bool = False,
+    minimum: bool = False,
 ) -> Tensor:
     """Return :func:`lq_kernels.cuda.prefill_a16.linear`, batch-invariant; arguments and errors are those."""
     m, k = x.shape
@@ -223,6 +224,7 @@ def prefill(
             transposed=transposed,
             residual=added,
             gated=gated,
+            minimum=minimum,
         )
 
     _, most = _prefill_choice(m, *sizes)

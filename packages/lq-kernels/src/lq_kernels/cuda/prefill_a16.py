@@ -23,12 +23,14 @@ TOKENS = (16, 32, 64, 128, 256)
 """Tokens of a tile, for which the source is written; a tile has 128 out features."""
 ROWS = 128
 THREADS = 384
+MULTICAST_FROM = 64
+"""Tokens of a tile from which pairs of CTAs may load them for each other."""
 
 _SHARED = 232448
 _MAX_STAGES = 16
 _FIXED = 2 * 32 * 144 + 3 * _MAX_STAGES * 8 + 16  # staging and barriers
 _MAX_TILES = 1 << 30
-_SAME = ("tokens", "ctas", "shared_tiles", "workers")
+_SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast")
 """Fields of a cut that a table's must have; the rest is order."""
 
 _PRODUCTS = {16: 108, 32: 109, 64: 122, 128: 167, 256: 320}
@@ -156,23 +158,32 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
         # Half-empty tiles only waste, and with two stages loads do not overlap products.
         if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes)[0] < 3:
             continue
-        row_tiles, token_tiles = -(-n // ROWS), -(-m // tokens)
-        tiles = row_tiles * token_tiles
-        # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
-        height = math.sqrt(min(tiles, sm_count) * tokens * 16 / (ROWS * bits))
-        raster = -(-row_tiles // max(1, round(row_tiles / height)))
-        yield PrefillConfig(tokens, min(tiles, sm_count), raster, 0, 0)
-        rest = tiles % sm_count
-        for shared_tiles in {rest, rest + sm_count} if tiles > sm_count else {rest}:
-            if not 0 < shared_tiles <= tiles:
-                continue
-            # Equal runs for all, or every tile cut in as many parts.
-            for workers in {sm_count, *(parts * shared_tiles for parts in (2, 3, 4, 6, 8, 12, 16))}:
-                if shared_tiles < workers <= sm_count and workers <= shared_tiles * steps:
-                    ctas = max(workers, min(tiles - shared_tiles, sm_count))
-                    yield PrefillConfig(tokens, ctas, raster, shared_tiles, workers)
-            if shared_tiles > sm_count:
-                yield PrefillConfig(tokens, sm_count, raster, shared_tiles, sm_count)
+        yield from _cuts(tokens, -(-m // tokens), n, steps, bits, sm_count, multicast=False)
+        if tokens >= MULTICAST_FROM and n > ROWS and sm_count > 1:
+            yield from _cuts(tokens, -(-m // tokens), n, steps, bits, sm_count, multicast=True)
+
+
+def _cuts(
+    tokens: int, token_tiles: int, n: int, steps: int, bits: int, sm_count: int, multicast: bool
+) -> Iterator[PrefillConfig]:
+    rows, at_once = (2 * ROWS, sm_count // 2) if multicast else (ROWS, sm_count)
+    row_tiles = -(-n // rows)
+    tiles = row_tiles * token_tiles
+    # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
+    height = math.sqrt(min(tiles, at_once) * tokens * 16 / (rows * bits))
+    raster = -(-row_tiles // max(1, round(row_tiles / height)))
+    yield PrefillConfig(tokens, min(tiles, at_once), raster, 0, 0, multicast)
+    rest = tiles % at_once
+    for shared_tiles in {rest, rest + at_once} if tiles > at_once else {rest}:
+        if not 0 < shared_tiles <= tiles:
+            continue
+        # Equal runs for all, or every tile cut in as many parts.
+        for workers in {at_once, *(parts * shared_tiles for parts in (2, 3, 4, 6, 8, 12, 16))}:
+            if shared_tiles < workers <= at_once and workers <= shared_tiles * steps:
+                ctas = max(workers, min(tiles - shared_tiles, at_once))
+                yield PrefillConfig(tokens, ctas, raster, shared_tiles, workers, multicast)
+        if shared_tiles > at_once:
+            yield PrefillConfig(tokens, at_once, raster, shared_tiles, at_once, multicast)
 
 
 def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
@@ -210,6 +221,7 @@ def linear(
     transposed: bool = False,
     residual: Tensor | None = None,
     gated: bool = False,
+    minimum: bool = False,
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
@@ -229,6 +241,7 @@ def linear(
         residual: ``(M, out_features)`` in x's dtype, contiguous, added before the result is rounded; or None.
         gated: Whether the rows are those of a gate and an up projection (:mod:`lq_kernels.gated`), and the result is
             ``silu(gate) * up``, rounded once. One of these three at most.
+        minimum: Whether ``zero`` holds minima, and weights are ``u * scale + zero``; 4 bits in groups.
 
     Raises:
         ShapeError: If there are too many tiles for one launch.
@@ -244,7 +257,7 @@ def linear(
         k,
         packed.shape[1],
         group_size,
-        Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None),
+        Variant.of(x.dtype, scale.dtype, bits, group_size, k, zero is not None, minimum),
         config,
         epilogue,
     )

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from lq_formats.layouts import FRAGMENT_INT4
 from lq_formats.layouts.fragment import BLOCK_ROWS
 
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
@@ -30,8 +29,9 @@ class Variant:
         x: dtype of activations and results, bf16 or fp16.
         scale: dtype of scales and zeros.
         bits: 4 or 8.
-        groups: Groups in 128 in features: 1, 2 or 4; 0 for one scale a row.
-        zero: Whether there are zero points.
+        groups: Groups in a K step, 128 in features of 4 bits and 64 of 8: 1, 2 or 4; 0 for one scale a row.
+        zero: Whether there are zero points, or minima.
+        minimum: Whether they are minima: a weight is ``u * scale + minimum``. 4 bits in groups.
     """
 
     x: torch.dtype
@@ -39,17 +39,20 @@ class Variant:
     bits: int
     groups: int
     zero: bool
+    minimum: bool = False
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
-    def of(x: torch.dtype, scale: torch.dtype, bits: int, group_size: int, k: int, zero: bool) -> "Variant":
+    def of(
+        x: torch.dtype, scale: torch.dtype, bits: int, group_size: int, k: int, zero: bool, minimum: bool = False
+    ) -> "Variant":
         """Return the variant for a weight with K = ``k`` and groups of ``group_size``."""
-        groups = 0 if group_size == k else max(1, FRAGMENT_INT4.step // group_size)
-        return Variant(x, scale, bits, groups, zero)
+        groups = 0 if group_size == k else max(1, 512 // bits // group_size)
+        return Variant(x, scale, bits, groups, zero, minimum)
 
     @functools.cached_property
     def scale_bytes(self) -> int:
-        """Bytes of scales and zeros beside the codes of a block of 16 rows and 128 in features."""
+        """Bytes of scales and zeros beside the codes of a block of 16 rows and a K step."""
         return self.groups * BLOCK_ROWS * self.scale.itemsize * (2 if self.zero else 1)
 
     @functools.cached_property
@@ -60,5 +63,5 @@ class Variant:
             f"LQ_X={TYPES[self.x]}",
             f"LQ_SCALE={TYPES[self.scale]}",
             f"LQ_GROUPS={self.groups}",
-            f"LQ_ZERO={int(self.zero)}",
+            f"LQ_ZERO={2 if self.minimum else int(self.zero)}",
         )

@@ -53,7 +53,7 @@ def weight(bits: int, group_size: int, n: int, k: int, *, symmetric: bool = True
 
 def group_size(weight: Weight) -> int:
     """Return in features per scale; the smallest of those that share a table's entry."""
-    return 128 // weight.groups if weight.groups else weight.k
+    return 512 // weight.bits // weight.groups if weight.groups else weight.k
 
 
 def scale_dtype(weight: Weight) -> torch.dtype:

@@ -52,9 +52,9 @@ class Weight:
 
     Attributes:
         bits: 4 or 8.
-        groups: Groups in 128 in features: 1 (also for groups of a multiple of 128), 2, 4 and so on; 0 for one scale a row.
-        zero: Whether there are zero points.
-        scale_bytes: Bytes of scales and zeros beside the codes of 16 rows and 128 in features.
+        groups: Groups in a K step (512 / bits in features): 1 (also for longer groups), 2, 4 and so on; 0 for one scale a row.
+        zero: Whether there are zero points, or minima.
+        scale_bytes: Bytes of scales and zeros beside the codes of 16 rows and a K step.
         activation: What tokens are quantized to, ``"int8"`` or ``"fp8"``; empty where they are not.
         n: Out features, rounded up to blocks of 16.
         k: In features.
@@ -82,7 +82,7 @@ class Weight:
             raise SpecError(f"{asdict(self)} is no weight that lq tunes")
 
     def __str__(self) -> str:
-        size = f"g{128 // self.groups}" if self.groups else "row"
+        size = f"g{512 // self.bits // self.groups}" if self.groups else "row"
         rest = [self.activation] if self.activation else []
         return "-".join([f"int{self.bits}", size, *rest, "asym" if self.zero else "sym", f"{self.n}x{self.k}"])
 
