@@ -1,6 +1,7 @@
 """The Hopper kernels' batch-invariant cuts, without a GPU: K is cut alike for every tile, whatever the number of tokens."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def runs(config, tiles, steps, parts):
 @pytest.mark.parametrize(("n", "k"), WEIGHTS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_tile_of_16_bit_tokens_is_cut_alike_at_every_number_of_tokens(n, k, bits):
-    steps, rows = -(-k * bits // 512), -(-n // prefill_a16.ROWS)
+    steps = -(-k * bits // 512)
     parts = invariant.prefill_parts(n, k, bits, 32, 132)
     most = invariant.tokens_at_once(n, steps, parts)
     found, sizes = set(), set()
@@ -61,8 +62,8 @@ def test_every_tile_of_16_bit_tokens_is_cut_alike_at_every_number_of_tokens(n, k
             continue
         config = invariant.prefill_config(m, n, k, bits, 32, 132)
         sizes.add(config.tokens)
-        found |= runs(config, rows * -(-m // config.tokens), steps, parts)
-        partials = 2 * config.workers * config.tokens * prefill_a16.ROWS
+        found |= runs(config, math.prod(config.tiles(m, n)), steps, parts)
+        partials = 2 * config.workers * config.sharers * config.tokens * prefill_a16.ROWS
         assert partials <= invariant.MAX_PARTIALS or m <= 128
     assert len(found) == 1
     assert len(found.pop()) == parts

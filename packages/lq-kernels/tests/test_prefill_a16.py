@@ -134,10 +134,13 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
 
 
 def test_cuts_follow_the_size():
-    assert prefill_config(64, 4096, 4096, 4, 32, 132).workers > 32, "32 tiles do not fill 132 multiprocessors"
+    few = prefill_config(64, 4096, 4096, 4, 32, 132)
+    assert few.workers > 16, "16 pairs of tiles do not fill 66 pairs of multiprocessors"
+    assert few.multicast
     large = prefill_config(4096, 4096, 4096, 4, 32, 132)
     assert large.tokens == 256, "the largest tile reads least"
-    assert large.ctas == 132
+    assert large.ctas * large.sharers == 132
+    assert not prefill_config(64, 128, 4096, 4, 32, 132).multicast, "one tile of rows has no neighbour"
 
 
 # ---- on a GPU ----

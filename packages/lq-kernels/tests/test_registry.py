@@ -50,7 +50,7 @@ def q4_0(m, arch):
         pytest.param(int8(1, CPU), "aten-cpu", id="int8-cpu-M1"),
         pytest.param(int8(1, CPU, granularity="tensor"), "dequant-blas", id="int8-cpu-tensor-M1"),
         pytest.param(q4_0(8, CPU), "dequant-blas", id="q4_0-cpu-M8"),
-        pytest.param(int4(8192, H200), "dequant-blas", id="int4-h200-M8192"),
+        pytest.param(int4(8192, H200), "cuda-prefill", id="int4-h200-M8192"),
         pytest.param(int4(1, TURING), "dequant-blas", id="int4-sm75-M1"),
         pytest.param(int8(8192, H200), "cuda-prefill", id="int8-h200-M8192"),
         pytest.param(q4_0(8, H200), "cuda-decode", id="q4_0-h200-M8"),

@@ -78,8 +78,8 @@ def _a16(problem: Problem) -> Iterator[Unit]:
     if constraints.why_not_prefill(problem) is None:
         most = prefill_a16.TOKENS[-1]  # every size of tile makes sense for as many tokens as the largest has
         cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
-        for tokens in sorted({cut.tokens for cut in cuts}, reverse=True):
-            yield Unit("prefill_a16", (*variant.defines, f"LQ_TOKENS={tokens}", *epilogue))
+        for _, macros in sorted({(cut.tokens, cut.defines) for cut in cuts}, reverse=True):
+            yield Unit("prefill_a16", (*variant.defines, *macros, *epilogue))
     if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))
 

@@ -99,7 +99,7 @@ def _prefill_cuts(
     cuts = prefill_a16.candidates(m, n, k, bits, scale_bytes, sm_count)
     whole = [config for config in cuts if not config.shared_tiles]
     steps = -(-k // (512 // bits))
-    return _cut_alike(whole, lambda config: -(-n // ROWS) * -(-m // config.tokens), steps, parts)
+    return _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), steps, parts)
 
 
 def _a8_cuts(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int, parts: int) -> tuple[A8Config, ...]:
@@ -127,10 +127,10 @@ def _check(cuts: Sequence[object], m: int, n: int, k: int) -> None:
 def _prefill_clocks(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
     if not config.workers:
         return prefill_a16.cost(config, m, n, k, bits, sm_count)
-    parts = config.workers // config.shared_tiles
+    parts, rows = config.workers // config.shared_tiles, ROWS * config.sharers
     tile = replace(config, ctas=parts, shared_tiles=1, workers=parts)
-    waves = -(-config.workers // sm_count)
-    return waves * prefill_a16.cost(tile, config.tokens, ROWS, k, bits, sm_count)
+    waves = -(-config.workers * config.sharers // sm_count)
+    return waves * prefill_a16.cost(tile, config.tokens, rows, k, bits, sm_count)
 
 
 def _a8_clocks(

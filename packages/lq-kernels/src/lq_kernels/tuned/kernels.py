@@ -110,7 +110,7 @@ class _Prefill:
         return sorted(cuts, key=lambda config: prefill_a16.cost(config, *sizes, sm_count))
 
     def unit(self, weight: Weight, config: Any) -> Unit:
-        return Unit("prefill_a16", (*variant_of(weight).defines, f"LQ_TOKENS={config.tokens}"))
+        return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines))
 
 
 class _A8:
