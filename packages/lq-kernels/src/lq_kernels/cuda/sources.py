@@ -19,18 +19,22 @@ SOURCES = MappingProxyType(
 )
 
 VARIANTS = tuple(
-    Variant(x, scale, bits, groups, zero)
+    Variant(x, scale, bits, groups, zero > 0, zero == 2)
     for x, scale, bits, groups, zero in (
-        (torch.bfloat16, torch.bfloat16, 4, 1, False),
-        (torch.float16, torch.float16, 4, 1, False),
-        (torch.bfloat16, torch.bfloat16, 4, 1, True),
-        (torch.bfloat16, torch.bfloat16, 4, 2, False),
-        (torch.float16, torch.float32, 4, 4, True),
-        (torch.bfloat16, torch.float32, 4, 0, True),
-        (torch.bfloat16, torch.float32, 8, 0, False),
-        (torch.float16, torch.float32, 8, 0, False),
-        (torch.float16, torch.float16, 4, 2, True),
-        (torch.bfloat16, torch.float32, 4, 1, False),
+        (torch.bfloat16, torch.bfloat16, 4, 1, 0),
+        (torch.float16, torch.float16, 4, 1, 0),
+        (torch.bfloat16, torch.bfloat16, 4, 1, 1),
+        (torch.bfloat16, torch.bfloat16, 4, 2, 0),
+        (torch.float16, torch.float32, 4, 4, 1),
+        (torch.bfloat16, torch.float32, 4, 0, 1),
+        (torch.bfloat16, torch.float32, 8, 0, 0),
+        (torch.float16, torch.float32, 8, 0, 0),
+        (torch.float16, torch.float16, 4, 2, 1),
+        (torch.bfloat16, torch.float32, 4, 1, 0),
+        (torch.bfloat16, torch.float16, 4, 4, 2),
+        (torch.float16, torch.float16, 4, 4, 2),
+        (torch.bfloat16, torch.float16, 8, 2, 0),
+        (torch.float16, torch.float16, 8, 2, 0),
     )
 )
 """What the lint compiles of the sources that are compiled for a weight; between them every choice is taken."""

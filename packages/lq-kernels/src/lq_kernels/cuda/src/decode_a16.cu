@@ -22,10 +22,10 @@
 // and 64 for int8, 1 KB a block.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
-// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1), LQ_TILES (tiles of 8 tokens: 1, 2, 4), LQ_TRANSPOSED (1: y is fp32 (n, m),
-// as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0) and LQ_GATED (1: rows of a gate
-// and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for
-// ups; 0).
+// a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
+// tokens: 1, 2, 4), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
+// before y is rounded; 0) and LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
+// fp32 sums, and bias has n values for gates, then n for ups; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -42,7 +42,9 @@ using ScaleBits = Scale::Bits;
 constexpr int kBits = LQ_BITS;
 constexpr int kGroups = LQ_GROUPS;
 constexpr bool kZero = LQ_ZERO != 0;
+constexpr bool kMinimum = LQ_ZERO == 2;  // what is said of zeros is of minima
 constexpr bool kPerRow = kGroups == 0;
+static_assert(!kMinimum || (kBits == 4 && !kPerRow), "minima: 4 bits in groups");
 #ifndef LQ_TRANSPOSED
 #define LQ_TRANSPOSED 0
 #endif
@@ -434,11 +436,12 @@ __device__ __forceinline__ void decode(const Arguments& p) {
             const u32 at = step_scale + quad / kGroupQuads * group_scales;
             load_pair<Scale>(sums.scale, at);
             if constexpr (kZero) {
-              // What zeros that are not 8 add: their share of the sums of x.
+              // What zeros that are not 8, or minima, add: their share of the sums of x.
               float zero[2];
               load_pair<Scale>(zero, at + kGroups * group_scales);
 #pragma unroll
-              for (int r = 0; r < 2; ++r) zero[r] = (8.0f - zero[r]) * sums.scale[r];
+              for (int r = 0; r < 2; ++r)
+                zero[r] = kMinimum ? fmaf(8.0f, sums.scale[r], zero[r]) : (8.0f - zero[r]) * sums.scale[r];
 #pragma unroll
               for (int c = 0; c < kTokenTiles; ++c) {
                 float sum[2];

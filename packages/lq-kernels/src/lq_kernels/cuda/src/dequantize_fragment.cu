@@ -1,7 +1,8 @@
-// The dense weight of codes in fragment order: w (n, k) = (u - zero) * scale, computed in fp32 and rounded once. Any GPU.
+// The dense weight of codes in fragment order: w (n, k) = (u - zero) * scale, or u * scale + minimum, computed in fp32 and rounded
+// once. Any GPU.
 //
 // A warp takes a block of 16 rows at one K step; a lane writes the pairs of its eight codes a word. Compiled with LQ_BITS (4, 8),
-// LQ_OUT and LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1).
+// LQ_OUT and LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima).
 
 #include "lq/dequantize.cuh"
 
@@ -42,8 +43,10 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) dequantize_fragment(co
             value = static_cast<float>(words[w] >> (4 * (i + 4 * h)) & 0xF) - 8.0f;
           else
             value = static_cast<float>(static_cast<signed char>(words[w] >> (8 * (rh + 2 * h)) & 0xFF));
-          if (LQ_ZERO) value -= to_float(LQ_SCALE{}, zeros[at]) - 8.0f;
-          out[row * k + column + h] = out_bits(LQ_OUT{}, value * to_float(LQ_SCALE{}, scales[at]));
+          const float scale = to_float(LQ_SCALE{}, scales[at]);
+          if (LQ_ZERO == 1) value -= to_float(LQ_SCALE{}, zeros[at]) - 8.0f;
+          value = LQ_ZERO == 2 ? fmaf(value + 8.0f, scale, to_float(LQ_SCALE{}, zeros[at])) : value * scale;
+          out[row * k + column + h] = out_bits(LQ_OUT{}, value);
         }
       }
     }

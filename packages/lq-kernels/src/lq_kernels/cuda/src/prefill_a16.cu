@@ -20,7 +20,8 @@
 //
 // Accuracy: a weight is (u - 8) * scale rounded once, as a dequantized weight is; u - 8 is exact. Zeros make it an fma with
 // (8 - zero) * scale, which is rounded by itself as well: nothing, where zero is 8 less or more a power of two. With one scale a row,
-// 8 - zero and its sum with u - 8 are rounded (exact for an integer zero) and the fp32 sum is scaled. Sums are fp32.
+// 8 - zero and its sum with u - 8 are rounded (exact for an integer zero) and the fp32 sum is scaled. A minimum is added likewise, as
+// minimum + 8 * scale: the middle of a group is less than its minimum, and so is what rounding it to bf16 costs. Sums are fp32.
 // Bitwise reproducible: the order of all sums is fixed.
 //
 // How it came about (H200; clocks for 16 in features of 128 rows):
@@ -32,11 +33,11 @@
 //   and multiprocessor.
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
 //
-// Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in 128 in features: 1, 2, 4; 0: one
-// scale a row), LQ_ZERO (0, 1), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are
-// here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection
-// alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_MULTICAST
-// (0, 1).
+// Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a K step: 1, 2, 4; 0: one scale
+// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
+// products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
+// projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0) and
+// LQ_MULTICAST (0, 1).
 
 #include "lq/epilogue.cuh"
 #include "lq/stream_k.cuh"
@@ -55,6 +56,7 @@ constexpr int kGroups = LQ_GROUPS;
 constexpr int kTokens = LQ_TOKENS;
 constexpr int kRows = 128;
 constexpr bool kZero = LQ_ZERO != 0;
+constexpr bool kMinimum = LQ_ZERO == 2;  // what is said of zeros is of minima
 constexpr bool kPerRow = kGroups == 0;
 #ifndef LQ_TRANSPOSED
 #define LQ_TRANSPOSED 0
@@ -76,7 +78,8 @@ static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
 constexpr bool kMulticast = LQ_MULTICAST != 0;
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
 constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
-static_assert(kBits == 4 || (kPerRow && !kZero), "8 bits: one scale a row, symmetric");
+static_assert(kBits == 4 || !kZero, "8 bits: symmetric");
+static_assert(!kMinimum || !kPerRow, "minima: in groups");
 
 constexpr int kConsumerWarps = kRows / 16;
 constexpr int kConsumers = 32 * kConsumerWarps;
@@ -130,6 +133,15 @@ __device__ __forceinline__ void spread(u32 (&to)[2], float2 pair) {
   to[1] = from_floats(X{}, pair.y, pair.y);
 }
 
+// What is added to a scaled fragment: what its zero makes of it, or its minimum.
+template <typename T>
+__device__ __forceinline__ T offset_of(T zeros, T scales) {
+  if constexpr (kMinimum)
+    return fragment_minimum(X{}, zeros, scales);
+  else
+    return fragment_offset(X{}, zeros, scales);
+}
+
 // What is left to multiply sums with. Weights of bf16 in groups are multiplied straight from their subnormal bits: with 2^-32, both
 // that factor (the scale times 2^101) and its product with 8 are numbers for scales from 2^-97 to 2^26.
 constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero;
@@ -154,17 +166,18 @@ struct Weights {
       if constexpr (kSame<X, Scale>) {
         const u32 pair = *reinterpret_cast<const u32*>(scale_at);
         spread(scale[group], pair);
-        if constexpr (kZero) spread(offset[group], fragment_offset(X{}, *reinterpret_cast<const u32*>(zero_at), pair));
+        if constexpr (kZero) spread(offset[group], offset_of(*reinterpret_cast<const u32*>(zero_at), pair));
       } else {
         const float2 pair = load_two(scale_at);
         spread(scale[group], pair);
-        if constexpr (kZero) spread(offset[group], fragment_offset(X{}, load_two(zero_at), pair));
+        if constexpr (kZero) spread(offset[group], offset_of(load_two(zero_at), pair));
       }
       if constexpr (kFused) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          offset[group][r] = mul2(X{}, scale[group][r], 0xb100b100u);                          // -8 * 2^-32
-          scale[group][r] = mul2(X{}, scale[group][r], r == 0 ? 0x72007200u : 0x70007000u);  // 2^101, 2^97
+          offset[group][r] = mul2(X{}, scale[group][r], kBits == 4 ? 0xb100b100u : 0xb300b300u);  // -8, -128 * 2^-32
+          // 2^101; of a nibble in the upper half of a byte 2^97.
+          scale[group][r] = mul2(X{}, scale[group][r], kBits == 4 && r == 1 ? 0x70007000u : 0x72007200u);
         }
       }
     }
@@ -173,7 +186,9 @@ struct Weights {
   // The A fragment of k16 step `slice`.
   __device__ __forceinline__ void fragment(u32 (&a)[4], int slice) const {
     const int group = kPerRow ? 0 : slice * kGroups / kSlices;
-    if constexpr (kBits == 8)
+    if constexpr (kBits == 8 && kFused)
+      int8_places(a, words[2 * slice], words[2 * slice + 1]);
+    else if constexpr (kBits == 8)
       int8_fragment(X{}, a, words[2 * slice], words[2 * slice + 1]);
     else if constexpr (kFused)
       int4_places(a, words[slice]);

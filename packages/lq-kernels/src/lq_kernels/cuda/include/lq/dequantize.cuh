@@ -106,14 +106,18 @@ __device__ __forceinline__ void int4_fragment(Fp16 t, u32 (&a)[4], u32 word) {
   }
 }
 
+// Eight int8 codes b in their places, as b + 128.
+__device__ __forceinline__ void int8_places(u32 (&a)[4], u32 word0, u32 word1) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = and_xor((i < 2 ? word0 : word1) >> (8 * (i % 2)), 0x00ff00ffu, 0x00800080u);
+}
+
 // Eight int8 codes b in two words, to b / unit; bytes of a word are [a_i.lo, a_{i+1}.lo, a_i.hi, a_{i+1}.hi].
 // bf16: b ^ 0x80 is b + 128; times 2^127, less 2.
 __device__ __forceinline__ void int8_fragment(Bf16 t, u32 (&a)[4], u32 word0, u32 word1) {
+  int8_places(a, word0, word1);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const u32 word = (i < 2 ? word0 : word1) >> (8 * (i % 2));
-    a[i] = fma2(t, and_xor(word, 0x00ff00ffu, 0x00800080u), 0x7f007f00u, 0xc000c000u);
-  }
+  for (int i = 0; i < 4; ++i) a[i] = fma2(t, a[i], 0x7f007f00u, 0xc000c000u);
 }
 
 // fp16: b ^ 0x80 is b + 128, at 0x6400 it is 1024 + 128 + b = 0x6480 + b.
@@ -168,6 +172,19 @@ template <typename T>
 __device__ __forceinline__ float2 fragment_offset(T, float2 zeros, float2 scales) {
   constexpr float kPart = 1.0f / fragment_unit(T{});
   return {(8.0f - zeros.x) * scales.x * kPart, (8.0f - zeros.y) * scales.y * kPart};
+}
+
+// The same of a weight with a minimum, code * scale + minimum: (minimum + 8 * scale) / unit.
+__device__ __forceinline__ u32 fragment_minimum(Bf16 t, u32 minima, u32 scales) {
+  return fma2(t, scales, 0x3e003e00u, mul2(t, minima, 0x3c803c80u));  // 1 / 8, 1 / 64
+}
+
+__device__ __forceinline__ u32 fragment_minimum(Fp16 t, u32 minima, u32 scales) { return fma2(t, scales, 0x48004800u, minima); }  // 8
+
+template <typename T>
+__device__ __forceinline__ float2 fragment_minimum(T, float2 minima, float2 scales) {
+  constexpr float kPart = 1.0f / fragment_unit(T{});
+  return {fmaf(8.0f, scales.x, minima.x) * kPart, fmaf(8.0f, scales.y, minima.y) * kPart};
 }
 
 // D += A (16 x 16) * B (16 x 8), fp32 sums; fragments as in mma.cuh with pairs of k instead of fours.
