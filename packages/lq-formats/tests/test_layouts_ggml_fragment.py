@@ -24,9 +24,9 @@ def weight_of(name: str, fragments: ggml_fragment.GGMLFragments, n: int, k: int)
     layout = GGML_FRAGMENTS[name]
     codes = layout.order.unpack(fragments.codes, n, k).double()
     scale = layout.order.restore_scales(fragments.scale, n, k // 32).double().repeat_interleave(32, 1)
-    if fragments.minimum is None:
+    if fragments.minima is None:
         return (codes - (1 << layout.bits - 1)) * scale
-    return codes * scale + layout.order.restore_scales(fragments.minimum, n, k // 32).double().repeat_interleave(32, 1)
+    return codes * scale + layout.order.restore_scales(fragments.minima, n, k // 32).double().repeat_interleave(32, 1)
 
 
 @pytest.mark.parametrize("piece", [1 << 22, 1])
@@ -59,6 +59,7 @@ def test_the_weight_is_that_of_the_blocks(name: str) -> None:
     form = GGML_FRAGMENTS[name].form
     blocks = form.quantize(torch.randn(37, 768) * torch.logspace(-4, 0, 37)[:, None])
     w, found = form.dequantize(blocks, torch.float64), weight_of(name, GGML_FRAGMENTS[name].pack(blocks), 37, 768)
+    assert torch.equal(GGML_FRAGMENTS[name].dequantize(GGML_FRAGMENTS[name].pack(blocks), 37, 768), w.float())
     if name != "q4_k":
         assert torch.equal(found, w)
     # fp16 scales and minima: 2**-11 of (15 d s + dmin m), of weights that lie between.
@@ -101,9 +102,9 @@ def test_what_does_not_fit_is_named() -> None:
         layout.unpack(fragments, 16, 120)
     with pytest.raises(ShapeError, match="codes has shape"):
         layout.unpack(fragments, 17, 128)
-    with pytest.raises(ShapeError, match="a tensor 'minimum'"):
-        layout.unpack(fragments._replace(minimum=None), 16, 128)
-    with pytest.raises(ShapeError, match="no tensor 'minimum'"):
+    with pytest.raises(ShapeError, match="a tensor 'minima'"):
+        layout.unpack(fragments._replace(minima=None), 16, 128)
+    with pytest.raises(ShapeError, match="no tensor 'minima'"):
         GGML_FRAGMENTS["q4_0"].unpack(fragments, 16, 128)
     with pytest.raises(DTypeError, match="scale has dtype"):
         layout.unpack(fragments._replace(scale=fragments.scale.float()), 16, 128)

@@ -2,7 +2,9 @@
 
 import torch
 from lq_formats import QuantSpec
+from lq_formats.layouts import GGML_FRAGMENTS
 from lq_kernels import Arch, Problem
+from lq_kernels.ops import preshuffled_spec
 from lq_kernels.problem import Q4_0_SPEC, Op
 from lq_kernels.reference import int4_spec, int8_spec
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
         dtype: Of the activations.
 
     Returns:
-        None for formats that lq's registry does not choose kernels for (gemlite, tinygemm, ggml but Q4_0).
+        None for formats that are not compiled ahead (gemlite, tinygemm, ggml in planes and, but for Q4_0, in blocks).
     """
     if isinstance(layer, Int4PackedLinear):
         spec = int4_spec(layer.group_size, layer.in_features, True, layer.scales.dtype)
@@ -67,7 +69,9 @@ def problem_of(layer: Tensor | nn.Module, m: int, dtype: torch.dtype) -> Problem
     if isinstance(layer, Int8DynamicTensor):
         return Problem("int8_dynamic", m, n, k, int8_spec(layer.scale), dtype, arch, layer.activation)
     if isinstance(layer, GGMLTensor) and layer.fragments() is not None:
-        return Problem("preshuffled", m, n, k, int4_spec(32, k, True, torch.float16), dtype, arch)
+        symmetric, bits = layer.minima is None, GGML_FRAGMENTS[layer.ggml_type].bits
+        spec = preshuffled_spec(bits, 32, k, symmetric, torch.float16)
+        return Problem("preshuffled" if symmetric else "preshuffled_minima", m, n, k, spec, dtype, arch)
     if isinstance(layer, GGMLTensor) and layer.ggml_type == "q4_0":
         return Problem("q4_0", m, n, k, Q4_0_SPEC, dtype, arch)
     return None

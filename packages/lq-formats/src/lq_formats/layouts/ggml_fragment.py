@@ -3,7 +3,7 @@
 Four block formats are affine in groups of 32, so the kernels for fragment order multiply them. Codes are in
 :class:`~lq_formats.layouts.FragmentLayout`, scales and minima fp16 ``(groups, rows)``, arranged alike::
 
-    type   weight              codes            scale     minimum        fields                   bits a weight
+    type   weight              codes            scale     minima         fields                   bits a weight
     Q4_0   (u - 8) scale       FRAGMENT_INT4    d         -              -                        4.5
     Q4_1   u scale + minimum   FRAGMENT_INT4    d         m              -                        5.0
     Q4_K   u scale + minimum   FRAGMENT_INT4    d s       -(dmin m)      d:2 dmin:2 scales:12     5.5 (4.5 in blocks)
@@ -41,11 +41,11 @@ _PIECE = 1 << 22  # weights that are unpacked at a time
 
 
 class GGMLFragments(NamedTuple):
-    """A weight's tensors; ``minimum`` and ``fields`` are None where the type has none."""
+    """A weight's tensors; ``minima`` and ``fields`` are None where the type has none."""
 
     codes: Tensor
     scale: Tensor
-    minimum: Tensor | None = None
+    minima: Tensor | None = None
     fields: Tensor | None = None
 
 
@@ -146,6 +146,17 @@ class GGMLFragmentsLayout:
         self._unpack(fragments, rows, in_features, blocks)
         return blocks
 
+    def dequantize(
+        self, fragments: GGMLFragments, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return the ``(out_features, in_features)`` weight: the values of its blocks, not of rounded scales."""
+        self.check(fragments, out_features, in_features)
+        w = fragments.codes.new_empty((out_features, in_features), dtype=dtype)
+        every = torch.arange(out_features, device=w.device)
+        for some in _row_slices(out_features, in_features):
+            w[some] = self.form.dequantize(self.unpack_rows(fragments, every[some], out_features, in_features), dtype)
+        return w
+
     def check(self, fragments: GGMLFragments, out_features: int, in_features: int) -> None:
         """Raise ShapeError or DTypeError unless the tensors are those of a weight ``(out_features, in_features)``."""
         name, block = self.form.name, self.form.block_size
@@ -155,7 +166,7 @@ class GGMLFragmentsLayout:
         wanted: tuple[tuple[str, tuple[int, ...] | None, torch.dtype], ...] = (
             ("codes", self.order.packed_shape(out_features, in_features), torch.int32),
             ("scale", scales, torch.float16),
-            ("minimum", scales if self.has_minimum else None, torch.float16),
+            ("minima", scales if self.has_minimum else None, torch.float16),
             ("fields", (out_features, in_features // 64) if self.has_fields else None, torch.int32),
         )
         for (what, shape, dtype), tensor in zip(wanted, fragments, strict=True):
@@ -187,7 +198,7 @@ class GGMLFragmentsLayout:
         if fragments.fields is not None:
             blocks[..., :16] = fragments.fields[rows].view(torch.uint8).view(count, number, 16)
             return
-        for i, factors in enumerate((fragments.scale, fragments.minimum)):
+        for i, factors in enumerate((fragments.scale, fragments.minima)):
             if factors is not None:
                 bits = self.order.restore_scale_rows(factors.view(torch.int16), rows, number)
                 blocks[..., 2 * i : 2 * i + 2] = bits.flatten().view(torch.uint8).view(count, number, 2)

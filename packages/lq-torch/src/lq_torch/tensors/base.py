@@ -180,6 +180,10 @@ class LowBitTensor(torch.Tensor):
         tensors = {name: function(tensor) for name, tensor in self.inner_tensors().items()}
         return type(self)(tensors, self.attributes(), self.shape, dtype or self.dtype)
 
+    def _like(self, target: "LowBitTensor") -> Self:
+        """Return this weight with the inner tensors that ``target`` has, where there is more than one form."""
+        return self
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = ", ".join(f"{name}={value}" for name, value in self.attributes().items())
         inner = ", ".join(f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in self.inner_tensors().items())
@@ -303,6 +307,7 @@ def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> 
     assert isinstance(source, LowBitTensor)
     # Some weights are arranged for their device, and torch.load leaves them as they were arranged for another.
     source = source._map(torch.detach) if target.device == source.device else _to_copy(source, device=target.device)
+    source = source._like(target)
     if target.attributes() != source.attributes() or set(target.inner_tensors()) != set(source.inner_tensors()):
         raise UnsupportedError(f"cannot copy {source.attributes()} into {target.attributes()}: different quantization")
     for name, tensor in target.inner_tensors().items():

@@ -1,20 +1,20 @@
 """GGMLTensor: weights in ggml's blocks, byte for byte what a GGUF file holds."""
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
 from lq_formats import FormatError, NonFiniteError, ShapeError, SpecError, ggml_format
-from lq_formats.layouts import GGMLPlanes, ggml_planes
+from lq_formats.layouts import GGML_FRAGMENTS, GGMLFragments, GGMLPlanes, ggml_planes
 from lq_kernels import (
     ggml_dequantize,
     ggml_linear,
-    preshuffle_q4_0,
+    minima_dequantize,
+    minima_linear,
     preshuffled_dequantize,
     preshuffled_linear,
     q4_0_linear,
     reads_fragments,
-    restore_q4_0,
 )
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from lq_torch.tensors.base import LowBitTensor, check_weight
 from lq_torch.tensors.saved import SavedWeight
 
 _DEVICES_OF_PLANES = ("cuda",)
+_Form: TypeAlias = Literal["blocks", "planes", "fragments"]
 
 
 class GGMLTensor(LowBitTensor):
@@ -31,20 +32,25 @@ class GGMLTensor(LowBitTensor):
     same bits apart by kind (:data:`lq_formats.layouts.GGML_PLANES`), once, and multiplies packed; moving it rearranges it, and
     files hold blocks.
 
-    Q4_0 has kernels of its own. On a Hopper GPU it is in fragment order, once (:func:`lq_kernels.preshuffle_q4_0`), and
-    :func:`lq_kernels.preshuffled_linear` multiplies activations as they are, float32 ones with a temporary dequantized weight.
-    Elsewhere it stays in blocks, and :func:`lq_kernels.q4_0_linear` quantizes activations to Q8_1.
+    On a Hopper GPU weights of 16 bits of the types in :data:`lq_formats.layouts.GGML_FRAGMENTS` (Q4_0, Q4_1, Q4_K, Q8_0) are in
+    fragment order instead, once, for lq's CUDA kernels. Q4_K, 4.5 bits a weight in files, takes 5.5 there, and its scales are
+    rounded to fp16 in products, not in :meth:`dequantize` and :meth:`blocks`; one with scales beyond float16 stays in planes.
+
+    Q4_0 is in fragment order whatever its dtype; float32 activations take a temporary dequantized weight. Elsewhere it stays in
+    blocks, and :func:`lq_kernels.q4_0_linear` quantizes activations to Q8_1.
 
     Attributes:
         qdata: ``(N, K // block size, block bytes) uint8`` blocks; None where there are planes or fragments.
-        codes: ``(N, words) int32``, of Q4_0 those of :class:`lq_formats.layouts.FragmentLayout`; None where there are blocks,
-            as are the following.
-        high: ``(N, words)`` uint8 or int16; None for types without upper bits, too.
-        scale: ``(N, words) int32``, of Q4_0 ``(groups, rows)`` fp16.
+        codes: Of planes ``(N, words) int32``, of fragments those of :class:`lq_formats.layouts.FragmentLayout`; None where
+            there are blocks, as are the following.
+        high: Of planes, ``(N, words)`` uint8 or int16; None for types without upper bits, too.
+        scale: Of planes ``(N, words) int32``, of fragments ``(groups, rows)`` fp16.
+        minima: Of fragments, as ``scale``; None for types without minima.
+        fields: Of fragments, ``(N, words) int32``: the bytes of Q4_K that scales and minima are computed from; else None.
         ggml_type: The format's name, for example ``"q4_0"``.
     """
 
-    tensor_names: ClassVar = ("qdata", "codes", "high", "scale")
+    tensor_names: ClassVar = ("qdata", "codes", "high", "scale", "minima", "fields")
     attribute_names: ClassVar = ("ggml_type",)
     saved_names: ClassVar = ("qdata",)
     kind: ClassVar = "ggml"
@@ -52,6 +58,8 @@ class GGMLTensor(LowBitTensor):
     codes: Tensor | None
     high: Tensor | None
     scale: Tensor | None
+    minima: Tensor | None
+    fields: Tensor | None
     ggml_type: str
 
     @classmethod
@@ -99,7 +107,7 @@ class GGMLTensor(LowBitTensor):
     def blocks(self) -> Tensor:
         """Return the blocks ``(N, K // block size, block bytes) uint8``, byte for byte."""
         if (fragments := self.fragments()) is not None:
-            return restore_q4_0(*fragments, out_features=self.shape[0], in_features=self.shape[1])
+            return GGML_FRAGMENTS[self.ggml_type].unpack(fragments, *self.shape)
         if (planes := self.planes()) is not None:
             return ggml_planes(self.ggml_type).unpack(planes, self.shape[1])
         assert self.qdata is not None
@@ -107,23 +115,31 @@ class GGMLTensor(LowBitTensor):
 
     def planes(self) -> GGMLPlanes | None:
         """Return the planes, or None where the weight is in blocks or fragments."""
-        if self.codes is None or self.scale is None or self.ggml_type == "q4_0":
+        if self.codes is None or self.scale is None or self.codes.dim() != 2:
             return None
         return GGMLPlanes(self.codes, self.high, self.scale)
 
-    def fragments(self) -> tuple[Tensor, Tensor] | None:
-        """Return codes and scales in fragment order, or None where the weight is in blocks or planes."""
-        if self.codes is None or self.scale is None or self.ggml_type != "q4_0":
+    def fragments(self) -> GGMLFragments | None:
+        """Return codes, scales and the like in fragment order, or None where the weight is in blocks or planes."""
+        if self.codes is None or self.scale is None or self.codes.dim() == 2:
             return None
-        return self.codes, self.scale
+        return GGMLFragments(self.codes, self.scale, self.minima, self.fields)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
         dtype = dtype or self.dtype
         rows, columns = self.shape
         if (fragments := self.fragments()) is not None:
+            layout = GGML_FRAGMENTS[self.ggml_type]
+            codes, scale, minima, fields = fragments
+            if fields is not None:
+                return layout.dequantize(fragments, rows, columns, dtype)
+            if minima is not None:
+                return minima_dequantize(
+                    codes, scale, minima, group_size=32, out_features=rows, in_features=columns, dtype=dtype
+                )
             return preshuffled_dequantize(
-                *fragments, bits=4, group_size=32, out_features=rows, in_features=columns, dtype=dtype
+                codes, scale, bits=layout.bits, group_size=32, out_features=rows, in_features=columns, dtype=dtype
             )
         if (planes := self.planes()) is not None:
             return ggml_dequantize(planes, ggml_type=self.ggml_type, in_features=columns, dtype=dtype)
@@ -142,7 +158,7 @@ class GGMLTensor(LowBitTensor):
         if (fragments := self.fragments()) is not None:
             # Indexing checks the indices, which padding would hide.
             flat = torch.arange(rows, device=self.device)[indices.flatten()]
-            blocks = restore_q4_0(*fragments, out_features=rows, in_features=columns, rows=flat)
+            blocks = GGML_FRAGMENTS[self.ggml_type].unpack_rows(fragments, flat, rows, columns)
             blocks = blocks.view(*indices.shape, *blocks.shape[1:])
         else:
             assert self.qdata is not None
@@ -152,13 +168,18 @@ class GGMLTensor(LowBitTensor):
 
     def why_not_batch_invariant(self) -> str | None:
         """Return why: blocks that no kernel takes are multiplied by torch."""
-        packed = self.ggml_type == "q4_0" or self.planes() is not None
+        packed = self.ggml_type == "q4_0" or self.codes is not None
         return None if packed else "it is dequantized for a dense product, whose results depend on the number of tokens"
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``."""
         if (fragments := self.fragments()) is not None:
-            return preshuffled_linear(x, *fragments, bits=4, group_size=32, out_features=self.shape[0], bias=bias)
+            codes, scale, minima, _ = fragments
+            rows = self.shape[0]
+            if minima is not None:
+                return minima_linear(x, codes, scale, minima, group_size=32, out_features=rows, bias=bias)
+            bits = GGML_FRAGMENTS[self.ggml_type].bits
+            return preshuffled_linear(x, codes, scale, bits=bits, group_size=32, out_features=rows, bias=bias)
         if (planes := self.planes()) is not None:
             return ggml_linear(x, planes, ggml_type=self.ggml_type, bias=bias)
         if self.ggml_type == "q4_0":
@@ -190,25 +211,48 @@ class GGMLTensor(LowBitTensor):
         return super().from_saved(saved)._arranged()
 
     def _map(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
-        return super()._map(function, dtype)._arranged()
+        found = super()._map(function, dtype)
+        return found._arranged(settled=(found.device, found.dtype) == (self.device, self.dtype))
 
-    def _arranged(self) -> Self:
-        """Return this weight as its device's kernels read it: planes, fragments, or blocks; itself where it is."""
+    def _like(self, target: LowBitTensor) -> Self:
+        if not isinstance(target, GGMLTensor) or target.ggml_type != self.ggml_type:
+            return self
+        return self._in(target._form)
+
+    def _arranged(self, settled: bool = False) -> Self:
+        """Return this weight as its device's kernels read it: in fragments, planes, or blocks; itself where it is.
+
+        Args:
+            settled: Whether it is where it was before; what is in planes then has a reason, or waits for a move.
+        """
         if self.device.type == "meta":
             return self
-        if self.ggml_type == "q4_0":
-            wanted = reads_fragments(self.device)
-        else:
-            wanted = self.device.type in _DEVICES_OF_PLANES and self.ggml_type != "q8_1"
-        if wanted == (self.codes is not None):
+        layout = GGML_FRAGMENTS.get(self.ggml_type)
+        narrow = self.ggml_type == "q4_0" or self.dtype != torch.float32
+        if layout is not None and narrow and reads_fragments(self.device):
+            if self._form == "fragments" or (settled and self._form == "planes"):
+                return self
+            if layout.why_not(self.blocks()) is None:
+                return self._in("fragments")
+        planes = self.device.type in _DEVICES_OF_PLANES and self.ggml_type not in ("q4_0", "q8_1")
+        return self._in("planes" if planes else "blocks")
+
+    @property
+    def _form(self) -> _Form:
+        if self.codes is None:
+            return "blocks"
+        return "planes" if self.codes.dim() == 2 else "fragments"
+
+    def _in(self, form: _Form) -> Self:
+        """Return this weight in a form, itself where it is."""
+        if form == self._form:
             return self
         blocks = self.blocks()
         tensors: dict[str, Tensor | None]
-        if not wanted:
+        if form == "blocks":
             tensors = {"qdata": blocks}
-        elif self.ggml_type == "q4_0":
-            codes, scale = preshuffle_q4_0(blocks)
-            tensors = {"codes": codes, "scale": scale}
-        else:
+        elif form == "planes":
             tensors = ggml_planes(self.ggml_type).pack(blocks)._asdict()
+        else:
+            tensors = GGML_FRAGMENTS[self.ggml_type].pack(blocks)._asdict()
         return type(self)(tensors, self.attributes(), self.shape, self.dtype)
