@@ -74,6 +74,8 @@ FORMS = {
     "int4-g64-fp16": (QuantSpec(4, "group", 64, True, FP16), FP16, 14336, 512),
     "int4-row": (QuantSpec(4, "row", None, True, BF16), BF16, 100, 16384),
     "int8-row": (QuantSpec(8, "row", None, True, FP32), BF16, 2048, 2048),
+    "int8-g32": (QuantSpec(8, "group", 32, True, FP16), FP16, 2048, 4128),
+    "minima": (QuantSpec(4, "group", 32, False, FP16), BF16, 4096, 2048),
 }
 
 
@@ -82,15 +84,17 @@ def test_no_number_of_tokens_asks_for_what_was_not_compiled(form, launches):
     spec, dtype, n, k = FORMS[form]
     size = k if spec.group_size is None else spec.group_size
     packed, scale, zero = fragment(spec.bits, n, k, size, spec.scale_dtype, not spec.symmetric)
-    problem = Problem("preshuffled", 1, n, k, spec, dtype, H200)
+    op = "preshuffled_minima" if form == "minima" else "preshuffled"
+    problem = Problem(op, 1, n, k, spec, dtype, H200)
     ready = compiled(problem)
     x = torch.empty(EVERY_M[-1], k, dtype=dtype)
     # Every number of tokens for the usual form; the others every 41st, and all up to 130.
     for m in EVERY_M if form == "int4-g128" else (*range(1, 131), *range(131, 8193, 41)):
         for module in (decode_a16, prefill_a16):
-            choice = module.choice_of(Problem("preshuffled", m, n, k, spec, dtype, H200))
+            choice = module.choice_of(Problem(op, m, n, k, spec, dtype, H200))
             if choice is not None and (module is prefill_a16 or m <= 256):
-                module.linear(x[:m], packed, scale, zero, None, n, size, spec.bits, choice.config)
+                options = {"minimum": form == "minima"}
+                module.linear(x[:m], packed, scale, zero, None, n, size, spec.bits, choice.config, **options)
         assert launches <= ready, m
     assert {name for name, _, _ in launches} == {"decode_a16", "prefill_a16"}
     assert len(ready) <= 12, "no more than the kernel has forms of this weight"

@@ -55,11 +55,14 @@ def test_rows_of_quantized_models(config, dtype, device):
     check(model, torch.randn(64, 512, device=device).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rows_of_q4_0_as_hopper_holds_it(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("ggml_type", "dtype"),
+    [("q4_0", torch.float32), *((name, torch.bfloat16) for name in ("q4_0", "q4_1", "q4_k", "q8_0"))],
+)
+def test_rows_of_ggml_as_hopper_holds_it(ggml_type, dtype, monkeypatch):
     monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: True)
     model = nn.Sequential(nn.Linear(512, 48)).to(dtype)
-    quantize_(model, GGMLWeightOnlyConfig("q4_0"))
+    quantize_(model, GGMLWeightOnlyConfig(ggml_type))
     assert model[0].weight.fragments() is not None
     check(model, torch.randn(64, 512, dtype=dtype))
 
