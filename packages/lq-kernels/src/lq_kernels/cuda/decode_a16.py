@@ -136,13 +136,25 @@ def candidates(
                 once = _clusters(sm_count, cluster)
                 if not once or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
-                clusters = min(blocks, once * per_sm)
-                fixed = (m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters, _SHARED[per_sm], sum_bytes)
-                wanted = _stages(token_tiles, bits)
-                # A ring as large as fits, and about as large as is enough: the next kernel fills its own in what is left.
-                rings = (cut(*fixed, stages) for stages in (_MAX_STAGES, wanted + 1, wanted, wanted - 1))
-                found = [config for config in dict.fromkeys(rings) if config is not None]
-                yield from (config for config in found if config.stages <= wanted + 1 or config is found[-1])
+                for clusters in _grids(blocks, once * per_sm):
+                    sizes = (m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters)
+                    wanted = _stages(token_tiles, bits)
+                    # A ring as large as fits, and about as large as is enough: the next kernel fills its own in what is left.
+                    rings = (
+                        cut(*sizes, _SHARED[per_sm], sum_bytes, stages)
+                        for stages in (_MAX_STAGES, wanted + 1, wanted, wanted - 1)
+                    )
+                    found = [config for config in dict.fromkeys(rings) if config is not None]
+                    yield from (config for config in found if config.stages <= wanted + 1 or config is found[-1])
+
+
+def _grids(blocks: int, at_once: int) -> tuple[int, ...]:
+    """Return numbers of clusters: all that run at once, and as few of them as take as long and leave no slot empty."""
+    most = min(blocks, at_once)
+    rows = -(-blocks // most)
+    full = next((slots for slots in (1, 2, 4) if rows <= slots), -(-rows // 8) * 8)
+    fewer = -(-blocks // full)
+    return (most, fewer) if most > fewer >= 0.8 * at_once else (most,)
 
 
 def _clusters(sm_count: int, cluster: int) -> int:
