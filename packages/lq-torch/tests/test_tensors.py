@@ -153,8 +153,8 @@ def test_inference_mode_before_and_after(config, device):
 def test_a_change_of_dtype_keeps_the_bits(weight, dtype, device):
     changed = weight.to(dtype)
     assert (changed.dtype, type(changed)) == (dtype, type(weight))
-    for name, tensor in weight.inner_tensors().items():
-        assert torch.equal(changed.inner_tensors()[name], tensor)
+    for name, tensor in weight.to_tensors().items():
+        assert torch.equal(changed.to_tensors()[name], tensor)
     x = torch.randn(3, 256, device=device, dtype=dtype)
     y = F.linear(x, changed)
     assert y.dtype == dtype
