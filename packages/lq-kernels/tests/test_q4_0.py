@@ -78,6 +78,50 @@ def test_llama_shape_reproducible_and_fully_written():
             assert torch.equal(gemm_q4_0_q8_1(w, a, m, n, k), first)
 
 
+@pytest.fixture
+def poisoned():
+    """Fill what is allocated with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would want a setting; only the NaNs are wanted
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def operands(kind, m, k, n):
+    """Return Q4_0 blocks of m weight rows and Q8_1 blocks of n tokens.
+
+    ``trained-like``: rows and tokens of unlike norms, heavy tails, a few channels 30 times larger, activations off zero.
+    """
+    w, x = torch.randn(m, k), torch.randn(n, k)
+    if kind == "trained-like":
+        w *= 0.02 * (0.3 * torch.randn(m, 1)).exp() * (0.5 * torch.randn(m, k)).exp()
+        x += 0.5 * torch.randn(k)
+        x[:, torch.randperm(k)[: k // 64]] *= 30
+        x *= torch.randn(n, 1).exp()
+    return quantize_q4_0(w), quantize_q8_1(x)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["random", "trained-like"])
+@pytest.mark.parametrize(
+    ("kernel", "m", "k"),
+    [(None, 192, 4096), (None, 4096, 256), ("cuda-decode", 192, 4096), ("cuda-prefill", 192, 4096)],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_number_of_tokens_is_near_the_exact_product_of_the_operands(device, kernel, m, k, kind):
+    if kernel is not None and (device == "cpu" or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("the Hopper kernels need a Hopper GPU")
+    w, a = operands(kind, m, k, 600)
+    exact = (dequantize_q4_0(w, torch.float64) @ dequantize_q8_1(a, torch.float64).t()).to(device)
+    power = (exact**2).sum(dim=0)
+    w, a = w.to(device), a.to(device)
+    for n in range(1, 601) if device == "cuda" else (1, 2, 17, 600):
+        y = gemm_q4_0_q8_1(w, a[:n], m, n, k, kernel=kernel)
+        assert torch.equal(gemm_q4_0_q8_1(w, a[:n], m, n, k, kernel=kernel), y), f"N={n}: two runs differ"
+        # Token by token, so that one wrong number in a row is seen; the whole is no worse than the worst token.
+        nmse_of_tokens = ((y.double() - exact[:, :n]) ** 2).sum(dim=0) / power[:n]
+        assert bool((nmse_of_tokens < 5e-5).all()), f"N={n}: {float(nmse_of_tokens.max()):.1e}"  # false of NaN
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_fused_quantizer_writes_the_same_bytes(dtype):
