@@ -76,10 +76,11 @@ def _a16(problem: Problem) -> Iterator[Unit]:
             if tiles <= most:
                 yield Unit("decode_a16", (*variant.defines, f"LQ_TILES={tiles}", *epilogue))
     if constraints.why_not_prefill(problem) is None:
-        most = prefill_a16.TOKENS[-1]  # every size of tile makes sense for as many tokens as the largest has
-        cuts = prefill_a16.candidates(most, problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
-        for _, macros in sorted({(cut.tokens, cut.defines) for cut in cuts}, reverse=True):
-            yield Unit("prefill_a16", (*variant.defines, *macros, *epilogue))
+        # Every size of tile makes sense for as many tokens as it has, and pairs share K where there are few tiles.
+        sizes = (problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
+        cuts = {cut.defines: cut for m in prefill_a16.TOKENS for cut in prefill_a16.candidates(m, *sizes)}
+        for cut in sorted(cuts.values(), key=lambda cut: (cut.tokens, cut.defines), reverse=True):
+            yield Unit("prefill_a16", (*variant.defines, *cut.defines, *epilogue))
     if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))
 

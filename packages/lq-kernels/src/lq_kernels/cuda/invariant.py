@@ -97,7 +97,7 @@ def _prefill_cuts(
     m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int, parts: int
 ) -> tuple[PrefillConfig, ...]:
     cuts = prefill_a16.candidates(m, n, k, bits, scale_bytes, sm_count)
-    whole = [config for config in cuts if not config.shared_tiles]
+    whole = [config for config in cuts if not (config.shared_tiles or config.split)]
     steps = -(-k // (512 // bits))
     return _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), steps, parts)
 

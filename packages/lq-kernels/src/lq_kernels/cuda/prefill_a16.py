@@ -26,11 +26,17 @@ THREADS = 384
 MULTICAST_FROM = 64
 """Tokens of a tile from which pairs of CTAs load them for each other, where a weight has rows for two."""
 
+SPLIT_TOKENS = (32, 64, 128)
+"""Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
+SPLIT_IN_BULK_FROM = 64
+"""... from which sums go to the other CTA through a buffer and in bulk, not from registers."""
+
 _SHARED = 232448
 _MAX_STAGES = 16
-_FIXED = 2 * 32 * 144 + 3 * _MAX_STAGES * 8 + 16  # staging and barriers
+_BARRIERS = 3 * _MAX_STAGES * 8
+_FIXED = 2 * 32 * 144 + _BARRIERS + 16  # staging, barriers, a flag
 _MAX_TILES = 1 << 30
-_SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast")
+_SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split")
 """Fields of a cut that a table's must have; the rest is order."""
 
 _PRODUCTS = {16: 94, 32: 99, 64: 97, 128: 146, 256: 290}
@@ -50,6 +56,8 @@ class PrefillConfig:
         workers: CTAs that share them.
         multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. ``ctas``,
             ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
+        split: CTAs come in pairs that share the K of a tile and add up through distributed shared memory. ``ctas`` then
+            counts pairs; no tile is shared otherwise, tokens are one of ``SPLIT_TOKENS``, and there are two K steps.
     """
 
     tokens: int
@@ -58,11 +66,22 @@ class PrefillConfig:
     shared_tiles: int
     workers: int
     multicast: bool = False
+    split: bool = False
 
     @property
     def sharers(self) -> int:
         """CTAs that have the same tokens."""
         return 2 if self.multicast else 1
+
+    @property
+    def pair(self) -> int:
+        """CTAs of a cluster."""
+        return 2 if self.multicast or self.split else 1
+
+    @property
+    def bulk(self) -> bool:
+        """Whether sums are sent from a buffer."""
+        return self.split and self.tokens >= SPLIT_IN_BULK_FROM
 
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """Return how many row tiles (or pairs) and token tiles there are."""
@@ -71,20 +90,28 @@ class PrefillConfig:
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
-        return (f"LQ_TOKENS={self.tokens}", *(("LQ_MULTICAST=1",) if self.multicast else ()))
+        pair = (("LQ_MULTICAST=1",) if self.multicast else ()) + ((f"LQ_SPLIT={1 + self.bulk}",) if self.split else ())
+        return (f"LQ_TOKENS={self.tokens}", *pair)
 
 
-def ring(tokens: int, bits: int, scale_bytes: int) -> tuple[int, int]:
+def ring(tokens: int, bits: int, scale_bytes: int, boxes: int = 0) -> tuple[int, int]:
     """Return the stages of a CTA's ring and the bytes of its shared memory.
 
     Args:
         tokens: Tokens of a tile.
         bits: 4 or 8.
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        boxes: Of a pair that shares K, buffers for sums: 1, or 2 where they are sent in bulk; else 0.
     """
     stage = tokens * (512 // bits) * 2 + ROWS // BLOCK_ROWS * (BLOCK_BYTES + scale_bytes)
-    stages = min(_MAX_STAGES, (_SHARED - _FIXED) // stage)
-    return stages, _FIXED + stages * stage
+    # Results pass through the first buffer; nine more barriers.
+    fixed = boxes * tokens // 2 * ROWS * 4 + _BARRIERS + 80 if boxes else _FIXED
+    stages = min(_MAX_STAGES, (_SHARED - fixed) // stage)
+    return stages, fixed + stages * stage
+
+
+def _ring(config: PrefillConfig, bits: int, scale_bytes: int) -> tuple[int, int]:
+    return ring(config.tokens, bits, scale_bytes, config.split + config.bulk)
 
 
 def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
@@ -163,16 +190,27 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
         if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes)[0] < 3:
             continue
         yield from _cuts(m, n, tokens, steps, bits, sm_count)
+        tiles, pairs = -(-n // ROWS) * -(-m // tokens), sm_count // 2
+        if tokens in SPLIT_TOKENS and steps > 1 and tiles <= 2 * pairs:
+            raster = _raster(m, n, tokens, ROWS, bits, pairs)
+            split = PrefillConfig(tokens, min(tiles, pairs), raster, 0, 0, split=True)
+            if _ring(split, bits, scale_bytes)[0] >= 3:
+                yield split
+
+
+def _raster(m: int, n: int, tokens: int, rows: int, bits: int, at_once: int) -> int:
+    """Return the row tiles of a band, about as many in each; ``at_once`` tiles run at once."""
+    row_tiles = -(-n // rows)
+    # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
+    height = math.sqrt(min(row_tiles * -(-m // tokens), at_once) * tokens * 16 / (rows * bits))
+    return -(-row_tiles // max(1, round(row_tiles / height)))
 
 
 def _cuts(m: int, n: int, tokens: int, steps: int, bits: int, sm_count: int) -> Iterator[PrefillConfig]:
     multicast = tokens >= MULTICAST_FROM and n > ROWS and sm_count > 1
     rows, at_once = (2 * ROWS, sm_count // 2) if multicast else (ROWS, sm_count)
-    row_tiles = -(-n // rows)
-    tiles = row_tiles * -(-m // tokens)
-    # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
-    height = math.sqrt(min(tiles, at_once) * tokens * 16 / (rows * bits))
-    raster = -(-row_tiles // max(1, round(row_tiles / height)))
+    tiles = -(-n // rows) * -(-m // tokens)
+    raster = _raster(m, n, tokens, rows, bits, at_once)
     yield PrefillConfig(tokens, min(tiles, at_once), raster, 0, 0, multicast)
     rest = tiles % at_once
     for shared_tiles in {rest, rest + at_once} if tiles > at_once else {rest}:
@@ -193,7 +231,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     Products go by the table above, more for int8, whose bytes are twice as many. A launch costs 3,400 clocks, storing a tile
     10.5 a token. The parts of a tile are written to L2 at 200 bytes a clock and read back, one after the other, at 100; that
     begins 3,300 clocks late and 33 for each token, and later where runs do not begin with tiles. Its first choice is 1.3%
-    slower than the fastest cut on average, 17% at worst.
+    slower than the fastest cut on average, 17% at worst. Pairs that share K are not fitted yet: 700 clocks and 12 a token for
+    what they exchange, products 8% slower than with multicast.
     """
     steps = -(-k // (512 // bits))
     tiles = math.prod(config.tiles(m, n))
@@ -201,6 +240,9 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     if bits == 8:
         products *= 1.04 if config.tokens == TOKENS[-1] else 1.13
     stored = 10.5 * config.tokens
+    if config.split:
+        steps, stored = -(-steps // 2), stored / 2 + 700 + 12 * config.tokens
+        products *= 1.08 if config.tokens >= MULTICAST_FROM else 1.0
     clocks = -(-(tiles - config.shared_tiles) // config.ctas) * (steps * products + stored)
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
@@ -208,7 +250,7 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
         parts = config.workers / config.shared_tiles + uneven
         clocks += run * products + stored + 3300 + 33 * config.tokens + 3200 * uneven
         clocks += config.tokens * ROWS * 4 * (1 / 200 + parts / 100)
-    weights = n * k * bits / 8 / (min(config.ctas * config.sharers, sm_count) * 16.7)
+    weights = n * k * bits / 8 / (min(config.ctas * config.pair, sm_count) * 16.7)
     return 3400 + max(clocks, weights)
 
 
@@ -248,7 +290,7 @@ def linear(
         minimum: Whether ``zero`` holds minima, and weights are ``u * scale + zero``; 4 bits in groups.
 
     Raises:
-        ShapeError: If there are too many tiles for one launch.
+        ShapeError: If there are too many tiles for one launch, or ``config`` shares a K of one step.
     """
     m, k = x.shape
     epilogue = "transposed" if transposed else "silu_mul" if gated else "residual" if residual is not None else "none"
@@ -310,17 +352,19 @@ def _prepare(
 ) -> _Plan:
     rows = blocks * BLOCK_ROWS if epilogue == "silu_mul" else n
     config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index))).config
-    stages, shared = ring(config.tokens, variant.bits, variant.scale_bytes)
+    if config.split and k * variant.bits <= 512:
+        raise ShapeError(f"K={k}: a pair shares two steps of {512 // variant.bits} or more; pass another config")
+    stages, shared = _ring(config, variant.bits, variant.scale_bytes)
     launch = Launch(
         index,
         "prefill_a16",
         "prefill_a16",
-        (config.ctas * config.sharers, 1, 1),
+        (config.ctas * config.pair, 1, 1),
         THREADS,
         shared,
         10,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
-        cluster=2 if config.multicast else 0,
+        cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
     )

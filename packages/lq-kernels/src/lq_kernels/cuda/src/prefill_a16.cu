@@ -15,6 +15,9 @@
 // - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both: L2 delivers 28 bytes a
 //   clock and multiprocessor, and a step of 64 with 256 tokens is 40 KB of int8 weights and tokens in 1,024 clocks of products. A stage is
 //   free when the consumers of both have released it. Pairs of CTAs walk as one, and a tile is a pair of row tiles.
+// - LQ_SPLIT: two CTAs share the K of a tile, half each, and add up through distributed shared memory: each sends the other its sums of
+//   half of the tokens, and stores the rest. Tiles are taken whole, by one pair after the other. For few tiles, whose parts would
+//   otherwise pass through the workspace.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
@@ -36,8 +39,8 @@
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a K step: 1, 2, 4; 0: one scale
 // a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
-// projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0) and
-// LQ_MULTICAST (0, 1).
+// projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
+// LQ_MULTICAST (0, 1) and LQ_SPLIT (0; 1: sums go from registers to the other CTA; 2: from a buffer, in bulk).
 
 #include "lq/epilogue.cuh"
 #include "lq/stream_k.cuh"
@@ -76,6 +79,13 @@ static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
 #define LQ_MULTICAST 0
 #endif
 constexpr bool kMulticast = LQ_MULTICAST != 0;
+#ifndef LQ_SPLIT
+#define LQ_SPLIT 0
+#endif
+constexpr bool kSplit = LQ_SPLIT != 0;
+constexpr bool kBulk = LQ_SPLIT == 2;  // sums are sent from a buffer
+static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128), "pairs share K or tokens, and K of tiles that leave room");
+constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
 constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
 static_assert(kBits == 4 || !kZero, "8 bits: symmetric");
@@ -102,14 +112,25 @@ constexpr int kGroupBytes = kBlocks * kScaleBytes;                     // of a t
 constexpr int kStage = kXBytes + kBlocks * kBlockBytes;
 constexpr int kScaleStage = kGroups * kGroupBytes * (kZero ? 2 : 1);
 constexpr int kUnits = kTokens / 8;              // of tokens
-constexpr int kChunk = kTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
+constexpr int kOwnTokens = kSplit ? kTokens / 2 : kTokens;  // of a tile, that a CTA adds up and stores
+constexpr int kOwnUnits = kOwnTokens / 8;
+constexpr int kChunk = kOwnTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
-constexpr int kStaging = 2 * kChunk * kPitch;
+constexpr int kWarpBox = kOwnUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
+constexpr int kBox = kConsumerWarps * kWarpBox;
+// Results pass through the inbox, each warpgroup's through its own part.
+constexpr int kStaging = kSplit ? kBox : 2 * kChunk * kPitch;
+static_assert(kStaging >= 2 * kChunk * kPitch, "the inbox has room for staging");
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
-constexpr bool kSplit = kTokens == 256 && kBits == 4;
+constexpr bool kRest = kTokens == 256 && kBits == 4;
 static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
 
 template <typename A, typename B>
 constexpr bool kSame = false;
@@ -229,20 +250,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
   u8* const staging = scale_ring + stages * kScaleStage;
-  u64* const full = reinterpret_cast<u64*>(staging + kStaging);  // a stage is there
+  u8* const outbox = staging + kStaging;
+  u64* const full = reinterpret_cast<u64*>(outbox + (kBulk ? kBox : 0));  // a stage is there
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
+  u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox; instead of `arrived`
+  u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kSharers;
-  const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;
+  const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
+  const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;  // among CTAs that share tokens
+  const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
   Work work{};
   work.rows = (blocks + kSharers * kBlocks - 1) / (kSharers * kBlocks), work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
   work.raster = static_cast<int>(raster), work.steps = static_cast<int>((k + kStep - 1) / kStep);
   work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
   if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
-  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kSharers;
+  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kPair;
+  const auto advance = [&] {
+    if (!work.advance()) return false;
+    if constexpr (kSplit) work.halve(k_half);
+    return true;
+  };
 
   if (warp == 1) {
     if (lane < stages) {
@@ -250,11 +280,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(rest + lane, 1);
       mbarrier_init(empty + lane, kSharers * kConsumerWarps);
     }
+    if constexpr (kSplit) {
+      if (lane < kConsumerWarps) mbarrier_init(received + lane, 1);
+      if (lane == 0) mbarrier_init(acknowledged, kConsumerWarps);
+    }
     if (lane == 0) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
     mbarrier_init_fence();
   }
   __syncthreads();
-  if constexpr (kMulticast) cluster_arrive();
+  if constexpr (kPair > 1) cluster_arrive();
   let_next_kernel_start();
 
   if (warp < 4) {
@@ -265,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
       const int steps_per_group = static_cast<int>(group_size / kStep);
-      while (work.advance()) {
+      while (advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int block = (work.row * kSharers + rank) * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
@@ -297,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
       wait_for_previous_kernel();
       if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
-      while (work.advance()) {
+      while (advance()) {
         stage = uniform(stage), parity = uniform(parity);
         // Of the last tile, only the tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
         const bool last = work.token + 1 == work.tokens;
@@ -310,8 +344,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           if (elect_one()) {
 #pragma unroll
             for (int half = 0; half < kStep / 64; ++half) {
-              u64* const barrier = (half && kSplit ? rest : full) + stage;
-              if (half == 0 || kSplit) mbarrier_arrive_expect(barrier, kSplit ? box : kStep / 64 * box);
+              u64* const barrier = (half && kRest ? rest : full) + stage;
+              if (half == 0 || kRest) mbarrier_arrive_expect(barrier, kRest ? box : kStep / 64 * box);
               u8* const to = ring + stage * kStage + half * kBoxBytes + rank * kShareTokens * 128;
               if constexpr (!kMulticast)
                 tensor_copy_2d(to, map, step * kStep + half * 64, token, barrier, policy);
@@ -336,12 +370,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   increase_registers<232>();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
   const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
-  u8* const my_staging = staging + warpgroup * kChunk * kPitch;
+  u8* const my_staging = staging + warpgroup * (kSplit ? kBox / 2 : kChunk * kPitch);
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
   const u8* const my_scales = scale_ring + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
   int stage = 0;
-  u32 parity = 0;
+  u32 parity = 0, turn = 0;  // of the ring, of exchanges
   Weights weights;
   const auto release = [&](int stage) {
     if constexpr (kMulticast) {
@@ -351,8 +385,48 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  while (work.advance()) {
-    const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
+  // Each CTA of a pair that shares K keeps one half of the tokens, and adds what the other has of them: two numbers, in either order.
+  const auto exchange = [&](auto kept_half, float(&acc)[kTokens / 2]) {
+    constexpr int kKept = decltype(kept_half)::value * kOwnUnits, kSent = kOwnUnits - kKept;
+    const u32 there = static_cast<u32>(k_half ^ 1), to = map_shared(staging + block * kWarpBox, there);
+    const u32 barrier = map_shared(received + block, there);
+    const float4* const inbox = reinterpret_cast<const float4*>(staging + block * kWarpBox) + lane;
+    float4* const out = reinterpret_cast<float4*>(outbox + block * kWarpBox) + lane;
+    const auto sums = [&](int unit) { return float4{acc[4 * unit], acc[4 * unit + 1], acc[4 * unit + 2], acc[4 * unit + 3]}; };
+    if (lane == 0) mbarrier_arrive_expect(received + block, kWarpBox);
+    mbarrier_wait(acknowledged, turn ^ 1);
+#pragma unroll
+    for (int j = 0; j < kOwnUnits; ++j) {
+      if constexpr (kBulk)
+        out[j * 32] = sums(kSent + j);
+      else
+        store_async(to + (j * 32 + lane) * 16, sums(kSent + j), barrier);
+    }
+    if constexpr (kBulk) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) bulk_copy_to_cluster(to, outbox + block * kWarpBox, kWarpBox, barrier);
+    }
+    mbarrier_wait(received + block, turn);
+#pragma unroll
+    for (int j = 0; j < kOwnUnits; ++j) {
+      const float4 mine = sums(kKept + j), other = inbox[j * 32];
+      acc[4 * j] = mine.x + other.x, acc[4 * j + 1] = mine.y + other.y;
+      acc[4 * j + 2] = mine.z + other.z, acc[4 * j + 3] = mine.w + other.w;
+    }
+    turn ^= 1;
+  };
+  const auto acknowledge = [&] {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
+  };
+  if constexpr (kSplit) cluster_wait();  // the other's barriers are initialised
+
+  while (advance()) {
+    const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows;
+    const i64 token0 = static_cast<i64>(work.token) * kTokens + k_half * kOwnTokens;  // of those that are stored
+    // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
+    const bool keep_inbox = kSplit && !kTransposed && work.whole < work.rows * work.tokens;
     float row_scale[2] = {kUnit, kUnit};
     if constexpr (kPerRow) {
       if (row0 / 16 + block < blocks) {
@@ -379,13 +453,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int step = work.begin; step < work.end; ++step) {
       const u64 tokens = first_descriptor + static_cast<u32>(stage * (kStage / 16));
       const int before = last;
-      const u32 rest_parity = kSplit ? parity : 0;
+      const u32 rest_parity = kRest ? parity : 0;
       last = stage;
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) weights.fragment(a[batch % kSets][i], batch * kBatch + i);
-        if (kSplit && batch == kBatches / 2) mbarrier_wait(rest + last, rest_parity);
+        if (kRest && batch == kBatches / 2) mbarrier_wait(rest + last, rest_parity);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -410,7 +484,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     release(last);
     wait_for_previous_kernel();  // long past; the workspace and y are written from here on
 
-    if (work.first < work.last) {
+    if constexpr (kSplit) {
+      if (k_half == 0)
+        exchange(Int<0>{}, acc);
+      else
+        exchange(Int<1>{}, acc);
+      if (!keep_inbox) acknowledge();
+    }
+    if (!kSplit && work.first < work.last) {
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
       const bool cut = work.start(work.first) < work.tile * work.steps;  // the first worker has a tile before this one
       const auto part_of = [&](int worker) {
@@ -465,7 +546,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (feature < n) offset[r] = to_float(X{}, bias[kGated ? r * n + feature : feature]);
       }
     const i64 first_feature = (row0 + warpgroup * 64) / kFeatureRows;
-    const int stored = static_cast<int>(m - token0 < kTokens ? m - token0 : kTokens);
+    const int stored = static_cast<int>(m - token0 < kOwnTokens ? m - token0 : kOwnTokens);
     if constexpr (kTransposed) {
       // Eight tokens of a row are 32 bytes.
       float* const to = reinterpret_cast<float*>(y);
@@ -473,7 +554,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       for (int r = 0; r < 2; ++r) {
         const i64 row = row0 + block * 16 + g + 8 * r;
 #pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
+        for (int unit = 0; unit < kOwnUnits; ++unit) {
           const int token = unit * 8 + lane % 4 * 2;
           float* const at = to + row * m + token0 + token;
           const float2 pair = {fmaf(acc[4 * unit + 2 * r], row_scale[r], offset[r]),
@@ -502,7 +583,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     };
     if constexpr (kResidual) fetch(0);
 #pragma unroll
-    for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
+    for (int chunk = 0; chunk < kOwnTokens / kChunk; ++chunk) {
       if (chunk * kChunk >= stored) break;
       named_barrier(1 + warpgroup, 128);
       if constexpr (kResidual) {
@@ -558,5 +639,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
+    if (keep_inbox) {
+      fence_async_proxy();
+      acknowledge();
+    }
   }
+  // A CTA that the other still reads from, or acknowledges to, must not go.
+  if constexpr (kSplit) mbarrier_wait(acknowledged, turn ^ 1);
 }

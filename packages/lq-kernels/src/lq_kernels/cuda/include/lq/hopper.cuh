@@ -148,10 +148,16 @@ __device__ __forceinline__ void bulk_copy_to_cluster(u32 to, const void* shared,
                : "memory");
 }
 
-// Store a pair in the shared memory of a CTA of the cluster, 8 bytes that complete on that CTA's barrier. Addresses as above.
+// Store a pair, or four, in the shared memory of a CTA of the cluster, 8 or 16 bytes that complete on that CTA's barrier. Addresses as above.
 __device__ __forceinline__ void store_async(u32 to, float first, float second, u32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(first), "f"(second),
                "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_async(u32 to, const float4& v, u32 barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                : "memory");
 }
 

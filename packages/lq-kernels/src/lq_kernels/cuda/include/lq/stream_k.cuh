@@ -53,6 +53,16 @@ struct Work {
     begin = uniform(begin), end = uniform(end);
     return true;
   }
+
+  // Leave the first half of the piece, or the second.
+  __device__ __forceinline__ void halve(int half) {
+    const int middle = (begin + end + 1) / 2;
+    if (half == 0)
+      end = middle;
+    else
+      begin = middle;
+    begin = uniform(begin), end = uniform(end);
+  }
 };
 
 // Eight results of neighbouring out features; `whole` says that they lie at a multiple of 16 bytes.
