@@ -159,9 +159,27 @@ def test_rows_are_looked_up(ggml_type, device):
     indices = torch.randint(0, 37, (4, 9), device=device)
     assert torch.equal(F.embedding(indices, weight), dense[indices])
     assert F.embedding(indices[:0], weight).shape == (0, 9, 512)
+    many = torch.randint(0, 37, (100,), device=device)
+    assert torch.equal(F.embedding(many, weight), dense[many])
     if device == "cpu":  # a GPU stops at such an index
         with pytest.raises(IndexError):
             F.embedding(torch.tensor([37]), weight)
+
+
+@pytest.mark.parametrize("ggml_type", TYPES)
+def test_an_embedding_may_stay_in_rows(ggml_type, device):
+    blocks = random_blocks(ggml_type, 37, 512, device)
+    weight = weight_of(blocks, ggml_type).by_rows()
+    assert weight.planes() is not None
+    indices, dense = (
+        torch.randint(0, 37, (5,), device=device),
+        ggml_format(ggml_type).dequantize(blocks, torch.bfloat16),
+    )
+    for held in (weight, nn.Parameter(weight, requires_grad=False).data, weight.detach(), weight.to(device)):
+        assert held.planes() is not None
+        assert torch.equal(held.blocks(), blocks)
+        assert torch.equal(F.embedding(indices, held), dense[indices])
+    assert weight.to(torch.float16).fragments() is not None
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)

@@ -69,7 +69,10 @@ def load_gguf(
     plan, tied = _plan(file, model, dtype, dense)
     target = torch.device(device)
     for step in plan:
-        assign_tensor(model, step.path, _read(file, step, target))
+        value = _read(file, step, target)
+        if step.path == _EMBEDDING and not tied and isinstance(value, GGMLTensor):
+            value = value.by_rows()
+        assign_tensor(model, step.path, value)
     if tied:
         assign_tensor(model, _HEAD, resolve_tensor(model, _EMBEDDING))
     for module in model.modules():

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal, Self, TypeAlias
 import torch
 from lq_formats import FormatError, NonFiniteError, ShapeError, SpecError, ggml_format
 from lq_formats.layouts import GGML_FRAGMENTS, GGMLFragments, GGMLPlanes, ggml_planes
+from lq_formats.layouts.fragment import BLOCK_ROWS
+from lq_formats.layouts.ggml_fragment import GROUP
 from lq_kernels import (
     ggml_dequantize,
     ggml_linear,
@@ -22,6 +24,7 @@ from lq_torch.tensors.base import LowBitTensor, check_weight
 from lq_torch.tensors.saved import SavedWeight
 
 _DEVICES_OF_PLANES = ("cuda",)
+_FEW_ROWS = 64
 _Form: TypeAlias = Literal["blocks", "planes", "fragments"]
 
 
@@ -130,17 +133,7 @@ class GGMLTensor(LowBitTensor):
         dtype = dtype or self.dtype
         rows, columns = self.shape
         if (fragments := self.fragments()) is not None:
-            layout = GGML_FRAGMENTS[self.ggml_type]
-            codes, scale, minima, fields = fragments
-            if fields is not None:
-                return layout.dequantize(fragments, rows, columns, dtype)
-            if minima is not None:
-                return minima_dequantize(
-                    codes, scale, minima, group_size=32, out_features=rows, in_features=columns, dtype=dtype
-                )
-            return preshuffled_dequantize(
-                codes, scale, bits=layout.bits, group_size=32, out_features=rows, in_features=columns, dtype=dtype
-            )
+            return self._dequantized(fragments, rows, dtype)
         if (planes := self.planes()) is not None:
             return ggml_dequantize(planes, ggml_type=self.ggml_type, in_features=columns, dtype=dtype)
         w: Tensor = ggml_format(self.ggml_type).dequantize(self.qdata, dtype)
@@ -158,6 +151,8 @@ class GGMLTensor(LowBitTensor):
         if (fragments := self.fragments()) is not None:
             # Indexing checks the indices, which padding would hide.
             flat = torch.arange(rows, device=self.device)[indices.flatten()]
+            if fragments.fields is None and flat.shape[0] <= _FEW_ROWS:
+                return self._few_rows(fragments, flat).view(*indices.shape, columns)
             blocks = GGML_FRAGMENTS[self.ggml_type].unpack_rows(fragments, flat, rows, columns)
             blocks = blocks.view(*indices.shape, *blocks.shape[1:])
         else:
@@ -165,6 +160,37 @@ class GGMLTensor(LowBitTensor):
             blocks = self.qdata[indices]
         w: Tensor = ggml_format(self.ggml_type).dequantize(blocks, self.dtype)
         return w
+
+    def _few_rows(self, fragments: GGMLFragments, rows: Tensor) -> Tensor:
+        """Return rows ``(R,)`` dequantized with the others of their blocks of 16: more work than need be, in a few launches."""
+        block, count = rows // BLOCK_ROWS, rows.shape[0]
+        codes, *tables = (each for each in fragments if each is not None)
+        groups = fragments.scale.shape[0]
+        some = (table.view(groups, -1, BLOCK_ROWS).index_select(1, block).flatten(1) for table in tables)
+        parts = GGMLFragments(codes.index_select(1, block), *some)
+        w = self._dequantized(parts, count * BLOCK_ROWS, self.dtype).view(count, BLOCK_ROWS, self.shape[1])
+        return w[torch.arange(count, device=w.device), rows % BLOCK_ROWS]
+
+    def _dequantized(self, fragments: GGMLFragments, rows: int, dtype: torch.dtype) -> Tensor:
+        layout = GGML_FRAGMENTS[self.ggml_type]
+        codes, scale, minima, fields = fragments
+        columns = self.shape[1]
+        if fields is not None:
+            return layout.dequantize(fragments, rows, columns, dtype)
+        if minima is not None:
+            return minima_dequantize(
+                codes, scale, minima, group_size=GROUP, out_features=rows, in_features=columns, dtype=dtype
+            )
+        return preshuffled_dequantize(
+            codes, scale, bits=layout.bits, group_size=GROUP, out_features=rows, in_features=columns, dtype=dtype
+        )
+
+    def by_rows(self) -> Self:
+        """Return this weight as rows are looked up fastest, with the same bytes; products take longer on Hopper.
+
+        For an embedding that no head repeats. It stays so until it is moved, or changes its dtype.
+        """
+        return self._in("planes") if self._form == "fragments" and self.ggml_type != "q4_0" else self
 
     def why_not_batch_invariant(self) -> str | None:
         """Return why: blocks that no kernel takes are multiplied by torch."""
@@ -177,9 +203,9 @@ class GGMLTensor(LowBitTensor):
             codes, scale, minima, _ = fragments
             rows = self.shape[0]
             if minima is not None:
-                return minima_linear(x, codes, scale, minima, group_size=32, out_features=rows, bias=bias)
+                return minima_linear(x, codes, scale, minima, group_size=GROUP, out_features=rows, bias=bias)
             bits = GGML_FRAGMENTS[self.ggml_type].bits
-            return preshuffled_linear(x, codes, scale, bits=bits, group_size=32, out_features=rows, bias=bias)
+            return preshuffled_linear(x, codes, scale, bits=bits, group_size=GROUP, out_features=rows, bias=bias)
         if (planes := self.planes()) is not None:
             return ggml_linear(x, planes, ggml_type=self.ggml_type, bias=bias)
         if self.ggml_type == "q4_0":
