@@ -285,6 +285,27 @@ def test_a_quantized_embedding_stays_packed_and_tied(name, tmp_path):
     assert torch.equal(logits(load(tmp_path / "folder")), logits(model))
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["q4_k", "q8_0"])
+def test_on_hopper_only_what_is_multiplied_is_in_fragment_order(name, tied, tmp_path, monkeypatch):
+    model = build(tie_word_embeddings=tied)
+    quantize_(model, GGMLWeightOnlyConfig("q8_0"))
+    embedding = nn.Parameter(GGMLTensor.from_hp(model.model.embed_tokens.weight.data, name), requires_grad=False)
+    model.model.embed_tokens.weight = embedding
+    if tied:
+        model.lm_head.weight = embedding
+    save_gguf(model, tmp_path / "x.gguf")
+    monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: True)
+    monkeypatch.setattr("lq_torch.tensors.ggml._DEVICES_OF_PLANES", ("cpu",))
+    other = load_gguf(tmp_path / "x.gguf", dtype=torch.bfloat16)
+    found = other.model.embed_tokens.weight
+    assert (found.planes() is None) == tied
+    assert torch.equal(found.blocks(), embedding.qdata)
+    assert other.model.layers[0].mlp.up_proj.weight.fragments() is not None
+    expected, wanted = logits(model), logits(other).float()
+    assert (wanted - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.gpu
 def test_a_model_goes_to_the_gpu_packed(tmp_path):
     model = build()

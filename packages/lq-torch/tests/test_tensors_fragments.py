@@ -107,6 +107,7 @@ def test_products_and_values_are_those_of_the_blocks(ggml_type, dtype, device):
 def test_a_weight_is_held_once(ggml_type, device):
     weight = weight_of(any_bytes(ggml_type, 48, 2048, device), ggml_type)
     assert weight.packed_nbytes * 8 == BITS[ggml_type] * 48 * 2048
+    assert weight.saved_nbytes == weight.blocks().numel()
     held = weight.inner_tensors()
     x = torch.randn(1, 2048, device=device, dtype=torch.bfloat16)
     F.linear(x, weight)  # compiles

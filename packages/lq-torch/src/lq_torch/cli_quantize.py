@@ -234,5 +234,5 @@ def _progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def _summary(model: nn.Module) -> str:
     weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
-    bits = sum(w.packed_nbytes for w in weights) * 8 / max(sum(w.numel() for w in weights), 1)
+    bits = sum(w.saved_nbytes for w in weights) * 8 / max(sum(w.numel() for w in weights), 1)
     return f"{len(weights)} layers of {sum(w.numel() for w in weights):,} weights in {bits:.3f} bits each"

@@ -194,7 +194,7 @@ class _Calibration:
 
 
 def _bits(weight: LowBitTensor) -> float:
-    return weight.packed_nbytes * 8 / max(weight.numel(), 1)
+    return weight.saved_nbytes * 8 / max(weight.numel(), 1)
 
 
 def _checked(

@@ -204,6 +204,11 @@ class LowBitTensor(torch.Tensor):
         """Bytes of the inner tensors: what this weight really takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.inner_tensors().values())
 
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes of the format, without what a kernel's order pads or adds, where that is known."""
+        return self.packed_nbytes
+
 
 def check_weight(w: Tensor) -> None:
     """Raise DTypeError unless a weight to quantize is fp16, bf16 or fp32."""

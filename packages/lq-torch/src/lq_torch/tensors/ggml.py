@@ -213,6 +213,12 @@ class GGMLTensor(LowBitTensor):
             return q4_0_linear(x, self.qdata, bias=bias)
         return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
 
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes of the blocks."""
+        form = ggml_format(self.ggml_type)
+        return self.shape[0] * (self.shape[1] // form.block_size) * form.type_size
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the blocks."""
         return {"qdata": self.blocks()}
