@@ -103,7 +103,9 @@ def pieces(config, m, n, k, bits):
             band, in_band = divmod(tile, config.raster * tokens)
             height = min(rows - band * config.raster, config.raster)
             token, row = divmod(in_band, height)
-            result.append((band * config.raster + row, token, begin, end))
+            middle = (begin + end + 1) // 2
+            for part in ((begin, middle), (middle, end)) if config.split else ((begin, end),):
+                result.append((band * config.raster + row, token, *part))
     return result
 
 

@@ -1,0 +1,291 @@
+"""Pairs of CTAs that share the K of a tile in the prefill kernel: their cuts and code without a GPU, their results on one."""
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from lq_formats import CompileError, ShapeError
+from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
+from lq_kernels.cuda import invariant, prefill_a16
+from lq_kernels.cuda.prefill_a16 import ROWS, SPLIT_TOKENS, PrefillConfig, candidates, linear, ring
+from lq_kernels.cuda.sources import VARIANTS
+from lq_kernels.cuda.variant import EPILOGUES
+from lq_kernels.gated import interleave_rows
+from lq_kernels.jit import compiler
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+H200 = 132
+
+
+def has(package):
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+needs_nvrtc = pytest.mark.skipif(
+    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
+)
+
+
+def split(tokens, m, n, ctas=66, raster=3):
+    tiles = -(-n // ROWS) * -(-m // tokens)
+    return PrefillConfig(tokens, min(ctas, tiles), raster, 0, 0, split=True)
+
+
+# ---- without a GPU ----
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("way", [1, 2], ids=["registers", "bulk"])
+@pytest.mark.parametrize(
+    ("number", "tokens", "epilogue"),
+    [
+        *(
+            (0, tokens, epilogue)
+            for tokens in SPLIT_TOKENS
+            for epilogue in EPILOGUES
+            if tokens == 128 or epilogue == "none"
+        ),
+        *((number, 128, "none") for number in (2, 4, 5, 6, 10, 12)),
+        (6, 32, "silu_mul"),
+    ],
+)
+def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, tokens, epilogue, way, tmp_path):
+    variant = VARIANTS[number]
+    defines = (*variant.defines, f"LQ_TOKENS={tokens}", f"LQ_SPLIT={way}", *EPILOGUES[epilogue])
+    result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    assert used.registers * prefill_a16.THREADS >= 128 * 24 + 256 * 232
+    assert "C75" not in result.log
+    triton = find_spec("triton")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
+    if tool is None or not tool.exists():
+        pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(result.cubin)
+    sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)) == 512 // variant.bits // 16
+    assert bool(re.search(r"\bSTAS\.128\b", sass)) is (way == 1)
+    assert bool(re.search(r"\bUBLKCP\.S\.S\b", sass)) is (way == 2)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass), "a barrier of the whole memory"
+
+
+@needs_nvrtc
+def test_pairs_share_one_thing():
+    for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",)):
+        defines = (*VARIANTS[0].defines, *macros, "LQ_SPLIT=1")
+        with pytest.raises(CompileError, match="pairs share K or tokens"):
+            compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 17, 33, 64, 100, 128, 256, 1000])
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (64, 136), (4096, 4096), (14336, 4096), (1000, 200)])
+def test_there_are_pairs_where_tiles_are_few(m, n, k, bits):
+    found = [config for config in candidates(m, n, k, bits, 32, H200) if config.split]
+    expected = set()
+    for tokens in SPLIT_TOKENS:
+        tiles = -(-n // ROWS) * -(-m // tokens)
+        if 2 * m > tokens and k * bits > 512 and tiles <= H200:
+            expected.add((tokens, min(tiles, H200 // 2)))
+    assert {(config.tokens, config.ctas) for config in found} == expected
+    assert len(found) == len(expected)
+    for config in found:
+        assert (config.multicast, config.shared_tiles, config.workers, config.pair) == (False, 0, 0, 2)
+        assert ring(config.tokens, bits, 32, 1 + config.bulk)[0] >= 3
+        assert 1 <= config.raster <= -(-n // ROWS)
+
+
+def test_buffers_for_sums_fit_beside_the_ring():
+    for tokens in SPLIT_TOKENS:
+        for bits, scale_bytes in ((4, 0), (4, 32), (4, 512), (8, 0), (8, 128)):
+            for boxes in (1, 2):
+                stages, shared = ring(tokens, bits, scale_bytes, boxes)
+                alone, _ = ring(tokens, bits, scale_bytes)
+                assert shared <= 232448
+                assert 3 <= stages <= alone
+                # Of 32-bit sums: half of the tokens, for all rows.
+                assert (
+                    shared - stages * (tokens * 1024 // bits + 8 * (1024 + scale_bytes)) >= boxes * tokens * 256 + 456
+                )
+
+
+def test_the_batch_invariant_mode_has_none_of_them():
+    for m in (17, 64, 256):
+        assert not invariant.prefill_config(m, 4096, 4096, 4, 32, H200).split
+        cuts = invariant._prefill_cuts(m, 4096, 4096, 4, 32, H200, 1)
+        assert cuts
+        assert not any(config.split for config in cuts)
+
+
+def test_a_single_step_cannot_be_shared():
+    for bits, layout in ((4, FRAGMENT_INT4), (8, FRAGMENT_INT8)):
+        k = 512 // bits
+        packed = layout.pack(torch.zeros(128, k, dtype=torch.uint8))
+        scale = layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 1)
+        with pytest.raises(ShapeError, match=f"K={k}: a pair shares two steps"):
+            linear(torch.zeros(64, k, dtype=BF16), packed, scale, None, None, 128, k, bits, split(64, 64, 128))
+
+
+# ---- on a GPU ----
+
+
+def another_gpu():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
+
+
+class Case:
+    """A weight in fragment order, an epilogue, and the product of what the kernel makes of them, in float64."""
+
+    def __init__(self, m, n, k, bits=4, group=128, x=BF16, scale=BF16, zero=False, epilogue="none", bias=True):
+        rows = 2 * n if epilogue == "silu_mul" else n
+        self.m, self.n, self.bits, self.group, self.epilogue = m, n, bits, k if group == -1 else group, epilogue
+        codes = torch.randint(0, 1 << bits, (rows, k), device="cuda", dtype=torch.uint8)
+        groups = -(-k // self.group)
+        scales = (torch.rand(rows, groups, device="cuda") * 0.02 + 0.005).to(scale)
+        zeros = torch.randint(0, 16, scales.shape, device="cuda").to(scale) if zero else None
+
+        def spread(values):
+            return values.double().repeat_interleave(self.group, dim=1)[:, :k]
+
+        w, factor = codes.double() - (1 << (bits - 1)), 1.0
+        if self.group == k:
+            factor = scales.double().T
+            w = w if zeros is None else w + 8 - zeros.double()
+        else:
+            w *= spread(scales.to(x))
+            w = w if zeros is None else w + spread(((8 - zeros.double()) * scales.double()).float().to(x))
+        w = w.to(x).double()
+        self.x = (torch.randn(m, k, device="cuda") / (w.norm(dim=1) * factor).mean()).to(x)
+        self.bias = torch.randn(rows, device="cuda").to(x) if bias else None
+        self.residual = torch.randn(m, n, device="cuda").to(x) if epilogue == "residual" else None
+        sums = self.x.double() @ w.T * factor + (0 if self.bias is None else self.bias.double())
+        off = 2e-6 * (self.x.double().abs() @ w.abs().T * factor) + 1e-6
+        if epilogue == "silu_mul":
+            (gate, up), (gate_off, up_off) = sums.chunk(2, 1), off.chunk(2, 1)
+            sums, off = torch.nn.functional.silu(gate) * up, 2 * (gate_off * (up.abs() + 3) + up_off * (gate.abs() + 3))
+            codes, scales, zeros = (each if each is None else interleave_rows(each) for each in (codes, scales, zeros))
+        elif epilogue == "residual":
+            sums += self.residual.double()
+        elif epilogue == "transposed":
+            sums, off = sums.T, off.T
+        self.exact, self.off = sums, off
+        layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
+        padded = groups if self.group >= 128 or self.group == k else -(-k // 128) * (128 // self.group)
+        self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, padded)
+        self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
+
+    def run(self, tokens, ctas=66, raster=3):
+        rows = self.packed.shape[1] * 16
+        poison = torch.full(self.exact.shape, torch.nan, device="cuda", dtype=FP32)
+        del poison  # what the result will be allocated over
+        return linear(
+            self.x,
+            self.packed,
+            self.scales,
+            self.zeros,
+            self.bias,
+            self.n,
+            self.group,
+            self.bits,
+            config=split(tokens, self.m, rows, ctas, raster),
+            transposed=self.epilogue == "transposed",
+            residual=self.residual,
+            gated=self.epilogue == "silu_mul",
+        )
+
+    def check(self, y):
+        assert y.shape == self.exact.shape
+        assert y.dtype == (FP32 if self.epilogue == "transposed" else self.x.dtype)
+        rounding = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-24}[y.dtype]
+        worst = ((y.double() - self.exact).abs() / (1.01 * rounding * self.exact.abs() + self.off)).max().item()
+        assert worst <= 1.0, f"worst error is {worst:.3g} times its bound"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")
+@pytest.mark.parametrize("bulk", [False, True], ids=["registers", "bulk"])
+class TestOnHopper:
+    @pytest.fixture(autouse=True)
+    def way(self, bulk, monkeypatch):
+        monkeypatch.setattr(prefill_a16, "SPLIT_IN_BULK_FROM", 0 if bulk else 1 << 20)
+        prefill_a16._prepare.cache_clear()
+        yield
+        prefill_a16._prepare.cache_clear()
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
+    def test_every_tile(self, tokens, bits):
+        step, group, scale = (128, 128, BF16) if bits == 4 else (64, -1, FP32)
+        for k in (
+            step + 8,
+            2 * step,
+            3 * step,
+            17 * step,
+            40 * step - 24,
+        ):  # one step for each, more for the first, alike
+            for m, n in (
+                (tokens + tokens // 2 + 1, 2 * ROWS + 40),
+                (3 * tokens, 4 * ROWS),
+                (tokens // 2, 24),  # the second CTA stores nothing
+                (1, 7),
+                (tokens // 2 + 1, ROWS + 1),
+                (tokens - 1, ROWS),
+            ):
+                case = Case(m, n, k, bits, group, scale=scale)
+                for ctas, raster in ((66, 1), (2, 2), (1, 3)):  # a tile a pair, several, all
+                    case.check(case.run(tokens, ctas, raster))
+
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
+    def test_epilogues(self, tokens, epilogue):
+        for m, n in ((tokens + tokens // 2 + 3, 200), (2 * tokens, 2 * ROWS), (tokens // 2 - 1, 100), (tokens, 9)):
+            for bias in (False, True):
+                case = Case(m, n, 1152, epilogue=epilogue, bias=bias)  # nine steps
+                for ctas in (66, 1, 2):
+                    case.check(case.run(tokens, ctas))
+
+    @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
+    @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
+    @pytest.mark.parametrize("zero", [False, True], ids=["sym", "asym"])
+    @pytest.mark.parametrize(("x", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32)])
+    def test_int4(self, tokens, group, zero, x, scale):
+        case = Case(100, 264, 768, 4, group, x, scale, zero)
+        case.check(case.run(tokens, 2))
+
+    @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
+    def test_equal_bits_a_hundred_times(self, tokens):
+        # By turns with other numbers, so that what an exchange left behind would show.
+        cases = [Case(2 * tokens - 5, n, k) for n, k in ((4096, 4096), (1000, 2176))]
+        for ctas in (66, 5):
+            first = [case.run(tokens, ctas) for case in cases]
+            for case, y in zip(cases, first, strict=True):
+                case.check(y)
+            for _ in range(100):
+                for case, y in zip(cases, first, strict=True):
+                    assert torch.equal(case.run(tokens, ctas), y)
+
+    def test_graphs_run_beside_each_other(self):
+        case = Case(64, 2048, 4096)
+        expected = case.run(64)
+        case.check(expected)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        graphs, results = [], []
+        for stream in streams:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                results.append([case.run(64) for _ in range(20)])
+            graphs.append(graph)
+        for _ in range(20):
+            for stream, graph in zip(streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(y, expected) for found in results for y in found)
