@@ -91,7 +91,7 @@ def test_every_tile_of_8_bit_tokens_is_cut_alike_at_every_number_of_tokens(n, k,
 
 def test_the_usual_cuts_are_not_alike():
     """What is asked of the cuts above is not so of those that the kernel takes by itself."""
-    usual = [prefill_a16.prefill_config(m, 4096, 4096, 4, 32, 132) for m in (64, 4096)]
+    usual = [prefill_a16.prefill_config(m, 4096, 14336, 4, 32, 132) for m in (64, 4096)]
     assert len({config.workers / max(config.shared_tiles, 1) for config in usual}) == 2
 
 

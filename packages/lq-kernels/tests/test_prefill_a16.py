@@ -137,8 +137,10 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
 
 def test_cuts_follow_the_size():
     few = prefill_config(64, 4096, 4096, 4, 32, 132)
-    assert few.workers > 16, "16 pairs of tiles do not fill 66 pairs of multiprocessors"
-    assert few.multicast
+    assert few.split, "32 tiles do not fill 132 multiprocessors"
+    fewer = prefill_config(64, 4096, 14336, 4, 32, 132)
+    assert fewer.multicast
+    assert fewer.workers > fewer.shared_tiles == 16, "long ones are worth more than two parts"
     large = prefill_config(4096, 4096, 4096, 4, 32, 132)
     assert large.tokens == 256, "the largest tile reads least"
     assert large.ctas * large.sharers == 132

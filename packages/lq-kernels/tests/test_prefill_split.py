@@ -41,7 +41,6 @@ def split(tokens, m, n, ctas=66, raster=3):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("way", [1, 2], ids=["registers", "bulk"])
 @pytest.mark.parametrize(
     ("number", "tokens", "epilogue"),
     [
@@ -55,9 +54,9 @@ def split(tokens, m, n, ctas=66, raster=3):
         (6, 32, "silu_mul"),
     ],
 )
-def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, tokens, epilogue, way, tmp_path):
+def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, tokens, epilogue, tmp_path):
     variant = VARIANTS[number]
-    defines = (*variant.defines, f"LQ_TOKENS={tokens}", f"LQ_SPLIT={way}", *EPILOGUES[epilogue])
+    defines = (*variant.defines, f"LQ_TOKENS={tokens}", "LQ_SPLIT=1", *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
@@ -71,8 +70,7 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
     path.write_bytes(result.cubin)
     sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
     assert len(re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)) == 512 // variant.bits // 16
-    assert bool(re.search(r"\bSTAS\.128\b", sass)) is (way == 1)
-    assert bool(re.search(r"\bUBLKCP\.S\.S\b", sass)) is (way == 2)
+    assert re.search(r"\bSTAS\.128\b", sass)
     assert not re.search(r"\b(LDL|STL)\b", sass)
     assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass), "a barrier of the whole memory"
 
@@ -99,22 +97,19 @@ def test_there_are_pairs_where_tiles_are_few(m, n, k, bits):
     assert len(found) == len(expected)
     for config in found:
         assert (config.multicast, config.shared_tiles, config.workers, config.pair) == (False, 0, 0, 2)
-        assert ring(config.tokens, bits, 32, 1 + config.bulk)[0] >= 3
+        assert ring(config.tokens, bits, 32, split=True)[0] >= 3
         assert 1 <= config.raster <= -(-n // ROWS)
 
 
 def test_buffers_for_sums_fit_beside_the_ring():
     for tokens in SPLIT_TOKENS:
         for bits, scale_bytes in ((4, 0), (4, 32), (4, 512), (8, 0), (8, 128)):
-            for boxes in (1, 2):
-                stages, shared = ring(tokens, bits, scale_bytes, boxes)
-                alone, _ = ring(tokens, bits, scale_bytes)
-                assert shared <= 232448
-                assert 3 <= stages <= alone
-                # Of 32-bit sums: half of the tokens, for all rows.
-                assert (
-                    shared - stages * (tokens * 1024 // bits + 8 * (1024 + scale_bytes)) >= boxes * tokens * 256 + 456
-                )
+            stages, shared = ring(tokens, bits, scale_bytes, split=True)
+            alone, _ = ring(tokens, bits, scale_bytes)
+            assert shared <= 232448
+            assert 3 <= stages <= alone
+            # Of 32-bit sums: half of the tokens, for all rows.
+            assert shared - stages * (tokens * 1024 // bits + 8 * (1024 + scale_bytes)) >= tokens * 256 + 456
 
 
 def test_the_batch_invariant_mode_has_none_of_them():
@@ -211,15 +206,7 @@ class Case:
 
 @pytest.mark.gpu
 @pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")
-@pytest.mark.parametrize("bulk", [False, True], ids=["registers", "bulk"])
 class TestOnHopper:
-    @pytest.fixture(autouse=True)
-    def way(self, bulk, monkeypatch):
-        monkeypatch.setattr(prefill_a16, "SPLIT_IN_BULK_FROM", 0 if bulk else 1 << 20)
-        prefill_a16._prepare.cache_clear()
-        yield
-        prefill_a16._prepare.cache_clear()
-
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
     def test_every_tile(self, tokens, bits):

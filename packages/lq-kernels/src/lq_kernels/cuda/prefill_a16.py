@@ -28,8 +28,6 @@ MULTICAST_FROM = 64
 
 SPLIT_TOKENS = (32, 64, 128)
 """Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
-SPLIT_IN_BULK_FROM = 64
-"""... from which sums go to the other CTA through a buffer and in bulk, not from registers."""
 
 _SHARED = 232448
 _MAX_STAGES = 16
@@ -39,8 +37,10 @@ _MAX_TILES = 1 << 30
 _SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split")
 """Fields of a cut that a table's must have; the rest is order."""
 
-_PRODUCTS = {16: 94, 32: 99, 64: 97, 128: 146, 256: 290}
-"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 1400 cuts (H200)."""
+_PRODUCTS = {16: 108, 32: 101, 64: 87, 128: 137, 256: 268}
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2000 cuts (H200)."""
+_SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 128: 1.09}
+"""... of pairs that share K, to these, as each CTA loads its own tokens."""
 _CLOCKS_A_US = 1750.0
 
 
@@ -78,11 +78,6 @@ class PrefillConfig:
         """CTAs of a cluster."""
         return 2 if self.multicast or self.split else 1
 
-    @property
-    def bulk(self) -> bool:
-        """Whether sums are sent from a buffer."""
-        return self.split and self.tokens >= SPLIT_IN_BULK_FROM
-
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """Return how many row tiles (or pairs) and token tiles there are."""
         return -(-n // (ROWS * self.sharers)), -(-m // self.tokens)
@@ -90,28 +85,28 @@ class PrefillConfig:
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
-        pair = (("LQ_MULTICAST=1",) if self.multicast else ()) + ((f"LQ_SPLIT={1 + self.bulk}",) if self.split else ())
+        pair = ("LQ_MULTICAST=1",) if self.multicast else ("LQ_SPLIT=1",) if self.split else ()
         return (f"LQ_TOKENS={self.tokens}", *pair)
 
 
-def ring(tokens: int, bits: int, scale_bytes: int, boxes: int = 0) -> tuple[int, int]:
+def ring(tokens: int, bits: int, scale_bytes: int, split: bool = False) -> tuple[int, int]:
     """Return the stages of a CTA's ring and the bytes of its shared memory.
 
     Args:
         tokens: Tokens of a tile.
         bits: 4 or 8.
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
-        boxes: Of a pair that shares K, buffers for sums: 1, or 2 where they are sent in bulk; else 0.
+        split: Whether a pair shares K, and sums of half a tile come in from the other CTA.
     """
     stage = tokens * (512 // bits) * 2 + ROWS // BLOCK_ROWS * (BLOCK_BYTES + scale_bytes)
-    # Results pass through the first buffer; nine more barriers.
-    fixed = boxes * tokens // 2 * ROWS * 4 + _BARRIERS + 80 if boxes else _FIXED
+    # Results pass through the buffer for these; nine more barriers.
+    fixed = tokens // 2 * ROWS * 4 + _BARRIERS + 80 if split else _FIXED
     stages = min(_MAX_STAGES, (_SHARED - fixed) // stage)
     return stages, fixed + stages * stage
 
 
 def _ring(config: PrefillConfig, bits: int, scale_bytes: int) -> tuple[int, int]:
-    return ring(config.tokens, bits, scale_bytes, config.split + config.bulk)
+    return ring(config.tokens, bits, scale_bytes, config.split)
 
 
 def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
@@ -228,30 +223,29 @@ def _cuts(m: int, n: int, tokens: int, steps: int, bits: int, sm_count: int) -> 
 def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
     """Return the clocks that a cut takes by a model.
 
-    Products go by the table above, more for int8, whose bytes are twice as many. A launch costs 3,400 clocks, storing a tile
-    10.5 a token. The parts of a tile are written to L2 at 200 bytes a clock and read back, one after the other, at 100; that
-    begins 3,300 clocks late and 33 for each token, and later where runs do not begin with tiles. Its first choice is 1.3%
-    slower than the fastest cut on average, 17% at worst. Pairs that share K are not fitted yet: 700 clocks and 12 a token for
-    what they exchange, products 8% slower than with multicast.
+    Products go by the table above, more for int8, whose bytes are twice as many. A launch costs 4,300 clocks, storing a tile
+    20 a token. The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that
+    begins 2,500 clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange
+    sums in 470 clocks and 9 a token. Its first choice is 1.2% slower than the fastest cut on average, 17% at worst.
     """
     steps = -(-k // (512 // bits))
     tiles = math.prod(config.tiles(m, n))
     products = float(_PRODUCTS[config.tokens] * (32 // bits))
-    if bits == 8:
-        products *= 1.04 if config.tokens == TOKENS[-1] else 1.13
-    stored = 10.5 * config.tokens
+    if bits == 8 and config.tokens < TOKENS[-1]:
+        products *= 1.19
+    stored = 20.0 * config.tokens
     if config.split:
-        steps, stored = -(-steps // 2), stored / 2 + 700 + 12 * config.tokens
-        products *= 1.08 if config.tokens >= MULTICAST_FROM else 1.0
+        steps, stored = -(-steps // 2), stored / 2 + 470 + 9 * config.tokens
+        products *= _SPLIT_PRODUCTS[config.tokens]
     clocks = -(-(tiles - config.shared_tiles) // config.ctas) * (steps * products + stored)
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0
         parts = config.workers / config.shared_tiles + uneven
-        clocks += run * products + stored + 3300 + 33 * config.tokens + 3200 * uneven
-        clocks += config.tokens * ROWS * 4 * (1 / 200 + parts / 100)
-    weights = n * k * bits / 8 / (min(config.ctas * config.pair, sm_count) * 16.7)
-    return 3400 + max(clocks, weights)
+        clocks += run * products + stored + 2500 + 71 * config.tokens + 6250 * uneven
+        clocks += config.tokens * ROWS * 4 * (1 / 170 + parts / 290)
+    weights = n * k * bits / 8 / (min(config.ctas * config.pair, sm_count) * 14.2)
+    return 4300 + max(clocks, weights)
 
 
 def linear(

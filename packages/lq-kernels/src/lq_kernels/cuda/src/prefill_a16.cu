@@ -40,7 +40,7 @@
 // a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
-// LQ_MULTICAST (0, 1) and LQ_SPLIT (0; 1: sums go from registers to the other CTA; 2: from a buffer, in bulk).
+// LQ_MULTICAST (0, 1) and LQ_SPLIT (0, 1).
 
 #include "lq/epilogue.cuh"
 #include "lq/stream_k.cuh"
@@ -83,7 +83,6 @@ constexpr bool kMulticast = LQ_MULTICAST != 0;
 #define LQ_SPLIT 0
 #endif
 constexpr bool kSplit = LQ_SPLIT != 0;
-constexpr bool kBulk = LQ_SPLIT == 2;  // sums are sent from a buffer
 static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128), "pairs share K or tokens, and K of tiles that leave room");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
@@ -250,8 +249,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
   u8* const staging = scale_ring + stages * kScaleStage;
-  u8* const outbox = staging + kStaging;
-  u64* const full = reinterpret_cast<u64*>(outbox + (kBulk ? kBox : 0));  // a stage is there
+  u64* const full = reinterpret_cast<u64*>(staging + kStaging);  // a stage is there
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
@@ -391,22 +389,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const u32 there = static_cast<u32>(k_half ^ 1), to = map_shared(staging + block * kWarpBox, there);
     const u32 barrier = map_shared(received + block, there);
     const float4* const inbox = reinterpret_cast<const float4*>(staging + block * kWarpBox) + lane;
-    float4* const out = reinterpret_cast<float4*>(outbox + block * kWarpBox) + lane;
     const auto sums = [&](int unit) { return float4{acc[4 * unit], acc[4 * unit + 1], acc[4 * unit + 2], acc[4 * unit + 3]}; };
     if (lane == 0) mbarrier_arrive_expect(received + block, kWarpBox);
     mbarrier_wait(acknowledged, turn ^ 1);
 #pragma unroll
-    for (int j = 0; j < kOwnUnits; ++j) {
-      if constexpr (kBulk)
-        out[j * 32] = sums(kSent + j);
-      else
-        store_async(to + (j * 32 + lane) * 16, sums(kSent + j), barrier);
-    }
-    if constexpr (kBulk) {
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) bulk_copy_to_cluster(to, outbox + block * kWarpBox, kWarpBox, barrier);
-    }
+    for (int j = 0; j < kOwnUnits; ++j) store_async(to + (j * 32 + lane) * 16, sums(kSent + j), barrier);
     mbarrier_wait(received + block, turn);
 #pragma unroll
     for (int j = 0; j < kOwnUnits; ++j) {
