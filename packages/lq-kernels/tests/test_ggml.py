@@ -5,8 +5,8 @@ import torch
 from lq_formats import DeviceError, DTypeError, NoKernelError, ShapeError, SpecError
 from lq_formats.layouts import GGML_PLANES, GGMLPlanes
 from lq_kernels import Arch, explain, ggml_dequantize, ggml_linear, kernel_names, select
-from lq_kernels.ggml_kernels import make_problem
-from lq_kernels.triton.ggml_config import dot_config, gemv_config
+from lq_kernels.ggml_kernels import make_problem, predict_gemv_us, predict_splitk_us
+from lq_kernels.triton.ggml_config import SPLITS, dot_config, gemv_config, tile_m
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TYPES = tuple(GGML_PLANES)
@@ -52,7 +52,7 @@ def test_every_kernel_against_float64(device, kernel, ggml_type):
     if device == "cuda":
         # Triton takes seconds for each dtype and tile of tokens, and again where N is 1 or a multiple of 16. Every dtype
         # meets every tile once, with tails of N and K, and one dtype each every other kind of shape.
-        tokens = (1, 2, 8, 16, 17, 33, 64, 65, 200)
+        tokens = (1, 2, 8, 9, 16, 17, 33, 64, 65, 200)
         shapes = [
             (130, 4096 + block, tokens, DTYPES),
             (40, 3 * block, (1, 5), (torch.float32,)),
@@ -174,17 +174,67 @@ def test_the_choice_explains_itself():
     assert make_problem(1, 64, 256, "q6_k", torch.float32, Arch("cpu")).group_size == 16
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 16, 56, 112])
+@pytest.mark.parametrize("k", [32, 768, 4096, 14336, 28672])
 @pytest.mark.parametrize("n", [1, 100, 1024, 4096, 14336, 128256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_configurations_fill_the_gpu_and_leave_work_for_each_share(n, chunks, itemsize):
-    for m in (1, 16, 17, 64, 100):
-        config = dot_config(m, n, chunks, itemsize, 132)
-        assert config.block_m in (16, 32, 64)
-        assert config.split_k <= max(1, chunks // 2)
-        programs = -(-n // config.block_n) * -(-m // config.block_m)
-        assert programs * config.split_k >= 198 or config.split_k * 4 > chunks or config.split_k == 16
-    assert gemv_config(n, chunks, 132).block_chunks in (1, 4)
+@pytest.mark.parametrize("sm_count", [0, 1, 58, 132])
+def test_configurations_fill_the_gpu_and_leave_work_for_each_share(n, k, itemsize, sm_count):
+    for name, layout in GGML_PLANES.items():
+        chunks = -(-k // layout.chunk)
+        for m in (1, 8, 9, 16, 17, 33, 64, 100):
+            config = dot_config(m, n, k, layout, itemsize, sm_count)
+            assert config.block_m == (16 if itemsize == 4 else tile_m(m))
+            assert (config.block_n, config.num_warps) in ((32, 1), (32, 2), (64, 4), (32, 8))
+            assert config.split_k == 1 or config.split_k * 2 <= chunks
+            tiles = -(-n // config.block_n) * -(-m // config.block_m)
+            if config.split_k * 4 <= chunks and config.split_k < SPLITS[-1]:
+                assert 2 * tiles * config.split_k >= sm_count, f"{name} M={m}: multiprocessors are idle"
+        config = gemv_config(n, k, layout, sm_count)
+        assert config.block_chunks <= 8
+        assert config.block_chunks < 2 * chunks
+        assert config.block_n == config.num_warps
+
+
+def test_k_is_shared_as_was_measured_to_be_best_and_not_where_there_are_rows_enough():
+    for layout in GGML_PLANES.values():
+        for m in (1, 16, 32, 64):
+            assert dot_config(m, 4096, 4096, layout, 2, 132).split_k == 4
+            assert dot_config(m, 4096, 14336, layout, 2, 132).split_k == (4 if layout.chunk == 256 else 8)
+            assert dot_config(m, 128256, 4096, layout, 2, 132).split_k == 1
+
+
+def test_the_tile_of_tokens_alone_decides_on_a_configuration():
+    """A new number of tokens compiles nothing once its tile is known."""
+    assert [tile_m(m) for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 5000)] == [8, 8, 16, 16, 32, 32, 64, 64, 64, 64]
+    for layout in GGML_PLANES.values():
+        found = {(tile_m(m), dot_config(m, 4096, 4096, layout, 2, 132)) for m in range(1, 65)}
+        assert len(found) == 4
+
+
+# What was measured on an H200 (benchmarks/results/h200/ggml-sweep.jsonl), in the configurations that are launched; for Q6_K,
+# 14336, 8 with K in 12 shares instead of 8.
+MEASURED = {
+    ("q4_1", 4096): {"gemv": 8.4, 8: 11.5, 16: 13.1, 32: 14.6, 64: 18.8},
+    ("q4_1", 14336): {"gemv": 23.8, 8: 28.8, 16: 34.2, 32: 38.9, 64: 52.0},
+    ("q5_0", 4096): {"gemv": 9.7, 8: 12.8, 16: 13.6, 32: 15.0, 64: 18.8},
+    ("q5_0", 14336): {"gemv": 27.5, 8: 30.7, 16: 32.8, 32: 38.7, 64: 55.2},
+    ("q8_0", 4096): {"gemv": 8.9, 8: 11.1, 16: 12.2, 32: 13.0, 64: 16.3},
+    ("q8_0", 14336): {"gemv": 25.6, 8: 25.9, 16: 28.5, 32: 30.9, 64: 44.5},
+    ("q4_k", 4096): {"gemv": 9.4, 8: 11.5, 16: 13.0, 32: 15.3, 64: 18.9},
+    ("q4_k", 14336): {"gemv": 27.0, 8: 27.1, 16: 32.7, 32: 40.4, 64: 52.5},
+    ("q6_k", 4096): {"gemv": 11.8, 8: 13.8, 16: 15.1, 32: 16.6, 64: 22.6},
+    ("q6_k", 14336): {"gemv": 35.0, 8: 35.6, 16: 40.5, 32: 44.4, 64: 64.4},
+}
+
+
+@pytest.mark.parametrize(("name", "k"), MEASURED, ids=str)
+def test_predictions_are_near_what_was_measured(name, k):
+    for m, us in MEASURED[name, k].items():
+        if m == "gemv":
+            predicted = predict_gemv_us(make_problem(1, 4096, k, name, torch.bfloat16, H200))
+        else:
+            predicted = predict_splitk_us(make_problem(m, 4096, k, name, torch.bfloat16, H200))
+        assert predicted == pytest.approx(us, rel=0.15), f"M={m}"
 
 
 def test_what_does_not_fit_is_named():

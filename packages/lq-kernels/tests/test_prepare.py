@@ -154,16 +154,19 @@ def test_representatives_stand_for_every_kernel_that_is_selected(op, launches):
             assert select(Problem(op, m, n, k, problem.spec, BF16, H200)).name in names | {"dequant-blas"}
 
 
-def test_tiles_of_triton_kernels_have_representatives(monkeypatch):
+@pytest.mark.parametrize(("op", "group"), [("int4", 128), ("ggml", 32)])
+def test_tiles_of_triton_kernels_have_representatives(op, group, monkeypatch):
+    from lq_kernels.triton import config, ggml_config
     from lq_kernels.triton import constraints as triton_constraints
-    from lq_kernels.triton.config import tile_m
+
+    tile_m = (ggml_config if op == "ggml" else config).tile_m
 
     monkeypatch.setattr(triton_constraints, "_installed", lambda: True)
     lookup.forget()
     arch = Arch("cuda", (8, 9), "NVIDIA L4", 58)
-    problem = Problem("int4", 1, 4096, 4096, QuantSpec(4, "group", 128, True, BF16), BF16, arch)
+    problem = Problem(op, 1, 4096, 4096, QuantSpec(4, "group", group, True, BF16), BF16, arch)
     ready = {(select(problem_at(problem, m)).name, tile_m(m)) for m in representatives(problem)}
-    for m in range(1, 8193, 17):
+    for m in (*range(1, 65), *range(65, 8193, 17)):
         name = select(problem_at(problem, m)).name
         assert (name, tile_m(m)) in ready or not name.startswith("triton-")
     lookup.forget()

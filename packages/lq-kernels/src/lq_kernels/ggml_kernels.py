@@ -3,7 +3,8 @@
 Launchers take ``(x, codes, high, scale, bias, ggml_type)``: the planes of :data:`lq_formats.layouts.GGML_PLANES`, all tensors
 valid and not empty, x ``(M, K)``; they return ``(M, N)`` in x's dtype.
 
-The constants below come from counts of instructions in compiled kernels, not from measurements.
+The models below are within 15% of what was measured on an H200 for Q4_1, Q5_0, Q8_0, Q4_K and Q6_K with 4096 x 4096 and
+4096 x 14336 weights and 1 to 64 tokens (``benchmarks/results/h200/ggml-sweep.jsonl``).
 """
 
 import functools
@@ -18,6 +19,7 @@ from lq_kernels import cost, dequant_blas
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.registry import Kernel
 from lq_kernels.triton.constraints import why_not_dequantize, why_not_ggml
+from lq_kernels.triton.ggml_config import tile_m
 
 
 @functools.lru_cache(maxsize=1024)
@@ -44,25 +46,40 @@ def dequantize(
 
 
 def predict_gemv_us(problem: Problem) -> float:
-    """Predict the Triton GEMV: 0.45 us a million weights and token on an H200 (8 to 12 instructions a weight)."""
+    """Predict the Triton GEMV: 2.3 us and a time a million weights and token, 0.36 us (Q8_0) to 0.56 us (Q6_K) on an H200."""
     millions = problem.n * problem.k / 1e6
-    return cost.machine(problem.arch).launch + 0.45 * millions * problem.m * _slower_than_h200(problem)
+    work = (_us_per_million(problem) + 0.03) * millions * problem.m
+    return cost.machine(problem.arch).launch + 0.8 + work * _slower_than_h200(problem)
 
 
 def predict_splitk_us(problem: Problem) -> float:
-    """Predict the Triton split-K kernel: two launches and 0.38 us a million weights on an H200 (6 to 12 instructions a weight).
+    """Predict the Triton split-K kernel: 5.2 us for two launches and a time a million weights and tile of tokens on an H200.
 
-    Scales multiply sums, so a tile of 64 tokens costs about 1.6 times one of 16; more tokens read the weight again.
+    0.33 us (Q8_0) to 0.53 us (Q6_K) with 8 tokens; scales multiply sums, so larger tiles take longer. More than 64 tokens read
+    the weight again.
     """
     millions = problem.n * problem.k / 1e6
-    tile = 1.0 + 0.6 * max(min(problem.m, 64) - 16, 0) / 48
-    tiles = tile if problem.m <= 64 else 2.4 * -(-problem.m // 64)
-    exact = 8.0 if problem.dtype == torch.float32 else 1.0
-    return cost.machine(problem.arch).launch + 3.0 + 0.38 * millions * tiles * exact * _slower_than_h200(problem)
+    tile = _us_per_million(problem) + _TILE_US[tile_m(problem.m)]
+    exact = 8.0 if problem.dtype == torch.float32 else 1.0  # not measured
+    work = tile * millions * -(-problem.m // 64) * exact
+    return cost.machine(problem.arch).launch + 3.7 + work * _slower_than_h200(problem)
+
+
+_TILE_US = {8: 0.0, 16: 0.07, 32: 0.17, 64: 0.42}
+"""Microseconds a million weights that a tile of so many tokens takes longer than one of 8 (H200)."""
+
+
+def _us_per_million(problem: Problem) -> float:
+    """Return the microseconds in which an H200 unpacks a million weights: 8 bits need no masks, 3, 5 and 6 have two planes."""
+    bits = problem.spec.bits
+    planes = 0.05 if bits in (3, 5, 6) else 0.0
+    return (0.33 if bits == 8 else 0.38) + planes + (0.10 if problem.group_size == 16 else 0.0)
 
 
 def _slower_than_h200(problem: Problem) -> float:
-    return cost.machine(Arch("cuda", (9, 0), "NVIDIA H200", 132)).rate / cost.machine(problem.arch).rate
+    """Return how many times slower than an H200 instructions are issued: each multiprocessor issues as many, older ones 2/3."""
+    share = problem.arch.sm_count / 132 if problem.arch.sm_count else 1.0
+    return 1 / (share if problem.arch.capability >= (9, 0) else share * 2 / 3)
 
 
 def _triton(name: str) -> Callable[..., Tensor]:

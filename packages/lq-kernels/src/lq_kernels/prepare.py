@@ -13,7 +13,7 @@ from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.registry import select
-from lq_kernels.triton.config import tile_m
+from lq_kernels.triton import config, ggml_config
 
 _PROBES = tuple(sorted({m for power in range(14) for m in (1 << power, (1 << power) + 1, 3 << power) if m <= 8192}))
 
@@ -112,6 +112,7 @@ def representatives(problem: Problem) -> tuple[int, ...]:
 
     A product with each of them, once, leaves nothing to be compiled or unpacked at another number.
     """
+    tile_m = ggml_config.tile_m if problem.op == "ggml" else config.tile_m
     found: dict[tuple[str, int], int] = {}
     for m in _PROBES:
         name = select(replace(problem, m=m)).name

@@ -287,8 +287,7 @@ def gemv(x: Tensor, codes: Tensor, high: Tensor | None, scale: Tensor, bias: Ten
     """Return ``x (M, K) @ w.T + bias`` without tensor cores: best for one token, right for any number."""
     m, k = x.shape
     n, words = codes.shape
-    layout = GGML_PLANES[ggml_type]
-    config = gemv_config(n, words // layout.group, Arch.of(x.device).sm_count)
+    config = gemv_config(n, k, GGML_PLANES[ggml_type], Arch.of(x.device).sm_count)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     with same_device(x):
         _gemv_kernel[(triton.cdiv(n, config.block_n), m)](
@@ -316,8 +315,9 @@ def _dot(
 ) -> Tensor:
     m, k = x.shape
     n, words = codes.shape
-    chunks = words // GGML_PLANES[ggml_type].group
-    config = dot_config(tokens, n, chunks, x.element_size(), Arch.of(x.device).sm_count)
+    layout = GGML_PLANES[ggml_type]
+    chunks = words // layout.group
+    config = dot_config(tokens, n, k, layout, x.element_size(), Arch.of(x.device).sm_count)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split_k)
