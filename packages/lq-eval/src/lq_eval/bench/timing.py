@@ -21,6 +21,7 @@ from lq_eval.errors import last_line
 
 COLD_BYTES = 192 << 20
 MAX_COPIES = 128
+WARM_UP_S = 0.008
 
 Call = Callable[[], object]
 _Name = TypeVar("_Name", bound=Hashable)
@@ -98,6 +99,7 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
         Microseconds of one call, for each of ``competitors``.
     """
     graphs = [_capture(calls, max(1, math.ceil(min_calls / len(calls)))) for calls in competitors]
+    _raise_clocks([graph for graph, _ in graphs])
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(replays):
         for (graph, count), found in zip(graphs, times, strict=True):
@@ -109,6 +111,15 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
             torch.cuda.synchronize()
             found.append(start.elapsed_time(stop) * 1e3 / count)
     return [statistics.median(found) for found in times]
+
+
+def _raise_clocks(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+    """Replay graphs for a while: after a pause a GPU takes milliseconds to run at full speed again."""
+    deadline = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < deadline:
+        for graph in graphs:
+            graph.replay()
+        torch.cuda.synchronize()
 
 
 def _capture(calls: Sequence[Call], rounds: int) -> tuple[torch.cuda.CUDAGraph, int]:

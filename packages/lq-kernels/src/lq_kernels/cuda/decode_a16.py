@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lq_formats import ShapeError
@@ -142,7 +142,7 @@ def candidates(
                     # A ring as large as fits, and about as large as is enough: the next kernel fills its own in what is left.
                     rings = (
                         cut(*sizes, _SHARED[per_sm], sum_bytes, stages)
-                        for stages in (_MAX_STAGES, wanted + 1, wanted, wanted - 1)
+                        for stages in (_MAX_STAGES, *range(wanted + 1, 1, -1))
                     )
                     found = [config for config in dict.fromkeys(rings) if config is not None]
                     yield from (config for config in found if config.stages <= wanted + 1 or config is found[-1])
@@ -217,7 +217,13 @@ def choice(
     cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups), sum_bytes(groups, zero))
     weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
     found = measurements("decode_a16", m, weight, device, sm_count)
-    return choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
+    chosen = choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
+    if chosen is None or chosen.measured is None:
+        return chosen
+    # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
+    # three and others one, which takes up to 30% longer.
+    shared = min(dict(chosen.measured.point.cut).get("shared", 0), _SHARED[1])
+    return replace(chosen, config=replace(chosen.config, shared=max(chosen.config.shared, shared)))
 
 
 def sum_bytes(groups: int, zero: bool) -> int:

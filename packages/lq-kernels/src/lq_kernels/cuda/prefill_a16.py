@@ -19,7 +19,7 @@ from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
 from lq_kernels.tuned.table import Weight
 
-TOKENS = (16, 32, 64, 128, 256)
+TOKENS = (16, 32, 64, 128, 192, 256)
 """Tokens of a tile, for which the source is written; a tile has 128 out features."""
 ROWS = 128
 THREADS = 384
@@ -37,7 +37,7 @@ _MAX_TILES = 1 << 30
 _SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split")
 """Fields of a cut that a table's must have; the rest is order."""
 
-_PRODUCTS = {16: 108, 32: 101, 64: 87, 128: 137, 256: 268}
+_PRODUCTS = {16: 108, 32: 101, 64: 87, 128: 137, 192: 203, 256: 268}
 """Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2000 cuts (H200)."""
 _SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 128: 1.09}
 """... of pairs that share K, to these, as each CTA loads its own tokens."""
@@ -231,7 +231,7 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     steps = -(-k // (512 // bits))
     tiles = math.prod(config.tiles(m, n))
     products = float(_PRODUCTS[config.tokens] * (32 // bits))
-    if bits == 8 and config.tokens < TOKENS[-1]:
+    if bits == 8 and config.tokens <= 128:
         products *= 1.19
     stored = 20.0 * config.tokens
     if config.split:

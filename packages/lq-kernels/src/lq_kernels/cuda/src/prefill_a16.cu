@@ -37,7 +37,7 @@
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a K step: 1, 2, 4; 0: one scale
-// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 128, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
+// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 128, 192, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
 // LQ_MULTICAST (0, 1) and LQ_SPLIT (0, 1).
@@ -98,10 +98,10 @@ constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
 constexpr int kStep = kBits == 4 ? 128 : 64;  // in features of a stage
 constexpr int kSlices = kStep / 16;
-constexpr int kBatch = kBits == 8 || kTokens == 256 ? 1 : 2;  // k16 steps in a group of wgmmas
+constexpr int kBatch = kBits == 8 || kTokens > 128 ? 1 : 2;  // k16 steps in a group of wgmmas
 constexpr int kBatches = kSlices / kBatch;                    // of a stage
-// Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of 256 tokens takes long enough alone.
-constexpr int kPending = kTokens == 256 ? 1 : 2;
+// Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of many tokens takes long enough alone.
+constexpr int kPending = kTokens > 128 ? 1 : 2;
 constexpr int kSets = 2 * kPending;
 constexpr int kBoxBytes = kTokens * 128;  // of x: 64 in features
 constexpr int kXBytes = kStep / 64 * kBoxBytes;
@@ -495,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       named_barrier(3, kConsumers);
       if (uniform(*arrived) < work.last - work.first) continue;
       if (thread == 0) *counter = 0;  // for the next launch
-      constexpr int kAtOnce = kUnits < 4 ? kUnits : 4, kWorkers = kTokens == 256 ? 2 : 4;  // loads in flight
+      constexpr int kAtOnce = kUnits < 4 ? kUnits : 4, kWorkers = kTokens > 128 ? 2 : 4;  // loads in flight
 #pragma unroll
       for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
         float4 total[kAtOnce] = {};

@@ -50,6 +50,10 @@ struct Wgmma;
   LQ_LIST_32                                                                                    \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54" \
   ",%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LQ_LIST_96                                                                             \
+  LQ_LIST_64                                                                                   \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"                            \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define LQ_LIST_128                                                                                \
   LQ_LIST_64                                                                                       \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86"    \
@@ -62,6 +66,7 @@ struct Wgmma;
 #define LQ_SUMS_16(d, i) LQ_SUMS_8(d, i), LQ_SUMS_8(d, (i) + 8)
 #define LQ_SUMS_32(d, i) LQ_SUMS_16(d, i), LQ_SUMS_16(d, (i) + 16)
 #define LQ_SUMS_64(d, i) LQ_SUMS_32(d, i), LQ_SUMS_32(d, (i) + 32)
+#define LQ_SUMS_96(d, i) LQ_SUMS_64(d, i), LQ_SUMS_32(d, (i) + 64)
 #define LQ_SUMS_128(d, i) LQ_SUMS_64(d, i), LQ_SUMS_64(d, (i) + 64)
 
 // A0 to B: the numbers of the operands that follow the sums. The predicate says that D is added to.
@@ -84,6 +89,7 @@ LQ_WGMMA(16, 8, 8, 9, 10, 11, 12)
 LQ_WGMMA(32, 16, 16, 17, 18, 19, 20)
 LQ_WGMMA(64, 32, 32, 33, 34, 35, 36)
 LQ_WGMMA(128, 64, 64, 65, 66, 67, 68)
+LQ_WGMMA(192, 96, 96, 97, 98, 99, 100)
 LQ_WGMMA(256, 128, 128, 129, 130, 131, 132)
 
 #undef LQ_WGMMA
