@@ -21,6 +21,8 @@
 // 2 * k_parts consecutive K steps, k_parts = 8 / slots: two steps of a block for each warp. A step is 128 in features for int4
 // and 64 for int8, 1 KB a block.
 //
+// It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
+//
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
 // tokens: 1, 2, 4), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
