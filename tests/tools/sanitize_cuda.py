@@ -64,26 +64,30 @@ class Case:
         # Tokens whose results do not start at whole vectors, or do.
         self.n = ROWS // 2 + (0 if full else 4) if gated else ROWS - full
         rows = 2 * self.n if gated else self.n
-        self.group = 128 // variant.groups if variant.groups else k
+        self.group = 512 // variant.bits // variant.groups if variant.groups else k
         codes = torch.randint(0, 1 << variant.bits, (rows, k), dtype=torch.uint8, device="cuda")
         scales = (torch.rand(rows, k // self.group, device="cuda") * 0.02 + 0.005).to(variant.scale)
         zeros = torch.randint(0, 16, scales.shape, device="cuda").to(variant.scale) if variant.zero else None
+        if variant.minimum:
+            zeros = -8 * scales * torch.rand(scales.shape, device="cuda").to(variant.scale)
         offset = 1 << (variant.bits - 1) if zeros is None else zeros.double().repeat_interleave(self.group, 1)
-        self.w = (codes.double() - offset) * scales.double().repeat_interleave(self.group, 1)
+        scale = scales.double().repeat_interleave(self.group, 1)
+        self.w = codes.double() * scale + offset if variant.minimum else (codes.double() - offset) * scale
         x = (torch.randn(m, k, device="cuda") / self.w.norm(dim=1).mean()).to(variant.x)
         wide = torch.cat((x, x), 1)
         wide[:, 1 : k + 1] = x
         self.x = wide[:, 1 : k + 1] if full else x
         self.bias = torch.randn(rows, device="cuda").to(variant.x) if full else None
-        self.options: dict[str, object] = {}
+        minimum: dict[str, object] = {"minimum": True} if variant.minimum else {}
+        self.options = dict(minimum)
         residual = None
         if epilogue == "residual":
             residual = (
                 torch.randn(m * self.n + 3, device="cuda").to(variant.x)[3 if full else 0 :][: m * self.n].view(m, -1)
             )
-            self.options = {"residual": residual}
+            self.options |= {"residual": residual}
         elif epilogue != "none":
-            self.options = {"gated" if gated else "transposed": True}
+            self.options |= {"gated" if gated else "transposed": True}
         self.exact = x.double() @ self.w.T + (0 if self.bias is None else self.bias.double())
         if gated:
             gate, up = self.exact.chunk(2, 1)
@@ -140,7 +144,7 @@ def decode_cuts(case: Case, tiles: int) -> Iterator[decode_a16.DecodeConfig]:
 
 
 def prefill() -> int:
-    """Tiles, epilogues and variants; whole tiles, tiles that CTAs share in equal parts and across their ends."""
+    """Tiles, epilogues and variants; whole tiles, tiles that CTAs share in equal parts and across their ends, pairs of CTAs."""
     forms = [(VARIANTS[0], "none", tokens) for tokens in prefill_a16.TOKENS]
     forms += [(VARIANTS[0], epilogue, tokens) for epilogue in EPILOGUES if epilogue != "none" for tokens in (16, 64)]
     fp16_scales = [v for v in VARIANTS[1:] if v.groups == 0 or v.x != torch.float16 or v.scale == v.x]
@@ -150,20 +154,30 @@ def prefill() -> int:
         for full in (True, False):
             m = tokens + tokens // 2 + (1 if full else 0)
             case = Case(variant, epilogue, m, FEATURES if variant.groups or at % 2 else 1000, full)
-            for ctas, shared_tiles, workers in (
-                (4, 0, 0),
-                (1, 0, 0),
-                (3, 1, 3),
-                (2, 2, 2),
-                (7, 3, 7),
-                (8, 4, 8),
-                (20, 4, 20),
-            ):
-                case.run(
-                    prefill_a16.linear, prefill_a16.PrefillConfig(tokens, ctas, 1 + ctas % 2, shared_tiles, workers)
-                )
+            for config in prefill_cuts(tokens):
+                case.run(prefill_a16.linear, config)
                 runs += 1
     return runs
+
+
+def prefill_cuts(tokens: int) -> Iterator[prefill_a16.PrefillConfig]:
+    for multicast in (False, True)[: 1 + (tokens >= prefill_a16.MULTICAST_FROM)]:
+        # Two row tiles by two token tiles, or a pair of the former.
+        for ctas, shared_tiles, workers in (
+            (4, 0, 0),
+            (1, 0, 0),
+            (3, 1, 3),
+            (2, 2, 2),
+            (7, 3, 7),
+            (8, 4, 8),
+            (20, 4, 20),
+        ):
+            if not multicast or shared_tiles <= 2:
+                raster = 1 + ctas % 2
+                yield prefill_a16.PrefillConfig(tokens, ctas, raster, shared_tiles, workers, multicast)
+    if tokens in prefill_a16.SPLIT_TOKENS:
+        for ctas in (1, 4):
+            yield prefill_a16.PrefillConfig(tokens, ctas, 1, 0, 0, split=True)
 
 
 def dequantize() -> int:
@@ -172,7 +186,8 @@ def dequantize() -> int:
     for variant in VARIANTS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             case = Case(variant, "none", 1, FEATURES if variant.groups else 1000)
-            dense = fragment.dequantize(*case.weight, case.n, case.k, case.group, variant.bits, dtype)
+            sizes = (case.n, case.k, case.group, variant.bits)
+            dense = fragment.dequantize(*case.weight, *sizes, dtype, minimum=variant.minimum)
             close(dense, case.w)
             runs += 1
     return runs
