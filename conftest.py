@@ -5,9 +5,12 @@
 
 Workers of pytest-xdist compute with one thread each. Were each to start as many threads as there are cores, they would wait
 for each other: half a second of work then takes up to a minute (18 workers on 16 cores).
+
+``torch.compile`` forgets what a test compiled: many tests compile the same code for other tensors, and it refuses the ninth.
 """
 
 import os
+import sys
 
 import pytest
 import torch
@@ -36,3 +39,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("LQ_REQUIRE_GPU") == "1":
         pytest.fail(f"{reason} and LQ_REQUIRE_GPU=1", pytrace=False)
     pytest.skip(reason)
+
+
+def pytest_runtest_teardown() -> None:
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
