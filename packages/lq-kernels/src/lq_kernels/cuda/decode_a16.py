@@ -90,7 +90,7 @@ def cut(
     return DecodeConfig(token_tiles, slots, cluster, clusters, stages, boxes, pitch, fixed + stages * stage)
 
 
-def decode_config(
+def candidates(
     m: int,
     blocks: int,
     k: int,
@@ -99,8 +99,8 @@ def decode_config(
     sm_count: int,
     max_token_tiles: int = 4,
     sum_bytes: int = 0,
-) -> DecodeConfig | None:
-    """Return the fastest cut by a model, or None if the tokens do not fit shared memory or the grid.
+) -> Iterator[DecodeConfig]:
+    """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
     Args:
         m: Tokens.
@@ -112,21 +112,6 @@ def decode_config(
         max_token_tiles: Largest number of token tiles that is compiled.
         sum_bytes: Bytes of the sums that zeros multiply, of a token and K step.
     """
-    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles, sum_bytes)
-    return min(cuts, key=lambda config: cost(config, m, blocks, k, bits, sm_count), default=None)
-
-
-def candidates(
-    m: int,
-    blocks: int,
-    k: int,
-    bits: int,
-    scale_bytes: int,
-    sm_count: int,
-    max_token_tiles: int = 4,
-    sum_bytes: int = 0,
-) -> Iterator[DecodeConfig]:
-    """Yield every cut that makes sense; arguments are those of :func:`decode_config`."""
     wanted = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
     for token_tiles in dict.fromkeys((min(wanted, max_token_tiles), 2, 1)):
         if -(-m // (8 * token_tiles)) > _MAX_GRID_Y:
@@ -168,7 +153,7 @@ def _stages(token_tiles: int, bits: int) -> int:
 
 
 def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
-    """Return a time in units of a KB of codes on a multiprocessor. Fitted to 4272 cuts of 70 products (H200).
+    """Return a time in units of a KB of codes on a multiprocessor. Fitted to 4272 cuts of 65 products (H200).
 
     Its first choice is 1.3% slower than the fastest cut on average, 10% at worst. Slots without a block cost most of what
     others do; one CTA a multiprocessor hides less latency than two, even less where the next kernel's does not fit beside it.

@@ -38,7 +38,7 @@ _SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split")
 """Fields of a cut that a table's must have; the rest is order."""
 
 _PRODUCTS = {16: 108, 32: 101, 64: 87, 128: 137, 192: 203, 256: 268}
-"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2000 cuts (H200)."""
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200), none of 192."""
 _SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 128: 1.09}
 """... of pairs that share K, to these, as each CTA loads its own tokens."""
 _CLOCKS_A_US = 1750.0
@@ -226,7 +226,7 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     Products go by the table above, more for int8, whose bytes are twice as many. A launch costs 4,300 clocks, storing a tile
     20 a token. The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that
     begins 2,500 clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange
-    sums in 470 clocks and 9 a token. Its first choice is 1.2% slower than the fastest cut on average, 17% at worst.
+    sums in 470 clocks and 9 a token. Its first choice is 1.3% slower than the fastest cut on average, 17% at worst.
     """
     steps = -(-k // (512 // bits))
     tiles = math.prod(config.tiles(m, n))
