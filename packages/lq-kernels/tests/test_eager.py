@@ -131,7 +131,6 @@ class TestKnownWeight:
         call, _, _ = list(products())[case]
         x = torch.randn(3, K, dtype=BF16)
         expected = call(x)
-        torch._dynamo.reset()
         assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), expected)
 
 

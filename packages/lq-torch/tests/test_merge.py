@@ -289,7 +289,6 @@ def test_autocast_casts_as_before():
 def test_compiles_into_one_graph(config):
     model = block(config)
     merge_linears(model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = activations(2, 3)
     with torch.no_grad():
@@ -989,7 +988,6 @@ def test_a_merged_language_model_compiles_into_one_graph():
     model = _language_model("Llama")
     quantize_(model, Int4WeightOnlyConfig(32))
     merge_linears(model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, model(TOKENS).logits)
 

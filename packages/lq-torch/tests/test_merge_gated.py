@@ -317,7 +317,6 @@ def test_compiles_into_one_graph():
     model = mlp()
     x = activations(2, 3)
     merge_linears(model, fuse_epilogue=True)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))

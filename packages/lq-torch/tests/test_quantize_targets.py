@@ -235,7 +235,6 @@ def test_modules_are_made_where_and_as_asked(make, dtype):
 
 def test_modules_compile_into_one_graph():
     for layer in (QuantizedLinear.from_linear(nn.Linear(64, 16)), Int4PackedLinear.from_linear(nn.Linear(64, 16), 32)):
-        torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x = torch.randn(3, 64)
         with torch.no_grad():

@@ -288,7 +288,6 @@ def test_operands_that_do_not_fit_are_named(weight, device):
 def test_compiling_sees_the_number_of_tokens_as_dynamic(config):
     layer = nn.Linear(256, 72, dtype=torch.bfloat16)
     quantize_(layer, config)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     with torch.no_grad():
@@ -318,7 +317,6 @@ def test_export_autocast_and_training_graphs_agree_with_eager(name):
 def test_a_model_compiles_with_inductor_on_a_gpu(config):
     layers = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 72)).cuda().bfloat16()
     quantize_(layers, config)
-    torch._dynamo.reset()
     compiled = torch.compile(layers, fullgraph=True)
     with torch.no_grad():
         for tokens in (1, 4, 33):

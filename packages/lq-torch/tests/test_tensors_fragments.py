@@ -20,28 +20,9 @@ BOUNDS = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 BITS = {"q4_1": 5.0, "q4_k": 5.5, "q8_0": 8.5}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Return a device whose weights of 16 bits are in fragment order."""
-    torch.manual_seed(0)
-    if request.param == "cpu":
-        monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: True)
-    elif not reads_fragments(torch.device("cuda")):
-        pytest.skip("needs a Hopper GPU and cuda-core")
-    return request.param
-
-
 @pytest.fixture
-def elsewhere(monkeypatch):
-    """Return a function that takes a weight to a CPU, or to what holds weights as a GPU before Hopper does."""
-
-    def take(weight, planes=False):
-        with monkeypatch.context() as patch:
-            patch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: False)
-            patch.setattr("lq_torch.tensors.ggml._DEVICES_OF_PLANES", ("cuda", "cpu") if planes else ("cuda",))
-            return weight.to("cpu", copy=True)
-
-    return take
+def device(fragment_device):
+    return fragment_device
 
 
 def any_bytes(ggml_type, n=40, k=512, device="cpu"):

@@ -19,27 +19,9 @@ SHAPES = [(0, 64), (1, 32), (17, 32), (40, 160), (24, 512), (33, 1056)]
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Return a device whose Q4_0 weights are in fragment order."""
-    torch.manual_seed(0)
-    if request.param == "cpu":
-        monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: True)
-    elif not reads_fragments(torch.device("cuda")):
-        pytest.skip("needs a Hopper GPU and cuda-core")
-    return request.param
-
-
 @pytest.fixture
-def elsewhere(monkeypatch):
-    """Return a function that takes a weight to a CPU without such kernels."""
-
-    def take(weight):
-        with monkeypatch.context() as patch:
-            patch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: False)
-            return weight.to("cpu", copy=True)
-
-    return take
+def device(fragment_device):
+    return fragment_device
 
 
 def any_bytes(n=40, k=160, device="cpu"):

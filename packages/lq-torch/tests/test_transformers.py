@@ -104,7 +104,6 @@ def test_rotary_frequencies_are_those_of_the_model(tmp_path):
 def test_a_quantized_model_compiles_into_one_graph():
     model = tiny()
     quantize_(model, Int4WeightOnlyConfig(32))
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, model(TOKENS).logits)
