@@ -26,8 +26,9 @@
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
 // tokens: 1, 2, 4), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
-// before y is rounded; 0) and LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
-// fp32 sums, and bias has n values for gates, then n for ups; 0).
+// before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
+// fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`,
+// which become d q in X where they lie, a chunk at a time; k is a multiple of 128; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -61,6 +62,11 @@ constexpr int kFeatureRows = kGated ? 2 : 1;  // of the weight, for an out featu
 #endif
 constexpr bool kResidual = LQ_RESIDUAL != 0;
 static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
+#ifndef LQ_TOKENS_Q8_1
+#define LQ_TOKENS_Q8_1 0
+#endif
+constexpr bool kTokensQ8_1 = LQ_TOKENS_Q8_1 != 0;
+static_assert(!kTokensQ8_1 || kBits == 4, "bulk copies take whole multiples of 16 bytes: a K step of 128 is 144 bytes of Q8_1");
 
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brings x and is the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
@@ -127,6 +133,58 @@ struct Sums {
   }
 };
 
+// Bytes of x of so many in features, as they come.
+template <typename Count>
+__device__ constexpr Count x_bytes(Count features) {
+  return kTokensQ8_1 ? features / 8 * 9 : features * 2;
+}
+
+// Four int8 of a word to d q. A byte less its sign, put into the mantissa of 2^23, is a number 2^23 + 128 too large; products are exact
+// until they are rounded to 16 bits.
+__device__ __forceinline__ void scale_int8(u32& low, u32& high, u32 word, float d) {
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    values[i] = d * (__uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7440 + i)) - 8388736.0f);
+  low = from_floats(X{}, values[0], values[1]);
+  high = from_floats(X{}, values[2], values[3]);
+}
+
+// Q8_1 blocks [from, to) of m tokens, which lie at `raw` in the tokens' rows, to 16 bits at the rows' start; a block by kLanes threads.
+// Raw blocks end where rows do, so that in any order of K a block lies only over itself and blocks before it: those of a round are
+// in registers when the first is written. Neighbouring threads have neighbouring tokens, whose rows begin in different banks.
+template <int kLanes>
+__device__ __forceinline__ void convert_q8_1(u8* tokens, int pitch, int m, int raw, int from, int to) {
+  constexpr int kWords = 8 / kLanes;
+  const int thread = static_cast<int>(threadIdx.x), mine = thread / m, in_round = kConsumers / m & -kLanes;
+  u8* const row = tokens + thread % m * pitch;
+#pragma unroll 1
+  for (int first = from * kLanes; first < to * kLanes; first += in_round) {
+    const int unit = first + mine;
+    const bool exists = mine < in_round && unit < to * kLanes;
+    u32 scale = 0, words[kWords] = {};
+    if (exists) {
+      const u32* const block = reinterpret_cast<const u32*>(row + raw + unit / kLanes * 36);
+      scale = block[0];
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = block[1 + unit % kLanes * kWords + i];
+    }
+    named_barrier(1, kConsumers);
+    if (exists) {
+      const float d = to_float(Fp16{}, static_cast<u16>(scale));
+      uint4* const out = reinterpret_cast<uint4*>(row + unit * (64 / kLanes));
+#pragma unroll
+      for (int i = 0; i < kWords / 2; ++i) {
+        uint4 values;
+        scale_int8(values.x, values.y, words[2 * i], d);
+        scale_int8(values.z, values.w, words[2 * i + 1], d);
+        out[i] = values;
+      }
+    }
+  }
+  named_barrier(1, kConsumers);
+}
+
 template <int kTokenTiles>
 __device__ __forceinline__ void decode(const Arguments& p) {
   constexpr int kTokens = 8 * kTokenTiles;
@@ -162,6 +220,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int chunk_stages = (stages_per_pass + kChunks - 1) / kChunks, chunk_k = chunk_stages * stage_steps * kStep;
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
+  const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
   const int owned_rows = slots * kBlockRows >> log_ranks, owned_shift = __ffs(owned_rows) - 1;
   const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
@@ -279,13 +338,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     wait_for_previous_kernel();
     if (elect_one()) {
       const u64 keep = policy_evict_last();
-      const u8* x = p.x + (token0 * p.k + static_cast<i64>(first_step) * kStep) * 2;
+      const u8* x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
         if (here <= 0) break;
-        mbarrier_arrive_expect(x_full + chunk, m * here * 2);
+        mbarrier_arrive_expect(x_full + chunk, x_bytes(m * here));
         for (int token = 0; token < m; ++token)
-          bulk_copy(tokens + token * p.pitch + from * 2, x + (token * p.k + from) * 2, here * 2, x_full + chunk, keep);
+          bulk_copy(tokens + token * p.pitch + raw + x_bytes(from), x + x_bytes(token * p.k + from), x_bytes(here), x_full + chunk,
+                    keep);
       }
     }
     __syncwarp();
@@ -472,7 +532,15 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         if (next_chunk * stage_steps * kStep < k_here) mbarrier_wait(chunk_full++, 0);
         const int from = next_chunk * stage_steps;
         next_chunk += chunk_stages;
-        if constexpr (kZero) sum_tokens(from, next_chunk * stage_steps < steps ? next_chunk * stage_steps : steps);
+        const int to = next_chunk * stage_steps < steps ? next_chunk * stage_steps : steps;
+        if constexpr (kTokensQ8_1) {
+          // Few tokens' blocks are divided among more threads.
+          if (kDirect && m < 4)
+            convert_q8_1<4>(tokens, static_cast<int>(p.pitch), m, raw, 4 * from, 4 * to);
+          else
+            convert_q8_1<1>(tokens, static_cast<int>(p.pitch), m, raw, 4 * from, 4 * to);
+        }
+        if constexpr (kZero) sum_tokens(from, to);
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
