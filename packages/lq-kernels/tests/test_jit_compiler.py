@@ -3,6 +3,7 @@
 import builtins
 import re
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,6 +108,18 @@ def test_a_syntax_error_is_an_error_with_the_log():
 
 
 @needs_nvrtc
+def test_compiling_does_not_import_what_takes_longer_than_that():
+    code = (
+        "import sys\n"
+        "from lq_kernels.jit.compiler import compile_source\n"
+        "compiled = compile_source('extern \"C\" __global__ void f() {}', 'sm_80', 'f')\n"
+        "assert list(compiled.usage()) == ['f']\n"
+        "assert not {'cuda.core', 'triton', 'lq_torch'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@needs_nvrtc
 def test_a_header_that_is_not_ours_is_not_found():
     with pytest.raises(CompileError, match="nowhere"):
         compiler.compile_source('#include "nowhere.cuh"', "sm_80", "includes")
@@ -152,7 +165,9 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_cuda)
-    with pytest.raises(MissingPackageError, match="'cuda-core', which is not installed; run: pip install cuda-core"):
+    with pytest.raises(
+        MissingPackageError, match="'cuda-bindings', which is not installed; run: pip install cuda-core"
+    ):
         compiler.compile_source("", "sm_80", "nothing")
     monkeypatch.setattr(compiler, "_version", lambda package: None)
     compiler.compiler_version.cache_clear()

@@ -1,1 +1,1 @@
-"""Compile, cache and launch CUDA C++ at run time: the only importers of ``cuda.core``."""
+"""Compile, cache and launch CUDA C++ at run time: the only importers of ``cuda``."""

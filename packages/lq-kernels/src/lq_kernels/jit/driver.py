@@ -1,7 +1,7 @@
 """The few functions of NVIDIA's driver that lq calls, through ctypes, on the library that torch has loaded.
 
 ``cuda.core`` has no programmatic dependent launch, and importing it takes 0.3 s: more than everything else that a process with
-a full cache does before its first product. So it compiles (:mod:`lq_kernels.jit.compiler`) and is not imported otherwise.
+a full cache does before its first product.
 """
 
 import ctypes
