@@ -457,6 +457,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
         wgmma_commit();
         if (batch == kBatches - 1) {
+          // All lanes have read what they unpack of `last`, and one will release it for all. Here that is a NOP; in release(), which
+          // a condition guards, up to 48 instructions more.
+          __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
           if (step + 1 < work.end) {
             mbarrier_wait(full + stage, parity);
