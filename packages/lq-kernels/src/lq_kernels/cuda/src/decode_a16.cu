@@ -232,7 +232,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     if (lane == 0) {
       for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
       for (int i = 0; i < 2; ++i) {
-        mbarrier_init(received + i, kDirect ? 1 : 2);
+        mbarrier_init(received + i, !kDirect ? 2 : ranks > 1 ? 1 : 1 + kWarps);
         mbarrier_init(released + i, ranks);
       }
     }
@@ -291,7 +291,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   auto finish = [&](int pass, int thread, int count) {
     const int box = pass % 2, sources = ranks * k_parts;
     if (thread == 0)
-      mbarrier_arrive_expect(received + box, kDirect ? kWarps * kBlockRows * token_pairs * 8 : (kBuffer - part_of_buffer) * 4);
+      mbarrier_arrive_expect(received + box, !kDirect   ? (kBuffer - part_of_buffer) * 4
+                                             : ranks > 1 ? kWarps * kBlockRows * token_pairs * 8
+                                                         : 0);
     mbarrier_wait(received + box, pass / 2 % 2);
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
@@ -587,7 +589,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       const int row = slot * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
       const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
       if constexpr (kDirect) {
-        if (t < token_pairs)
+        // A cluster of one CTA has no asynchronous stores.
+        if (t < token_pairs && ranks == 1)
+          *reinterpret_cast<float2*>(inbox + at) = float2{kUnit * acc[0][2 * r], kUnit * acc[0][2 * r + 1]};
+        else if (t < token_pairs)
           store_async(map_shared(inbox + rank * part_of_buffer + at, owner), kUnit * acc[0][2 * r], kUnit * acc[0][2 * r + 1],
                       map_shared(received + box, owner));
       } else {
@@ -597,7 +602,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
       }
     }
-    if constexpr (!kDirect) {
+    if constexpr (kDirect) {
+      __syncwarp();
+      if (lane == 0 && ranks == 1) mbarrier_arrive(received + box);
+    } else {
       fence_async_proxy();
       named_barrier(1, kConsumers);
       if (warp == 0 && elect_one()) {
