@@ -43,9 +43,20 @@ class OnQ4_0:  # noqa: N801
         plan: Callable[[Problem], Plan],
         why_not: Callable[[Problem], str | None],
         function: str = "linear",
+        *,
+        reads_q8_1: bool = False,
     ) -> None:
-        """Take the function of a module of :mod:`lq_kernels.cuda` that runs, and what is known of its int4 kernel."""
+        """Take the function of a module of :mod:`lq_kernels.cuda` that runs, and what is known of its int4 kernel.
+
+        Args:
+            module: The module.
+            plan: The kernel's plan for an int4 problem.
+            why_not: Why it cannot run one, or None.
+            function: The function.
+            reads_q8_1: Whether the module has a ``linear_q8_1`` too, which reads Q8_1 blocks itself, and ``why_not_q8_1``.
+        """
         self._module, self._function, self._plan, self._why_not = module, function, plan, why_not
+        self._reads_q8_1 = reads_q8_1
 
     def __call__(self, x: Tensor, weight_q: Tensor) -> Tensor:
         """Return ``x (M, K) @ w.T``, ``(M, N)`` in x's dtype."""
@@ -58,13 +69,21 @@ class OnQ4_0:  # noqa: N801
         return lambda x: linear(x, packed, scales, None, None, n, BLOCK, 4)
 
     def of_blocks(self, weight_q: Tensor, activation_q: Tensor) -> Tensor:
-        """Return the ``(N, M) float32`` product with Q8_1 blocks, which become bf16."""
+        """Return the ``(N, M) float32`` product with Q8_1 blocks, which become bf16: in the kernel or in one of their own."""
         from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
 
-        packed, scales = fragments(weight_q)
-        x = dequantize_q8_1(activation_q)
-        y: Tensor = self._linear()(x, packed, scales, None, None, weight_q.shape[0], BLOCK, 4, transposed=True)
+        (packed, scales), n = fragments(weight_q), weight_q.shape[0]
+        y: Tensor
+        if self.reads_blocks(activation_q.shape[1] * BLOCK):
+            y = self._imported().linear_q8_1(activation_q, packed, scales, n)
+        else:
+            x = dequantize_q8_1(activation_q)
+            y = self._linear()(x, packed, scales, None, None, n, BLOCK, 4, transposed=True)
         return y
+
+    def reads_blocks(self, k: int) -> bool:
+        """Return whether the kernel reads Q8_1 blocks of ``k`` in features itself."""
+        return self._reads_q8_1 and self._imported().why_not_q8_1(k) is None
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why it cannot run a problem of either kind."""
@@ -77,10 +96,13 @@ class OnQ4_0:  # noqa: N801
     def plan_of_blocks(self, problem: Problem) -> Plan:
         """Return its plan for Q8_1 blocks."""
         found = self.plan(problem)
-        return replace(found, us=found.us + _DEQUANTIZE_US)
+        return found if self.reads_blocks(problem.k) else replace(found, us=found.us + _DEQUANTIZE_US)
+
+    def _imported(self) -> Any:
+        return importlib.import_module(f"lq_kernels.cuda.{self._module}")
 
     def _linear(self) -> Any:
-        return getattr(importlib.import_module(f"lq_kernels.cuda.{self._module}"), self._function)
+        return getattr(self._imported(), self._function)
 
 
 def fragments(weight_q: Tensor) -> tuple[Tensor, Tensor]:

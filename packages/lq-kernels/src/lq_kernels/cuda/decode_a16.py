@@ -1,4 +1,7 @@
-"""Launch ``src/decode_a16.cu``: a few tokens times an int4 or int8 weight in fragment order, on Hopper."""
+"""Launch ``src/decode_a16.cu``: a few tokens times an int4 or int8 weight in fragment order, on Hopper.
+
+Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from lq_formats import ShapeError
+from lq_formats.layouts import FRAGMENT_INT4
 from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
@@ -22,6 +26,9 @@ _MAX_STAGES = 16
 _SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
 _MAX_GRID_Y = 65535
+Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
+"""``NAME=VALUE`` of the macro with which tokens are Q8_1 blocks."""
+_Q8_1_BLOCK = 32
 _SAME = ("token_tiles", "cluster", "clusters", "stages")
 """Fields of a cut from which the others follow."""
 
@@ -297,6 +304,57 @@ def linear(
     return y
 
 
+def why_not_q8_1(k: int) -> str | None:
+    """Return why the kernel cannot read tokens of ``k`` in features as Q8_1 blocks, or None."""
+    if k % FRAGMENT_INT4.step:
+        return f"bulk copies of Q8_1 blocks start and end at multiples of 16 bytes: needs K divisible by 128, got {k}"
+    return None
+
+
+def linear_q8_1(
+    blocks: Tensor, packed: Tensor, scale: Tensor, out_features: int, config: DecodeConfig | None = None
+) -> Tensor:
+    """Return ``w @ x.T``, ``(out_features, M) float32``, of an int4 weight in groups of 32 and tokens in Q8_1 blocks.
+
+    To the bit what :func:`linear` makes of ``dequantize_q8_1(blocks)`` with the same cut: blocks become bf16 in shared
+    memory.
+
+    Args:
+        blocks: ``(M, K // 32, 36) uint8``, contiguous, not empty; :func:`why_not_q8_1` says which K.
+        packed: As for :func:`linear`, and so are the others.
+        scale: ``(groups, rows)``.
+        out_features: Rows of the weight.
+        config: How to cut, for tuning; by default :func:`choice`.
+
+    Raises:
+        ShapeError: If K is none that it takes, or the tokens do not fit shared memory or the grid.
+    """
+    m, k = blocks.shape[0], blocks.shape[1] * _Q8_1_BLOCK
+    if (reason := why_not_q8_1(k)) is not None:
+        raise ShapeError(f"{reason}; make bf16 of them first (dequantize_q8_1)")
+    if blocks.data_ptr() % 16:
+        blocks = blocks.clone()
+    variant = Variant.of(torch.bfloat16, scale.dtype, 4, _Q8_1_BLOCK, k, False)
+    launch = _prepare(
+        blocks.get_device(), m, out_features, k, packed.shape[1], _Q8_1_BLOCK, variant, config, "transposed", True
+    )
+    y = blocks.new_empty((out_features, m), dtype=torch.float32)
+    launch(blocks.data_ptr(), packed.data_ptr(), scale.data_ptr(), 0, 0, 0, y.data_ptr())
+    return y
+
+
+def alone(config: DecodeConfig, m: int, sm_count: int) -> DecodeConfig:
+    """Return the cut with so much shared memory that no two CTAs share a multiprocessor, where each can have its own.
+
+    For a launch right behind a small kernel, which it starts beside: the scheduler would put two CTAs on some multiprocessors
+    and none on others. 2 tokens in Q8_1 times 4096 x 14336 took 16.0 us, 1 token 11.2 us (H200).
+    """
+    clusters = config.clusters * -(-m // (8 * config.token_tiles))
+    if clusters > _clusters(sm_count, config.cluster):
+        return config
+    return replace(config, shared=max(config.shared, _SHARED[2] + 1024))
+
+
 @functools.lru_cache(maxsize=4096)
 def _prepare(
     index: int,
@@ -308,11 +366,15 @@ def _prepare(
     variant: Variant,
     config: DecodeConfig | None,
     epilogue: str,
+    q8_1: bool = False,
 ) -> Launch:
-    if config is None and (chosen := _choice(m, blocks, k, variant, Arch.of(torch.device("cuda", index)))):
+    arch = Arch.of(torch.device("cuda", index))
+    if config is None and (chosen := _choice(m, blocks, k, variant, arch)):
         config = chosen.config
     if config is None:
         raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
+    if epilogue == "transposed":  # tokens come from a quantizer of theirs
+        config = alone(config, m, arch.sm_count)
     return Launch(
         index,
         "decode_a16",
@@ -324,5 +386,5 @@ def _prepare(
         (m, n, k, blocks, group_size, config.slots, config.stages, config.boxes, config.pitch),
         cluster=config.cluster,
         dependent=True,
-        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
+        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue], *(Q8_1_DEFINES if q8_1 else ())),
     )
