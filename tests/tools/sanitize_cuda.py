@@ -27,6 +27,7 @@ from lq_formats import dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, FRAGMENT_INT4, FRAGMENT_INT8
 from lq_formats.layouts.fragment import BLOCK_BYTES
 from lq_kernels import gemm_q4_0_q8_1, interleave_rows, quantize_activation_q8_1
+from lq_kernels import q4_0 as q4_0_kernel
 from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
 from lq_kernels.cuda import dequantize_fragment as fragment
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1 as dequantize_q8_1_cuda
@@ -287,6 +288,27 @@ def from_q8_1() -> int:
     return 2 * len(Q4_0_SHAPES)
 
 
+def decode_q8_1() -> int:
+    """Tokens in Q8_1 blocks, a block by a thread and by four: the bits of tokens that were made bf16 before."""
+    runs = 0
+    for k in (128, FEATURES, 4096):
+        w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()
+        packed, scales = q4_0_kernel.fragments(w)
+        for m in (1, 3, 4, 8, 9, 16, 17):
+            blocks = quantize_q8_1(torch.randn(m, k)).cuda()
+            x = dequantize_q8_1_cuda(blocks)
+            for tiles in (1, 2):
+                for cluster, clusters in ((1, 1), (1, 9), (2, 4), (4, 2), (8, 5)):
+                    config = decode_a16.cut(m, 9, k, 4, 128, tiles, cluster, clusters, SHARED)
+                    if config is None:
+                        continue
+                    y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)
+                    options = {"config": config, "transposed": True}
+                    assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, **options), y)
+                    runs += 1
+    return runs
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What runs under one name, and whether it needs a Hopper GPU."""
@@ -304,6 +326,7 @@ PARTS = {
     "gemm_q4_0_q8_1": Part(q4_0, hopper=False),
     "quantize_q8_1": Part(q8_1, hopper=False),
     "dequantize_q8_1": Part(from_q8_1),
+    "decode_a16_q8_1": Part(decode_q8_1),
 }
 
 

@@ -8,10 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from lq_formats import CompileError
-from lq_kernels.cuda.decode_a16 import candidates, cost, cut, sum_bytes
+from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, alone, candidates, cost, cut, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
-from lq_kernels.cuda.variant import EPILOGUES
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit import compiler
 
 
@@ -71,6 +72,29 @@ def test_epilogues_compile_without_spills(variant, epilogue):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_decode_of_q8_1_blocks_compiles_without_spills(tiles, tmp_path):
+    q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
+    tail = (f"LQ_TILES={tiles}", *EPILOGUES["transposed"])
+    result = build("decode_a16", (*q4_0.defines, *tail, *Q8_1_DEFINES))
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    # As many CTAs fit a multiprocessor as of the same kernel for 16-bit tokens: ten warps, registers in eights.
+    (usual,) = build("decode_a16", (*q4_0.defines, *tail)).usage().values()
+    assert -(-used.registers // 8) == -(-usual.registers // 8) == (12, 16)[tiles - 1]
+    sass = disassemble(result.cubin, tmp_path)
+    assert re.search(r"\bUBLKCP\b", sass)
+    assert re.search(r"\bF2FP\.BF16\.F32\.PACK_AB\b", sass)
+    assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
+
+
+@needs_nvrtc
+def test_blocks_of_q8_1_need_whole_steps_of_multiples_of_16_bytes():
+    with pytest.raises(CompileError, match="144 bytes of Q8_1"):
+        build("decode_a16", (*VARIANTS[6].defines, "LQ_TILES=1", *EPILOGUES["transposed"], *Q8_1_DEFINES))
+
+
+@needs_nvrtc
 def test_one_epilogue_at_a_time():
     for one, other in itertools.combinations(("transposed", "residual", "silu_mul"), 2):
         defines = (*VARIANTS[0].defines, "LQ_TILES=1", *EPILOGUES[one], *EPILOGUES[other])
@@ -115,6 +139,23 @@ def test_sums_of_tokens_have_room():
     assert sum_bytes(4, True) == 16
     assert sum_bytes(0, True) == 4
     assert sum_bytes(4, False) == 0
+
+
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 40])
+def test_no_two_ctas_share_a_multiprocessor_where_each_can_have_its_own(m):
+    seen = set()
+    for config in candidates(m, 256, 14336, 4, 128, 132, 2):
+        launched = alone(config, m, 132)
+        assert replace(launched, shared=config.shared) == config
+        # 66 pairs, 30 fours and 15 eights run at once with a CTA a multiprocessor.
+        at_once = {1: 132, 2: 66, 4: 30, 8: 15}[config.cluster]
+        single = config.clusters * -(-m // (8 * config.token_tiles)) <= at_once
+        # A multiprocessor has 228 KB, of which a CTA takes a KB more than it asks for.
+        assert (2 * (launched.shared + 1024) > 228 << 10) or not single
+        assert launched.shared == config.shared or (single and launched.shared <= 232448)
+        seen.add((single, launched.shared == config.shared))
+    assert (False, True) in seen
+    assert ((True, False) in seen) == (m < 16)  # tokens that need no more than half of it
 
 
 def test_a_cut_that_does_not_fit_is_none():

@@ -1,9 +1,14 @@
 """Q4_0 x Q8_1: every kernel against the blocks' exact arithmetic, and the fused quantizer byte for byte."""
 
+import random
+
 import pytest
 import torch
-from lq_formats import dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
-from lq_kernels import gemm_q4_0_q8_1, kernel_names, q4_0_linear, quantize_activation_q8_1
+from lq_formats import QuantSpec, ShapeError, dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
+from lq_kernels import Arch, Problem, gemm_q4_0_q8_1, kernel_names, q4_0, q4_0_linear, quantize_activation_q8_1
+from lq_kernels.catalog import KERNELS
+from lq_kernels.cuda import decode_a16
+from lq_kernels.cuda import quantize_q8_1 as quantizer
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -215,3 +220,137 @@ def test_linear_takes_activations_as_they_are(kernel, dtype):
         assert torch.equal(q4_0_linear(x, w), q4_0_linear(x, w))
     w[0, 0, 2:] ^= 0x11  # a change is noticed
     assert not torch.equal(q4_0_linear(x, w, kernel=kernel)[:, 0], first[:, 0])
+
+
+# ---- the decode kernel on Q8_1 blocks ----
+
+H200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
+DECODE = next(kernel for kernel in KERNELS if (kernel.op, kernel.name) == ("q4_0_q8_1", "cuda-decode"))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched on an H200 that is not there, (kernel, macros, bytes of shared memory), in order; nothing runs."""
+    asked = []
+
+    def prepare(index, name, kernel, grid, threads, shared, *sizes, defines=(), **options):
+        return lambda *pointers: asked.append((name, defines, shared))
+
+    def launch(name, kernel, grid, threads, shared, *arguments, defines=(), **options):
+        asked.append((name, defines, shared))
+
+    monkeypatch.setattr(decode_a16, "Launch", prepare)
+    monkeypatch.setattr(quantizer, "launch", launch)
+    monkeypatch.setattr(Arch, "of", staticmethod(lambda device: H200))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    decode_a16._prepare.cache_clear()
+    yield asked
+    decode_a16._prepare.cache_clear()
+
+
+@pytest.mark.parametrize("k", [32, 64, 96, 128, 256, 1056, 1152, 4096])
+def test_decode_reads_blocks_itself_where_bulk_copies_can(k, launches):
+    for n in (1, 2, 8, 9, 17, 32):
+        w, a = quantize_q4_0(torch.randn(200, k)), quantize_q8_1(torch.randn(n, k))
+        assert DECODE.run(w, a).shape == (200, n)
+        *before, (kernel, defines, shared) = launches
+        assert kernel == "decode_a16"
+        assert "LQ_TRANSPOSED=1" in defines
+        assert ("LQ_TOKENS_Q8_1=1" in defines) == (k % 128 == 0)
+        assert [name for name, _, _ in before] == ([] if k % 128 == 0 else ["dequantize_q8_1"])
+        if n <= 16:  # 13 blocks of rows: a CTA for each multiprocessor, or fewer
+            assert 2 * (shared + 1024) > 228 << 10
+        launches.clear()
+    plan = DECODE.plan(Problem("q4_0_q8_1", 4, 200, k, q4_0.spec(k), torch.float32, H200))
+    alike = QuantSpec(4, "group", 32, True, torch.float16) if k > 32 else q4_0.spec(k)
+    decode = next(kernel for kernel in KERNELS if (kernel.op, kernel.name) == ("preshuffled", "cuda-decode"))
+    bf16 = decode.plan(Problem("preshuffled", 4, 200, k, alike, torch.bfloat16, H200))
+    assert (plan.us == bf16.us) == (k % 128 == 0)
+
+
+def test_blocks_that_bulk_copies_cannot_bring_are_refused(launches):
+    packed, scales = q4_0.fragments(quantize_q4_0(torch.randn(16, 192)))
+    with pytest.raises(ShapeError, match="needs K divisible by 128, got 192"):
+        decode_a16.linear_q8_1(quantize_q8_1(torch.randn(2, 192)), packed, scales, 16)
+    assert not launches
+
+
+def activations(kind, n, k):
+    """Return Q8_1 blocks of n tokens: of random numbers, or any bytes at all, with scales that are no numbers among them."""
+    if kind == "random":
+        return quantize_q8_1(torch.randn(n, k))
+    blocks = torch.randint(0, 256, (n, k // 32, 36), dtype=torch.uint8)
+    if kind == "finite":
+        scales = torch.randn(n, k // 32).half()
+    else:
+        extremes = torch.tensor([0.0, -0.0, 6e-8, 65504.0, -1.5, torch.inf, -torch.inf, torch.nan]).half()
+        scales = extremes[torch.randint(0, 5, (n, k // 32))]
+        token, block = torch.randint(0, n, (3,)), torch.randint(0, k // 32, (3,))
+        scales[token, block] = extremes[5:]
+    blocks[..., :2] = scales.unsqueeze(-1).view(torch.uint8)
+    return blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["random", "finite", "extreme"])
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_are_made_bf16_in_the_kernel_to_the_bit(seed, kind):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    for k in (128, 256, 128 * draw.randint(3, 20), 128 * draw.randint(21, 112)):
+        m = draw.choice([16 * draw.randint(1, 40), draw.randint(1, 700)])
+        packed, scales = q4_0.fragments(quantize_q4_0(torch.randn(m, k)).cuda())
+        for n in (1, draw.randint(2, 3), draw.randint(4, 8), draw.randint(9, 16), draw.randint(17, 32)):
+            a = activations(kind, n, k).cuda()
+            x = quantizer.dequantize_q8_1(a)
+            cuts = list(decode_a16.candidates(n, packed.shape[1], k, 4, 128, 132, 2))
+            for config in draw.sample(cuts, min(len(cuts), 6)):
+                two = decode_a16.linear(x, packed, scales, None, None, m, 32, 4, config, transposed=True)
+                one = decode_a16.linear_q8_1(a, packed, scales, m, config)
+                label = f"M={m} N={n} K={k} {config}"
+                torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True, msg=label)
+                assert bool(torch.isfinite(one).all()) == (kind != "extreme"), label
+
+
+@pytest.mark.gpu
+def test_decode_of_blocks_is_near_float64_and_looks_at_s_no_more_than_before():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    for m, k in ((4096, 14336), (1000, 4096), (333, 1152)):
+        w = quantize_q4_0(torch.randn(m, k, device="cuda"))
+        dense = dequantize_q4_0(w, torch.float64)
+        for n in (*range(1, 17), 24, 32):
+            a = quantize_activation_q8_1(torch.randn(n, k, device="cuda"))
+            y = gemm_q4_0_q8_1(w, a, m, n, k, kernel="cuda-decode")
+            assert nmse(y, dense @ dequantize_q8_1(a, torch.float64).t()) < 5e-6, f"M={m} N={n} K={k}"
+            other = a.clone()
+            other[..., 2:4] = 0x7F
+            assert torch.equal(gemm_q4_0_q8_1(w, other, m, n, k, kernel="cuda-decode"), y)
+            shifted = torch.empty(a.numel() + 4, dtype=torch.uint8, device="cuda")[4:].view(a.shape).copy_(a)
+            assert torch.equal(gemm_q4_0_q8_1(w, shifted, m, n, k, kernel="cuda-decode"), y)
+            if n > 2:  # a view of later tokens starts where bulk copies can
+                last = gemm_q4_0_q8_1(w, a[n - 1 :], m, 1, k, kernel="cuda-decode")
+                assert nmse(last, y[:, n - 1 :].cpu().double()) < 1e-10
+
+
+@pytest.mark.gpu
+def test_decode_right_behind_the_quantizer_waits_for_it():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    m, k = 4096, 4096
+    w = quantize_q4_0(torch.randn(m, k, device="cuda"))
+    for n in (1, 2, 8, 16):
+        xs = [torch.randn(n, k, device="cuda") for _ in range(20)]
+        expected = [gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel="cuda-decode").clone() for x in xs]
+        torch.cuda.synchronize()
+        again = [gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel="cuda-decode") for x in xs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel="cuda-decode") for x in xs]
+        graph.replay()
+        for found in (again, captured):
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -368,13 +368,12 @@ def _prepare(
     epilogue: str,
     q8_1: bool = False,
 ) -> Launch:
-    arch = Arch.of(torch.device("cuda", index))
-    if config is None and (chosen := _choice(m, blocks, k, variant, arch)):
+    if config is None and (chosen := _choice(m, blocks, k, variant, _arch(index))):
         config = chosen.config
     if config is None:
         raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
     if epilogue == "transposed":  # tokens come from a quantizer of theirs
-        config = alone(config, m, arch.sm_count)
+        config = alone(config, m, _arch(index).sm_count)
     return Launch(
         index,
         "decode_a16",
@@ -388,3 +387,7 @@ def _prepare(
         dependent=True,
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue], *(Q8_1_DEFINES if q8_1 else ())),
     )
+
+
+def _arch(index: int) -> Arch:
+    return Arch.of(torch.device("cuda", index))
