@@ -38,6 +38,7 @@ def launches(monkeypatch):
         if hasattr(module, "workspace"):
             monkeypatch.setattr(module, "workspace", lambda *args: _Workspace(empty, empty))
     monkeypatch.setattr(Arch, "of", staticmethod(lambda device: H200))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
     monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
     lookup.forget()
     yield asked
@@ -154,6 +155,33 @@ def test_representatives_stand_for_every_kernel_that_is_selected(op, launches):
             assert select(Problem(op, m, n, k, problem.spec, BF16, H200)).name in names | {"dequant-blas"}
 
 
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "another Hopper"])
+@pytest.mark.parametrize("op", ["int4", "int8", "q4_0", "preshuffled_gated"])
+def test_what_is_not_compiled_ahead_is_selected_at_its_representatives_only(op, name, launches, monkeypatch):
+    from lq_kernels.triton import constraints as triton_constraints
+    from lq_kernels.triton.config import tile_m
+
+    monkeypatch.setattr(triton_constraints, "_installed", lambda: True)
+    arch = Arch("cuda", (9, 0), name, 132)
+    bits, size, scale = (8, None, FP32) if op == "int8" else (4, 32, FP16) if op == "q4_0" else (4, 128, BF16)
+    spec = QuantSpec(bits, "row" if size is None else "group", size, True, scale)
+    ahead, later = {"cuda-decode", "cuda-prefill", "dequant-blas"}, set()
+    for n, k in ((4096, 4096), (28672, 4096), (1024, 4096), (512, 256), (64, 128), (16, 1024)):
+        problem = Problem(op, 1, n, k, spec, BF16, arch)
+
+        def choice(m, problem=problem):
+            chosen = select(problem_at(problem, m)).name
+            return chosen, tile_m(m) if chosen.startswith("triton-") else 0
+
+        ready = {choice(m) for m in representatives(problem)}
+        # At the numbers of tokens that are looked at by default, all of them; few Triton kernels win on a Hopper GPU.
+        for m in sorted({m for power in range(14) for m in (1 << power, (1 << power) + 1, 3 << power) if m <= 8192}):
+            chosen = choice(m)
+            assert chosen[0] in ahead or chosen in ready, (n, k, m)
+            later |= {chosen[0]} - ahead
+    assert later or op == "preshuffled_gated", "small weights go to other kernels, or this shows nothing"
+
+
 @pytest.mark.parametrize(("op", "group"), [("int4", 128), ("ggml", 32)])
 def test_tiles_of_triton_kernels_have_representatives(op, group, monkeypatch):
     from lq_kernels.triton import config, ggml_config
@@ -210,6 +238,20 @@ def test_units_are_compiled_once_in_threads_and_one_that_fails_does_not_stop_the
     assert set(done) == set(wanted)
     assert [step[:2] for step in progress] == [(1, 3), (2, 3), (3, 3)]
     assert compile_units([], compiler) == 0
+
+
+def test_the_longest_compilation_starts_first():
+    started = []
+    problems = [
+        Problem("preshuffled", 1, n, 4096, QuantSpec(4, "group", 128, True, BF16), BF16, H200) for n in (64, 4096)
+    ]
+    wanted = [unit for problem in problems for unit in units(problem)]
+    assert compile_units(wanted, started.append, threads=1) == len(set(wanted))
+    tokens = [dict(define.split("=") for define in unit.defines).get("LQ_TOKENS") for unit in started]
+    assert tokens[0] == "256"
+    assert started[-1].source == "dequantize_fragment"
+    alone = [int(each) for each, unit in zip(tokens, started, strict=True) if each and "LQ_SPLIT=1" not in unit.defines]
+    assert alone == sorted(alone, reverse=True)
 
 
 def test_into_cache_compiles_for_another_gpu(monkeypatch):

@@ -11,11 +11,19 @@ from lq_kernels import q4_0
 from lq_kernels.cuda import constraints
 from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.cuda.variant import EPILOGUES, Variant
+from lq_kernels.plans import MODEL
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.registry import select
 from lq_kernels.triton import config, ggml_config
 
 _PROBES = tuple(sorted({m for power in range(14) for m in (1 << power, (1 << power) + 1, 3 << power) if m <= 8192}))
+_AHEAD = ("dequant-blas", "cuda-prefill", "cuda-decode", "reference")
+"""Kernels of weights in fragment order that run what :func:`units` names, and nothing else; the cheapest to plan first."""
+_ONE_OF_EACH = (1, 64)
+"""Tokens for which a Hopper GPU decodes and for which it does not."""
+
+_SECONDS = {"gemm_q4_0_q8_1": 1.3, "decode_a16": 0.35, "prefill_a16": 0.2, "linear_a8": 0.2}
+_SECONDS_A_TOKEN = 0.002
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,10 @@ class Unit:
 
 
 def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
-    """Return every CUDA compilation that a weight's products may ask for, at any number of tokens; the longest first.
+    """Return every CUDA compilation that a weight's products may ask for, at any number of tokens.
 
-    Which of them are asked for depends on the tokens and on the tables; all of them together take no longer than the
-    longest where there are as many processors. Triton's kernels are not among them.
+    Which of them are asked for depends on the tokens and on the tables (the layers of a LLaMA-3-8B ask for all); together
+    they take little longer than the longest where there are as many processors. Triton's kernels are not among them.
 
     Args:
         problem: One of the products; its ``m`` is not looked at.
@@ -110,14 +118,47 @@ def _sms(problem: Problem) -> int:
 def representatives(problem: Problem) -> tuple[int, ...]:
     """Return a number of tokens for each kernel, and each tile of a Triton kernel, that the registry selects up to 8192.
 
-    A product with each of them, once, leaves nothing to be compiled or unpacked at another number.
+    A product with each of them, once, leaves nothing to be compiled or unpacked at another number. Selecting takes most of a
+    millisecond on a Hopper GPU, so where nothing but what :func:`units` names can be selected it is not asked.
     """
     tile_m = ggml_config.tile_m if problem.op == "ggml" else config.tile_m
+    known = _is_ahead(problem)
     found: dict[tuple[str, int], int] = {}
     for m in _PROBES:
-        name = select(replace(problem, m=m)).name
+        at = replace(problem, m=m)
+        if known and m not in _ONE_OF_EACH and not _may_compile(at):
+            continue
+        name = select(at).name
         found.setdefault((name, tile_m(m) if name.startswith("triton-") else 0), m)
     return tuple(found.values())
+
+
+def _is_ahead(problem: Problem) -> bool:
+    """Return whether the kernels of ``_AHEAD`` run what :func:`units` names."""
+    ours = problem.op in ("int4", "int8", "q4_0") or problem.op.startswith("preshuffled")
+    return (
+        ours
+        and not problem.batch_invariant
+        and constraints.why_not_fragment(problem) is None
+        and constraints.why_not_prefill(problem) is None
+    )
+
+
+def _may_compile(problem: Problem) -> bool:
+    """Return whether the registry may select a kernel that is not in ``_AHEAD``, without planning all of them.
+
+    It does so by models, where nothing is measured, and never where unpacking is faster.
+    """
+    from lq_kernels.catalog import KERNELS
+
+    kernels = {kernel.name: kernel for kernel in KERNELS if kernel.op == problem.op}
+    unpack = kernels["dequant-blas"]
+    limit = unpack.predict_us(problem)
+    others = (kernel for name, kernel in kernels.items() if name not in _AHEAD)
+    if not any(kernel.why_not(problem) is None and kernel.predict_us(problem) <= limit for kernel in others):
+        return False
+    plans = (kernels[name].plan for name in _AHEAD[:2])
+    return all(plan is None or plan(problem).source == MODEL for plan in plans)
 
 
 def compile_units(
@@ -127,7 +168,7 @@ def compile_units(
     threads: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
-    """Compile in threads.
+    """Compile in threads, the longest first.
 
     Args:
         wanted: What to compile; what is there twice is compiled once.
@@ -141,7 +182,7 @@ def compile_units(
     Raises:
         CompileError: If one does not compile; the others are finished first.
     """
-    distinct = list(dict.fromkeys(wanted))
+    distinct = sorted(dict.fromkeys(wanted), key=_seconds, reverse=True)
     with ThreadPoolExecutor(threads or max(1, min(32, os.cpu_count() or 1))) as pool:
         running = {pool.submit(compiler, unit): unit for unit in distinct}
         for done, future in enumerate(as_completed(running), 1):
@@ -150,6 +191,13 @@ def compile_units(
         for future in running:
             future.result()
     return len(distinct)
+
+
+def _seconds(unit: Unit) -> float:
+    """Return about how long a unit compiles on a server's core: large tiles have long code, pairs that share K half of it."""
+    values = dict(define.split("=", 1) for define in unit.defines)
+    tokens = int(values.get("LQ_TOKENS", 0)) / (2 if "LQ_SPLIT" in values else 1)
+    return _SECONDS.get(unit.source, 0.1) + _SECONDS_A_TOKEN * tokens
 
 
 def into_cache(arch: Arch) -> Callable[[Unit], object]:
