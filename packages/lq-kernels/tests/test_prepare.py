@@ -141,6 +141,24 @@ def test_q4_0_blocks_are_multiplied_as_int4_on_hopper(launches):
     assert {unit.source for unit in elsewhere} == set(SOURCES)
 
 
+@pytest.mark.parametrize("k", [1024, 1056])
+def test_nor_for_q4_0_times_q8_1(k, launches, monkeypatch):
+    n, spec = 512, QuantSpec(4, "group", 32, True, FP16)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)  # nothing runs, so none is asked for
+    ready = compiled(Problem("q4_0_q8_1", 1, n, k, spec, FP32, H200))
+    packed, scale, _ = fragment(4, n, k, 32, FP16, False)
+    for m in range(1, 300, 7):
+        if k % 128 == 0:
+            decode_a16.linear_q8_1(torch.empty(m, k // 32, 36, dtype=torch.uint8), packed, scale, n)
+        for module in (prefill_a16,) if k % 128 == 0 else (decode_a16, prefill_a16):
+            choice = module.choice_of(Problem("preshuffled", m, n, k, spec, BF16, H200))
+            operands = (torch.empty(m, k, dtype=BF16), packed, scale, None, None, n, 32, 4)
+            module.linear(*operands, choice.config, transposed=True)
+        assert launches <= ready, m
+    assert {("dequantize_q8_1", "dequantize_q8_1", ())} <= ready - launches
+    assert {name for name, _, _ in ready} == {"decode_a16", "prefill_a16", "dequantize_q8_1", *SOURCES}
+
+
 @pytest.mark.parametrize("op", ["int4", "preshuffled"])
 def test_representatives_stand_for_every_kernel_that_is_selected(op, launches):
     for n, k in ((4096, 4096), (2048, 8192), (1024, 4096)):

@@ -55,13 +55,31 @@ def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
         return ()
     if problem.op == "q4_0":
         found = tuple(_a16(replace(problem, op="int4", spec=q4_0.spec(problem.k))))
-        return found or units(replace(problem, op="q4_0_q8_1"))
+        return found or _blocks(problem)
     if problem.op == "q4_0_q8_1":
-        able = constraints.why_not_q4_0(problem) is None
-        return tuple(Unit(source, (), kernels) for source, kernels in SOURCES.items()) if able else ()
+        return (*_of_q8_1(problem), *_blocks(problem))
     if problem.op in ("int8_dynamic", "int4_dynamic"):
         return tuple(_a8(problem, lowest))
     return tuple(_a16(problem))
+
+
+def _blocks(problem: Problem) -> tuple[Unit, ...]:
+    able = constraints.why_not_q4_0(problem) is None
+    return tuple(Unit(source, (), kernels) for source, kernels in SOURCES.items()) if able else ()
+
+
+def _of_q8_1(problem: Problem) -> Iterator[Unit]:
+    from lq_kernels.cuda import decode_a16
+
+    tokens = replace(problem, op="int4", spec=q4_0.spec(problem.k), dtype=torch.bfloat16)
+    if constraints.why_not_fragment(tokens) is not None:
+        return
+    direct = decode_a16.Q8_1_DEFINES if decode_a16.why_not_q8_1(problem.k) is None else ()
+    for unit in _a16(tokens):
+        if unit.source != "dequantize_fragment":
+            macros = direct if unit.source == "decode_a16" else ()
+            yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *macros))
+    yield Unit("dequantize_q8_1")
 
 
 def _a16(problem: Problem) -> Iterator[Unit]:
