@@ -4,12 +4,20 @@ First without the sanitizer, so that no compilation happens under it (about a se
 
     python3 tests/tools/sanitize_cuda.py
 
-Then under each of its tools; name parts to run fewer, racecheck is slow:
+Then under each of its tools:
 
     compute-sanitizer --tool memcheck  --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
     compute-sanitizer --tool racecheck --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
     compute-sanitizer --tool synccheck --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
     compute-sanitizer --tool initcheck --report-api-errors no --error-exitcode 1 python3 tests/tools/sanitize_cuda.py
+
+Name parts to run fewer. racecheck is slow: --light has fewer launches, one of every compiled kernel and case with cuts that
+differ from case to case, and NAME:I/N is what process I of N does of a part:
+
+    for i in 0 1 2 3; do
+        compute-sanitizer --tool racecheck --report-api-errors no --error-exitcode 1 \
+            python3 tests/tools/sanitize_cuda.py --light prefill_a16:$i/4 &
+    done; wait
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 (set here) makes every tensor its own allocation, so that an access past its end is seen.
 Parts that need a Hopper GPU are passed over, and named, where there is another.
@@ -18,7 +26,9 @@ Parts that need a Hopper GPU are passed over, and named, where there is another.
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
@@ -45,6 +55,30 @@ ROWS = 136
 FEATURES = 1280
 SHARED = 232448
 """Bytes of shared memory that a block may have on Hopper."""
+
+
+C = TypeVar("C")
+
+
+class Selection:
+    """What of a part is run: the cases of one share of several, with all of their cuts or, where light, few."""
+
+    def __init__(self, share: int = 0, shares: int = 1, light: bool = False) -> None:
+        self.share, self.shares, self.light = share, shares, light
+        self.case = -1
+
+    def takes(self) -> bool:
+        """Count a case; return whether it is this share's."""
+        self.case += 1
+        return self.case % self.shares == self.share
+
+    def cuts(self, cuts: Iterable[C], kind: Callable[[C], Hashable] = lambda _: None) -> Iterator[C]:
+        """Yield the cuts of this case; where light, one of each kind: the first in every other case, in turn in the rest."""
+        kinds: dict[Hashable, list[C]] = {}
+        for number, cut in enumerate(cuts):
+            kinds.setdefault(kind(cut) if self.light else number, []).append(cut)
+        for same in kinds.values():
+            yield same[self.case % 2 * (self.case // 2 % len(same))]
 
 
 def close(y: Tensor, exact: Tensor) -> None:
@@ -113,15 +147,17 @@ class Case:
         close(y, self.exact)
 
 
-def decode() -> int:
+def decode(selection: Selection) -> int:
     """Tiles, epilogues and variants; clusters of every size, one pass and several, a ring that wraps and one that does not."""
     forms = [(VARIANTS[0], epilogue, tiles) for epilogue in EPILOGUES for tiles in (1, 2, 4)]
     forms += [(v, "none", decode_a16.max_token_tiles(v.groups) if i % 2 else 1) for i, v in enumerate(VARIANTS)]
     runs = 0
     for at, (variant, epilogue, tiles) in enumerate(forms):
         for m, k in ((8 * tiles - 3, FEATURES), (8 * tiles + 1, FEATURES if variant.groups else 1000)):
+            if not selection.takes():
+                continue
             case = Case(variant, epilogue, m, k, full=(at + m) % 2 == 0)
-            for config in decode_cuts(case, tiles):
+            for config in selection.cuts(decode_cuts(case, tiles), lambda config: config.cluster):
                 case.run(decode_a16.linear, config)
                 runs += 1
     return runs
@@ -136,15 +172,15 @@ def decode_cuts(case: Case, tiles: int) -> Iterator[decode_a16.DecodeConfig]:
             whole = decode_a16.cut(*sizes, SHARED, sums)
             if whole is None:
                 continue
-            yield whole
             if whole.stages > 2:
                 spare = (whole.stages - 2) * 16 * (BLOCK_BYTES + scale_bytes)
                 wrapping = decode_a16.cut(*sizes, whole.shared - spare, sums)
                 assert wrapping is not None
                 yield wrapping
+            yield whole
 
 
-def prefill() -> int:
+def prefill(selection: Selection) -> int:
     """Tiles, epilogues and variants; whole tiles, tiles that CTAs share in equal parts and across their ends, pairs of CTAs."""
     forms = [(VARIANTS[0], "none", tokens) for tokens in prefill_a16.TOKENS]
     forms += [(VARIANTS[0], epilogue, tokens) for epilogue in EPILOGUES if epilogue != "none" for tokens in (16, 64)]
@@ -153,9 +189,11 @@ def prefill() -> int:
     runs = 0
     for at, (variant, epilogue, tokens) in enumerate(forms):
         for full in (True, False):
+            if not selection.takes():
+                continue
             m = tokens + tokens // 2 + (1 if full else 0)
             case = Case(variant, epilogue, m, FEATURES if variant.groups or at % 2 else 1000, full)
-            for config in prefill_cuts(tokens):
+            for config in selection.cuts(prefill_cuts(tokens), lambda config: config.defines):
                 case.run(prefill_a16.linear, config)
                 runs += 1
     return runs
@@ -165,8 +203,8 @@ def prefill_cuts(tokens: int) -> Iterator[prefill_a16.PrefillConfig]:
     for multicast in (False, True)[: 1 + (tokens >= prefill_a16.MULTICAST_FROM)]:
         # Two row tiles by two token tiles, or a pair of the former.
         for ctas, shared_tiles, workers in (
-            (4, 0, 0),
             (1, 0, 0),
+            (4, 0, 0),
             (3, 1, 3),
             (2, 2, 2),
             (7, 3, 7),
@@ -181,11 +219,13 @@ def prefill_cuts(tokens: int) -> Iterator[prefill_a16.PrefillConfig]:
             yield prefill_a16.PrefillConfig(tokens, ctas, 1, 0, 0, split=True)
 
 
-def dequantize() -> int:
+def dequantize(selection: Selection) -> int:
     """The dense weight of every variant, in every dtype, with tails of rows and of in features."""
     runs = 0
     for variant in VARIANTS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if not selection.takes():
+                continue
             case = Case(variant, "none", 1, FEATURES if variant.groups else 1000)
             sizes = (case.n, case.k, case.group, variant.bits)
             dense = fragment.dequantize(*case.weight, *sizes, dtype, minimum=variant.minimum)
@@ -197,20 +237,23 @@ def dequantize() -> int:
 # ---- 8-bit tokens ----
 
 
-def a8() -> int:
+def a8(selection: Selection) -> int:
     """Variants and tiles, alone and in pairs; whole tiles, and tiles that CTAs share."""
     runs = 0
     for at, variant in enumerate(A8_VARIANTS):
         most = linear_a8.MAX_PROMOTED[variant.bits] if variant.promote else max(linear_a8.TOKENS)
         tiles = [tokens for tokens in linear_a8.TOKENS if tokens <= most]
         for tokens, multicast in ((tiles[at % 2], False), (tiles[-1 - at % 2], True), (tiles[2], at % 2 == 0)):
+            if not selection.takes():
+                continue
             m, n = tokens + tokens // 2 + 1, 2 * ROWS - (0 if multicast else 5)
             k = FEATURES if variant.grouped or at % 2 else FEATURES - 112
             group = 256 if variant.grouped and at % 2 else 128 if variant.grouped else k
             operands, exact = a8_operands(variant, m, n, k, group)
             rows, columns = linear_a8.A8Config(tokens, multicast, 1, 1, 0, 0).tiles(m, n)
             count = rows * columns
-            for ctas, shared, workers in ((count, 0, 0), (1, 0, 0), (2, 2, 2), (3, 1, 3), (7, 2, 7), (16, count, 16)):
+            cuts = ((1, 0, 0), (count, 0, 0), (2, 2, 2), (3, 1, 3), (7, 2, 7), (16, count, 16))
+            for ctas, shared, workers in selection.cuts(cuts):
                 config = linear_a8.A8Config(tokens, multicast, ctas, 1 + ctas % 2, min(shared, count), workers)
                 options = {"lowest": variant.lowest, "promote": variant.promote, "config": config}
                 close(linear_a8.linear(*operands, n, group, variant.out, **options), exact)
@@ -238,12 +281,14 @@ def a8_operands(variant: linear_a8.A8Variant, m: int, n: int, k: int, group: int
     return (codes, token_scale, weight, scale, bias), exact
 
 
-def tokens() -> int:
+def tokens(selection: Selection) -> int:
     """The quantizer of tokens, a vector a thread and several, with a token that is not finite."""
     runs = 0
     for dtype in (torch.bfloat16, torch.float16):
         for k in (8, 136, 1032, 2056, 5000, 65536):
             for m in (1, 5):
+                if not selection.takes():
+                    continue
                 x = torch.randn(m, k + 8, device="cuda").to(dtype)[:, 8:]
                 x[m // 2, k // 2] = torch.nan if m > 1 else 0.0
                 for activation in ("int8", "fp8"):
@@ -258,47 +303,61 @@ def tokens() -> int:
 # ---- ggml blocks ----
 
 
-def q4_0() -> int:
+def q4_0(selection: Selection) -> int:
     """The Q4_0 product, aligned and not."""
+    runs = 0
     for rows, columns, k in Q4_0_SHAPES:
+        if not selection.takes():
+            continue
         w, a = quantize_q4_0(torch.randn(rows, k)), quantize_q8_1(torch.randn(columns, k))
         y = gemm_q4_0_q8_1(w.cuda(), a.cuda(), rows, columns, k, kernel="cuda-mma")
         expected = gemm_q4_0_q8_1_reference(w, a)
         assert torch.allclose(y.cpu(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    return len(Q4_0_SHAPES)
+        runs += 1
+    return runs
 
 
-def q8_1() -> int:
+def q8_1(selection: Selection) -> int:
     """The quantizer of activations to Q8_1."""
+    runs = 0
     for _, columns, k in Q4_0_SHAPES:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            if not selection.takes():
+                continue
             x = torch.randn(columns, k).to(dtype)
             assert torch.equal(quantize_activation_q8_1(x.cuda()).cpu(), quantize_q8_1(x))
-    return 3 * len(Q4_0_SHAPES)
+            runs += 1
+    return runs
 
 
-def from_q8_1() -> int:
+def from_q8_1(selection: Selection) -> int:
     """Q8_1 blocks to bf16, from memory that starts at any byte."""
+    runs = 0
     for _, columns, k in Q4_0_SHAPES:
+        if not selection.takes():
+            continue
         blocks = quantize_q8_1(torch.randn(columns, k))
         shifted = torch.empty(blocks.numel() + 1, dtype=torch.uint8, device="cuda")
         shifted[1:] = blocks.flatten().cuda()
         for given in (blocks.cuda(), shifted[1:].view(blocks.shape)):
             assert torch.equal(dequantize_q8_1_cuda(given).cpu(), dequantize_q8_1(blocks).to(torch.bfloat16))
-    return 2 * len(Q4_0_SHAPES)
+            runs += 1
+    return runs
 
 
-def decode_q8_1() -> int:
+def decode_q8_1(selection: Selection) -> int:
     """Tokens in Q8_1 blocks, a block by a thread and by four: the bits of tokens that were made bf16 before."""
     runs = 0
     for k in (128, FEATURES, 4096):
         w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()
         packed, scales = q4_0_kernel.fragments(w)
         for m in (1, 3, 4, 8, 9, 16, 17):
+            if not selection.takes():
+                continue
             blocks = quantize_q8_1(torch.randn(m, k)).cuda()
             x = dequantize_q8_1_cuda(blocks)
             for tiles in (1, 2):
-                for cluster, clusters in ((1, 1), (1, 9), (2, 4), (4, 2), (8, 5)):
+                for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
                     config = decode_a16.cut(m, 9, k, 4, 128, tiles, cluster, clusters, SHARED)
                     if config is None:
                         continue
@@ -313,7 +372,7 @@ def decode_q8_1() -> int:
 class Part:
     """What runs under one name, and whether it needs a Hopper GPU."""
 
-    run: Callable[[], int]
+    run: Callable[[Selection], int]
     hopper: bool = True
 
 
@@ -330,6 +389,17 @@ PARTS = {
 }
 
 
+def chosen(argument: str) -> tuple[str, int, int]:
+    """Return the part that ``NAME`` or ``NAME:I/N`` names, and I and N."""
+    match = re.fullmatch(r"(\w+)(?::(\d+)/(\d+))?", argument)
+    name, share, shares = (match[1], int(match[2] or 0), int(match[3] or 1)) if match else (argument, 0, 1)
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"no part {name!r}: expected {', '.join(PARTS)}")
+    if share >= shares:
+        raise argparse.ArgumentTypeError(f"no share {share} of {shares}: they are counted from 0")
+    return name, share, shares
+
+
 def main() -> None:
     lines = [f"  {name:20} {part.run.__doc__}" for name, part in PARTS.items()]
     parser = argparse.ArgumentParser(
@@ -337,21 +407,26 @@ def main() -> None:
         epilog="\n".join(["parts, by the name of their source:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="what to run: see below; everything by default")
-    chosen = parser.parse_args().parts or list(PARTS)
-    if unknown := [name for name in chosen if name not in PARTS]:
-        parser.error(f"no part {unknown[0]!r}: expected {', '.join(PARTS)}")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        type=chosen,
+        metavar="NAME[:I/N]",
+        help="what to run, or share I of N of it: see below; everything by default",
+    )
+    parser.add_argument("--light", action="store_true", help="fewer launches, for racecheck")
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU on this machine")
     torch.manual_seed(0)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    for name in chosen:
+    for name, share, shares in arguments.parts or [(name, 0, 1) for name in PARTS]:
         if PARTS[name].hopper and not hopper:
             print(f"{name}: passed over, needs compute capability 9.0")
             continue
-        runs = PARTS[name].run()
+        runs = PARTS[name].run(Selection(share, shares, arguments.light))
         torch.cuda.synchronize()
-        print(f"{name}: {runs} launches are right", flush=True)
+        print(f"{name}{f':{share}/{shares}' * (shares > 1)}: {runs} launches are right", flush=True)
 
 
 if __name__ == "__main__":
