@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -135,7 +136,7 @@ def test_other_formats_have_no_problem():
     assert problem_of(nn.Linear(3, 4), 1, torch.float32) is None
 
 
-def test_on_a_gpu_everything_is_compiled_before_anything_runs(monkeypatch):
+def test_on_a_gpu_every_layer_runs_once_while_kernels_compile_and_the_rest_afterwards(monkeypatch):
     h200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
     monkeypatch.setattr(problems, "Arch", SimpleNamespace(of=lambda device: h200))
     monkeypatch.setattr("lq_kernels.cuda.constraints.why_not_compile", lambda: None)
@@ -143,16 +144,29 @@ def test_on_a_gpu_everything_is_compiled_before_anything_runs(monkeypatch):
     events = []
     # The package has a function of the module's name.
     module = sys.modules["lq_torch.warmup"]
-    monkeypatch.setattr(module, "onto_gpu", lambda device: events.append)
+    unpacked = threading.Event()
+
+    def compiler(unit):
+        assert unpacked.wait(10), "compiling keeps layers from running"
+        events.append(unit)
+
+    monkeypatch.setattr(module, "onto_gpu", lambda device: compiler)
     model = nn.Sequential(*(nn.Linear(256, 64, dtype=torch.bfloat16) for _ in range(3)))
     model.append(nn.Linear(256, 96, dtype=torch.bfloat16))
     quantize_(model, Int4WeightOnlyConfig(128, int4_packing_format="preshuffled"))
-    monkeypatch.setattr(nn.functional, "linear", lambda x, weight: events.append((x.shape[0], weight)))
+
+    def linear(x, weight):
+        events.append((x.shape[0], weight))
+        if len(events) == 4:
+            unpacked.set()
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
     steps = []
     count = warmup(model, [3], lambda *step: steps.append(step))
     compiled = [event for event in events if isinstance(event, Unit)]
     runs = [event for event in events if isinstance(event, tuple)]
-    assert events[: len(compiled)] == compiled
+    assert {(m, id(weight)) for m, weight in events[:4]} == {(1, id(layer.weight)) for layer in model}
+    assert events[4 : 4 + len(compiled)] == compiled
     assert len(set(compiled)) == len(compiled), "four layers share what they need"
     assert {unit.source for unit in compiled} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
     assert len(runs) == count == len(steps) - len(compiled)

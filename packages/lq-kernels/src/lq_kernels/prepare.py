@@ -1,5 +1,6 @@
 """Compile ahead: everything that a product may ask for, whatever its number of tokens, in parallel."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -200,15 +201,38 @@ def compile_units(
     Raises:
         CompileError: If one does not compile; the others are finished first.
     """
+    with compiling(wanted, compiler, threads=threads) as wait:
+        return wait(progress)
+
+
+@contextlib.contextmanager
+def compiling(
+    wanted: Iterable[Unit], compiler: Callable[[Unit], object], *, threads: int = 0
+) -> Iterator[Callable[[Callable[[int, int, str], None] | None], int]]:
+    """Compile in threads while the body runs; a first launch in it waits for its own kernel only.
+
+    Args:
+        wanted: As for :func:`compile_units`, and so are the others.
+        compiler: Compiles one.
+        threads: How many.
+
+    Yields:
+        A function that waits for all, takes what :func:`compile_units` takes as ``progress``, and returns and raises what it
+        does. All are finished at the end of the body.
+    """
     distinct = sorted(dict.fromkeys(wanted), key=_seconds, reverse=True)
     with ThreadPoolExecutor(threads or max(1, min(32, os.cpu_count() or 1))) as pool:
         running = {pool.submit(compiler, unit): unit for unit in distinct}
-        for done, future in enumerate(as_completed(running), 1):
-            if progress is not None:
-                progress(done, len(distinct), running[future].source)
-        for future in running:
-            future.result()
-    return len(distinct)
+
+        def wait(progress: Callable[[int, int, str], None] | None) -> int:
+            for done, future in enumerate(as_completed(running), 1):
+                if progress is not None:
+                    progress(done, len(distinct), running[future].source)
+            for future in running:
+                future.result()
+            return len(distinct)
+
+        yield wait
 
 
 def _seconds(unit: Unit) -> float:

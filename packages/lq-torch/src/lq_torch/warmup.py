@@ -1,12 +1,13 @@
 """warmup: compile, tune and unpack everything that a model's products need, before the first request."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from lq_formats import DTypeError, SpecError
-from lq_kernels.prepare import compile_units, onto_gpu, representatives, units
+from lq_kernels.prepare import compiling, onto_gpu, representatives, units
 from torch import Tensor, nn
 
 from lq_torch.linear import Int4PackedLinear, Int8Linear
@@ -37,11 +38,11 @@ def warmup(
 ) -> int:
     """Prepare a model for any number of tokens: afterwards no call waits for a compiler.
 
-    First every CUDA kernel that the model's weights may ask for, at whatever number of tokens, is compiled and loaded, in
-    parallel. Then every distinct quantized Linear is run once at each of ``batch_sizes`` and, on a GPU, at one number of
-    tokens for every other kernel that the registry would choose, without gradients: that compiles what is written in Triton,
-    and lets gemlite tune, which takes it seconds for each shape and batch size. Layers of the same shape, dtype, format and
-    device share the result; on a GPU each of the others is run once, for what kernels derive from its own weight.
+    Every CUDA kernel that the model's weights may ask for, at whatever number of tokens, is compiled and loaded, in parallel.
+    Meanwhile each layer on a GPU is run once, for what kernels derive from its own weight. Then every distinct quantized
+    Linear is run once at each of ``batch_sizes`` and, on a GPU, at one number of tokens for every other kernel that the
+    registry would choose, without gradients: that compiles what is written in Triton, and lets gemlite tune, which takes it
+    seconds for each shape and batch size. Layers of the same shape, dtype, format and device share the result.
 
     Args:
         model: A model that :func:`lq_torch.quantize_` changed, or with :class:`Int8Linear`, :class:`QuantizedLinear` or
@@ -73,24 +74,35 @@ def warmup(
             alike.append((key, product))
     problems = {key: problem_of(product.layer, 1, product.dtype) for key, product in distinct.items()}
     on_gpu = {key: problem for key, problem in problems.items() if problem is not None and problem.arch.kind != "cpu"}
-    for device in {distinct[key].device for key in on_gpu}:
-        mine = [(distinct[key], problem) for key, problem in on_gpu.items() if distinct[key].device == device]
-        wanted = [unit for product, problem in mine for unit in units(problem, lowest=_lowest(product.layer))]
-        compile_units(wanted, onto_gpu(device), progress=progress)
-    runs = [
-        (product, size)
-        for key, product in distinct.items()
-        for size in sorted({*sizes, *(representatives(on_gpu[key]) if key in on_gpu else ())})
-    ]
-    runs += [(product, 1) for key, product in alike if key in on_gpu]
-    with torch.no_grad():
-        for done, (product, size) in enumerate(runs):
-            if progress is not None:
-                progress(done, len(runs), f"{product.path} x {size}")
-            product.run(torch.zeros(size, product.in_features, dtype=product.dtype, device=product.device))
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        waits = []
+        for device in {distinct[key].device for key in on_gpu}:
+            mine = [(distinct[key], problem) for key, problem in on_gpu.items() if distinct[key].device == device]
+            wanted = [unit for product, problem in mine for unit in units(problem, lowest=_lowest(product.layer))]
+            waits.append(stack.enter_context(compiling(wanted, onto_gpu(device))))
+        tokens = {key: sorted({*sizes, *representatives(problem)}) for key, problem in on_gpu.items()}
+        # While kernels compile, every weight on a GPU is unpacked and what PyTorch needs for that loaded.
+        first = [(distinct[key], each[0]) for key, each in tokens.items()]
+        first += [(product, 1) for key, product in alike if key in on_gpu]
+        rest = [(distinct[key], size) for key, each in tokens.items() for size in each[1:]]
+        rest += [(product, size) for key, product in distinct.items() if key not in on_gpu for size in sizes]
+        total = len(first) + len(rest)
+        _run(first, 0, total, progress)
+        for wait in waits:
+            wait(progress)
+        _run(rest, len(first), total, progress)
     for device in {product.device for product in distinct.values() if product.device.type == "cuda"}:
         torch.cuda.synchronize(device)
-    return len(runs)
+    return total
+
+
+def _run(
+    runs: list[tuple[_Product, int]], done: int, total: int, progress: Callable[[int, int, str], None] | None
+) -> None:
+    for at, (product, size) in enumerate(runs, done):
+        if progress is not None:
+            progress(at, total, f"{product.path} x {size}")
+        product.run(torch.zeros(size, product.in_features, dtype=product.dtype, device=product.device))
 
 
 def _lowest(layer: Tensor | nn.Module) -> bool:

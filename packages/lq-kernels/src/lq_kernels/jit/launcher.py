@@ -35,8 +35,9 @@ _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _SHARED_WITHOUT_ASKING = 48 << 10
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
-_lock = threading.Lock()
 _functions: dict[tuple[int, str, str, tuple[str, ...]], int] = {}
+_locks: dict[tuple[int, str, str, tuple[str, ...]], threading.Lock] = {}
+"""One a kernel: a thread that wants what another one compiles waits for it, and kernels do not wait for each other."""
 
 
 class _Attribute(ctypes.Structure):
@@ -238,34 +239,37 @@ def load(index: int, name: str, kernel: str, shared: int, defines: tuple[str, ..
     Raises:
         CompileError: If it cannot be compiled or loaded.
     """
-    known = _functions.get((index, name, kernel, defines))
-    if known is not None and shared <= _SHARED_WITHOUT_ASKING:
-        return known
-    arch = architecture(torch.cuda.get_device_capability(index))
-    # Outside of the lock: several kernels may compile at once.
-    code = b"" if known is not None else cubin(name, arch, defines)
-    with _lock:
+    key = (index, name, kernel, defines)
+    function = _functions.get(key)
+    if function is None:
+        with _locks.setdefault(key, threading.Lock()):
+            function = _functions.get(key)
+            if function is None:
+                function = _functions[key] = _loaded(index, name, kernel, defines)
+    if shared > _SHARED_WITHOUT_ASKING:
         driver.make_current(index)
-        function = _functions.get((index, name, kernel, defines))
-        if function is None:
-            try:
-                function = driver.load_kernel(code, kernel)
-            except LaunchError:
-                # The entry was whole but the driver refuses it: compile anew, once.
-                cache.discard(_entry(name, arch, defines))
-                try:
-                    function = driver.load_kernel(cubin(name, arch, defines), kernel)
-                except LaunchError as error:
-                    raise CompileError(f"{name}.cu was compiled for {arch} and cannot be loaded: {error}") from error
-            _functions[index, name, kernel, defines] = function
-        if shared > _SHARED_WITHOUT_ASKING:
-            most = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-            status = driver.allow_shared(function, index, most)
-            if status or shared > most:
-                raise CompileError(
-                    f"{kernel} needs {shared} bytes of shared memory: this GPU has {most} (CUDA error {status})"
-                )
-        return function
+        most = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+        status = driver.allow_shared(function, index, most)
+        if status or shared > most:
+            raise CompileError(
+                f"{kernel} needs {shared} bytes of shared memory: this GPU has {most} (CUDA error {status})"
+            )
+    return function
+
+
+def _loaded(index: int, name: str, kernel: str, defines: tuple[str, ...]) -> int:
+    arch = architecture(torch.cuda.get_device_capability(index))
+    code = cubin(name, arch, defines)
+    driver.make_current(index)
+    try:
+        return driver.load_kernel(code, kernel)
+    except LaunchError:
+        # The entry was whole but the driver refuses it: compile anew, once.
+        cache.discard(_entry(name, arch, defines))
+    try:
+        return driver.load_kernel(cubin(name, arch, defines), kernel)
+    except LaunchError as error:
+        raise CompileError(f"{name}.cu was compiled for {arch} and cannot be loaded: {error}") from error
 
 
 @functools.cache
