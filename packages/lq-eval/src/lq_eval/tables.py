@@ -188,11 +188,17 @@ def eager_table(rows: Iterable[EagerRow], title: str) -> Table:
 
 def cold_table(rows: Iterable[ColdRow], title: str) -> Table:
     """Return the table of ``lq-eval bench cold``."""
-    columns = ("model", "scheme", "cache", "layers", "quantize s", "warmup s", "again s", "slowest call ms", "at M")
-    caption = "again: the same warmup once more; slowest call: of the first calls at other M, after the warmup"
+    columns = (
+        *("model", "scheme", "cache", "layers", "quantize s", "warmup s", "compiled s", "CPU s", "again s"),
+        *("slowest call ms", "at M"),
+    )
+    caption = "compiled: until the last kernel was loaded; CPU: of all processors; again: the same warmup once more; "
+    caption += "slowest call: of the first calls at other M, after the warmup"
     table = _table(title, columns, caption, left=3)
     for row in rows:
-        seconds = (f"{value:.3f}" for value in (row.quantize_s, row.warmup_s, row.rerun_s))
+        seconds = (
+            f"{value:.3f}" for value in (row.quantize_s, row.warmup_s, row.compile_s, row.warmup_cpu_s, row.rerun_s)
+        )
         table.add_row(
             f"{row.shapes} {_SHORT.get(row.dtype, row.dtype)}",
             row.scheme,

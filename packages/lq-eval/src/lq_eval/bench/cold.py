@@ -1,7 +1,8 @@
 """Cold start: what a process waits for the first time it uses a model, with an empty cache of kernels and with a full one.
 
 Every figure comes from a fresh process (:mod:`lq_eval.bench.cold_process`). The first finds empty caches (lq's, Triton's and
-the driver's, all in one temporary folder), the second what the first left. The GPU's context and the vendor's library are
+the driver's, all in one temporary folder), the second what the first left, and so does the third, which does not warm up: its
+slowest call is the first of all. The GPU's context and the vendor's library are
 set up before the clock starts: a dense model waits for those as well.
 """
 
@@ -11,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lq_eval.errors import BenchError
 
-STATES = ("empty", "warm")
+STATES = ("empty", "warm", "no warmup")
 NEW_MS = (1, 2, 3, 5, 8, 13, 17, 24, 33, 64, 65, 100, 128, 200, 256, 300, 512, 1000, 2048, 4096)
 
 
@@ -30,7 +31,7 @@ class ColdOptions:
         scheme: How they are quantized, see :mod:`lq_eval.schemes`.
         dtype: dtype of x by name.
         device: Where to run.
-        batch_sizes: Numbers of tokens that ``warmup`` is given.
+        batch_sizes: Numbers of tokens that ``warmup`` is given; without any it is not called.
         new_ms: Numbers of tokens of the calls after it.
     """
 
@@ -60,11 +61,13 @@ class ColdRow:
         shapes: Layers of the model.
         scheme: How they are quantized.
         dtype: dtype of x.
-        cache: ``"empty"`` or ``"warm"``.
+        cache: ``"empty"`` or ``"warm"``; ``"no warmup"`` for full caches and no ``warmup``.
         layers: Distinct layers.
         batch_sizes: Numbers of tokens that ``warmup`` was given.
         quantize_s: Seconds of ``quantize_``.
         warmup_s: Seconds of ``lq_torch.warmup``, to the last result.
+        warmup_cpu_s: Seconds that all processors together spent on it.
+        compile_s: Seconds of it until the last of the kernels that are compiled ahead was loaded; 0 if there are none.
         rerun_s: Seconds of the same ``warmup`` once more: what it takes to multiply, without any compiling.
         first_call_s: The longest of the calls after it, each a number of tokens for a layer, to its result.
         first_call_m: The number of tokens of that call.
@@ -78,6 +81,8 @@ class ColdRow:
     batch_sizes: tuple[int, ...]
     quantize_s: float
     warmup_s: float
+    warmup_cpu_s: float
+    compile_s: float
     rerun_s: float
     first_call_s: float
     first_call_m: int
@@ -88,20 +93,21 @@ class ColdRow:
 
 
 def run_cold(options: ColdOptions, *, timeout_s: float = 300.0) -> Iterator[ColdRow]:
-    """Start a process with empty caches, then one with those that it filled.
+    """Start a process with empty caches, one with those that it filled, and one more that does not warm up.
 
     Raises:
         BenchError: If a process fails or takes longer than ``timeout_s``.
     """
     with tempfile.TemporaryDirectory(prefix="lq-cold-") as folder:
         for state in STATES:
+            chosen = replace(options, batch_sizes=()) if state == "no warmup" else options
             yield ColdRow(
                 shapes=options.shapes,
                 scheme=options.scheme,
                 dtype=options.dtype,
                 cache=state,
-                batch_sizes=options.batch_sizes,
-                **_start(options, Path(folder), timeout_s),
+                batch_sizes=chosen.batch_sizes,
+                **_start(chosen, Path(folder), timeout_s),
             )
 
 

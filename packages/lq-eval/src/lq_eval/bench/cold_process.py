@@ -1,7 +1,7 @@
 """The process that :mod:`lq_eval.bench.cold` starts: ``python -m lq_eval.bench.cold_process OPTIONS ANSWER``.
 
-It builds the layers, quantizes them, calls ``lq_torch.warmup`` and then every layer at numbers of tokens that it may not have
-seen, and writes the seconds of each step.
+It builds the layers, quantizes them, calls ``lq_torch.warmup`` (if it is told for which tokens) and then every layer at numbers
+of tokens that it may not have seen, and writes the seconds of each step.
 """
 
 import functools
@@ -36,8 +36,18 @@ def start(options: ColdOptions) -> Mapping[str, Any]:
         _wait(device)
 
         quantize_s = _seconds(lambda: quantize_(model, parse_scheme(options.scheme)), device)
-        warmup_s = _seconds(lambda: warmup(model, options.batch_sizes), device)
-        rerun_s = _seconds(lambda: warmup(model, options.batch_sizes), device)
+        compiled = [0.0]
+        warmup_s = rerun_s = cpu_s = 0.0
+        if options.batch_sizes:
+            started, cpu_started = time.perf_counter(), time.process_time()
+
+            def progress(done: int, total: int, what: str) -> None:
+                if " x " not in what:  # a source, not a layer with its tokens
+                    compiled.append(time.perf_counter() - started)
+
+            warmup_s = _seconds(lambda: warmup(model, options.batch_sizes, progress), device)
+            cpu_s = time.process_time() - cpu_started
+            rerun_s = _seconds(lambda: warmup(model, options.batch_sizes), device)
         calls = {
             (index, m): _seconds(functools.partial(layer, inputs[m, shape.k]), device)
             for index, (layer, shape) in enumerate(zip(model, shapes, strict=True))
@@ -48,6 +58,8 @@ def start(options: ColdOptions) -> Mapping[str, Any]:
         "layers": len(shapes),
         "quantize_s": quantize_s,
         "warmup_s": warmup_s,
+        "warmup_cpu_s": cpu_s,
+        "compile_s": compiled[-1],
         "rerun_s": rerun_s,
         "first_call_s": calls[slowest],
         "first_call_m": slowest[1],

@@ -262,7 +262,7 @@ def bench_cold(
     device: Device = None,
     json: Json = None,
 ) -> None:
-    """Seconds until a model's kernels are there, in fresh processes: with empty caches, then with full ones."""
+    """Seconds until a model's kernels are there, in fresh processes: with empty caches, with full ones, and without warmup."""
     from lq_eval.bench.cold import NEW_MS, STATES, ColdOptions, run_cold
     from lq_eval.bench.shapes import parse_shapes
     from lq_eval.models import default_device, default_dtype
