@@ -247,6 +247,7 @@ def into_cache(arch: Arch) -> Callable[[Unit], object]:
     from lq_kernels.jit.compiler import architecture
     from lq_kernels.jit.launcher import cubin
 
+    _read_once()
     return lambda unit: cubin(unit.source, architecture(arch.capability), unit.defines)
 
 
@@ -254,5 +255,14 @@ def onto_gpu(device: torch.device) -> Callable[[Unit], object]:
     """Return a compiler for a GPU that loads what it compiles, so that a first launch does neither."""
     from lq_kernels.jit.launcher import load
 
+    _read_once()
     index = torch.cuda.current_device() if device.index is None else device.index
     return lambda unit: [load(index, unit.source, kernel, 0, unit.defines) for kernel in unit.kernels or (unit.source,)]
+
+
+def _read_once() -> None:
+    """Read what every cache key holds before there are threads, each of which would read it."""
+    from lq_kernels.jit.compiler import compiler_version, headers
+    from lq_kernels.jit.launcher import release
+
+    headers(), compiler_version(), release()

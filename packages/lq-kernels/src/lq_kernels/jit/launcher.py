@@ -274,10 +274,15 @@ def _loaded(index: int, name: str, kernel: str, defines: tuple[str, ...]) -> int
 
 @functools.cache
 def _entry(name: str, arch: str, defines: tuple[str, ...]) -> str:
+    return cache.key(name, source(name), headers(), arch, *defines, STANDARD, compiler_version(), release())
+
+
+@functools.cache
+def release() -> str:
+    """Return the version of this package, for cache keys."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        release = version("lq-kernels")
+        return version("lq-kernels")
     except PackageNotFoundError:  # a bare checkout
-        release = "checkout"
-    return cache.key(name, source(name), headers(), arch, *defines, STANDARD, compiler_version(), release)
+        return "checkout"
