@@ -11,7 +11,7 @@ import pytest
 from lq_formats import CompileError, MissingPackageError
 from lq_kernels.cuda.gemm_q4_0_q8_1 import _STAGES, _TOKEN_STAGE, _WEIGHT_STAGE
 from lq_kernels.cuda.sources import COLUMN_TILES, SOURCES
-from lq_kernels.jit import compiler
+from lq_kernels.jit import compiler, nvrtc
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 CASES = [(name, arch) for name in SOURCES for arch in ARCHITECTURES]
@@ -112,9 +112,11 @@ def test_compiling_does_not_import_what_takes_longer_than_that():
     code = (
         "import sys\n"
         "from lq_kernels.jit.compiler import compile_source\n"
+        "before = set(sys.modules)\n"
         "compiled = compile_source('extern \"C\" __global__ void f() {}', 'sm_80', 'f')\n"
         "assert list(compiled.usage()) == ['f']\n"
-        "assert not {'cuda.core', 'triton', 'lq_torch'} & set(sys.modules)\n"
+        "found = {'cuda.core', 'cuda.bindings', 'triton'} & (set(sys.modules) - before)\n"
+        "assert not found, found\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -149,7 +151,7 @@ def test_spills_and_stack_are_reported():
 def test_the_compiler_has_a_version(monkeypatch):
     assert re.fullmatch(r"nvidia-cuda-nvrtc\S*-\d+\.\d+\S*|\d+\.\d+", compiler.compiler_version())
     monkeypatch.setattr(compiler, "_version", lambda package: None)  # it came with a toolkit
-    compiler.compiler_version.cache_clear()
+    forget()
     try:
         assert re.fullmatch(r"\d+\.\d+", compiler.compiler_version())
     finally:
@@ -164,15 +166,43 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
             raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *args, **kwargs)
 
+    def without_nvrtc(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
     monkeypatch.setattr(builtins, "__import__", without_cuda)
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", without_nvrtc)
+    forget()
     with pytest.raises(
-        MissingPackageError, match="'cuda-bindings', which is not installed; run: pip install cuda-core"
+        MissingPackageError, match="'nvidia-cuda-nvrtc', which is not installed; run: pip install cuda-core"
     ):
         compiler.compile_source("", "sm_80", "nothing")
     monkeypatch.setattr(compiler, "_version", lambda package: None)
-    compiler.compiler_version.cache_clear()
-    with pytest.raises(MissingPackageError, match="'cuda-bindings', which is not installed"):
+    with pytest.raises(MissingPackageError, match="'nvidia-cuda-nvrtc', which is not installed"):
         compiler.compiler_version()
+    forget()
+
+
+def forget():
+    for found in (nvrtc._function, nvrtc._library, compiler.compiler_version):
+        found.cache_clear()
+
+
+@needs_nvrtc
+def test_the_library_that_torch_has_not_loaded_is_found(monkeypatch):
+    real, asked = nvrtc.ctypes.CDLL, []
+
+    def library(name, **options):
+        if not options:  # pathfinder asks with them
+            asked.append(name)
+            if "/" not in name:
+                raise OSError("not loaded")
+        return real(name, **options)
+
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", library)
+    forget()
+    assert nvrtc.version() >= (12, 0)
+    assert len(asked) == 2
+    forget()
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,18 @@
 One source file is one compilation unit; headers are found under ``cuda/include`` and nowhere else, so that a result
 depends on nothing but this package, the compiler and the target.
 
-NVRTC is called through its generated bindings: importing ``cuda.core``, which would call the same functions, takes 0.15 to
-0.3 s, as long as compiling a kernel. Threads compile at once, but for the parser, which is locked (17 ms a source).
+Threads compile at once, but for NVRTC's parser, which is locked: 17 ms a source.
 """
 
 import functools
 import os
 import re
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lq_formats import CompileError, MissingPackageError
+from lq_formats import CompileError
+
+from lq_kernels.jit import nvrtc
 
 CUDA_FOLDER = Path(__file__).parent.parent / "cuda"
 INCLUDE_FOLDER = CUDA_FOLDER / "include"
@@ -24,8 +22,6 @@ SOURCE_FOLDER = CUDA_FOLDER / "src"
 STANDARD = "c++17"
 
 _COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
-
-_import_lock = threading.Lock()
 
 _USAGE = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<store>\d+) bytes spill stores, "
@@ -58,24 +54,6 @@ class Compiled:
         }
 
 
-def _nvrtc() -> Any:
-    """Return the bindings of NVRTC.
-
-    Raises:
-        MissingPackageError: If they, or NVRTC itself, are not installed.
-    """
-    try:
-        with _import_lock:
-            from cuda.bindings import nvrtc
-
-            nvrtc.nvrtcVersion()  # finds the library
-    except (ImportError, RuntimeError) as error:
-        raise MissingPackageError(
-            "cuda-bindings", "Compiling CUDA kernels", "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
-        ) from error
-    return nvrtc
-
-
 def architecture(capability: tuple[int, int]) -> str:
     """Return the compiler's name of a compute capability; Hopper's own instructions need ``sm_90a``."""
     major, minor = capability
@@ -102,12 +80,12 @@ def compiler_version() -> str:
     Of packages it is read without loading NVRTC, which takes longer than loading what is compiled already.
 
     Raises:
-        MissingPackageError: If NVRTC or its bindings are not installed.
+        MissingPackageError: If NVRTC is not installed.
     """
     found = [f"{name}-{version}" for name in _COMPILER_PACKAGES if (version := _version(name))]
     if found:
         return " ".join(found)
-    _, major, minor = _nvrtc().nvrtcVersion()
+    major, minor = nvrtc.version()
     return f"{major}.{minor}"
 
 
@@ -131,9 +109,8 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
 
     Raises:
         CompileError: With the compiler's log.
-        MissingPackageError: If NVRTC or its bindings are not installed.
+        MissingPackageError: If NVRTC is not installed.
     """
-    nvrtc = _nvrtc()
     options = (
         f"-arch={arch}",
         "--ptxas-options=-v",
@@ -142,25 +119,8 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
         f"--std={STANDARD}",
         "--device-as-default-execution-space",  # NVRTC 13.0 takes a generic lambda for a host function
     )
-    status, program = nvrtc.nvrtcCreateProgram(text.encode(), f"{name}.cu".encode(), 0, None, None)
-    if status:
-        raise CompileError(f"{name}.cu cannot be handed to the compiler: {status.name}")
-    try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [os.fsencode(option) for option in options])
-        said = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-        log = said.rstrip(b"\0").decode(errors="replace")
-        if status:
-            macros = f" with {', '.join(defines)}" if defines else ""
-            raise CompileError(f"{name}.cu does not compile for {arch}{macros}: {status.name}\n{log}")
-        return Compiled(_read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-def _read(program: Any, size: Callable[[Any], tuple[Any, int]], read: Callable[[Any, bytearray], tuple[Any]]) -> bytes:
-    """Return what ``read`` writes of a program, as many bytes as ``size`` says."""
-    status, count = size(program)
-    text = bytearray(count)
-    if status or read(program, text)[0]:
-        raise CompileError("the compiler does not return what it compiled")
-    return bytes(text)
+    cubin, log = nvrtc.compile_program(text, f"{name}.cu", [os.fsencode(option) for option in options])
+    if cubin is None:
+        macros = f" with {', '.join(defines)}" if defines else ""
+        raise CompileError(f"{name}.cu does not compile for {arch}{macros}:\n{log}")
+    return Compiled(cubin, log)

@@ -1,0 +1,103 @@
+"""The few functions of NVRTC that lq calls, through ctypes, on the library that torch has loaded.
+
+Its generated bindings import those of the driver, which takes 60 ms, and ``cuda.core`` 150 to 300 ms: every process with an
+empty cache would wait for that before its first kernel compiles.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lq_formats import CompileError, MissingPackageError
+
+_POINTER = ctypes.c_void_p
+_STRINGS = ctypes.POINTER(ctypes.c_char_p)
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "nvrtcVersion": (_POINTER, _POINTER),
+    "nvrtcCreateProgram": (_POINTER, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, _STRINGS, _STRINGS),
+    "nvrtcCompileProgram": (_POINTER, ctypes.c_int, _STRINGS),
+    "nvrtcGetProgramLogSize": (_POINTER, _POINTER),
+    "nvrtcGetProgramLog": (_POINTER, ctypes.c_char_p),
+    "nvrtcGetCUBINSize": (_POINTER, _POINTER),
+    "nvrtcGetCUBIN": (_POINTER, ctypes.c_char_p),
+    "nvrtcDestroyProgram": (_POINTER,),
+}
+
+
+def version() -> tuple[int, int]:
+    """Return NVRTC's version, major and minor.
+
+    Raises:
+        MissingPackageError: If NVRTC is not installed.
+    """
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_function("nvrtcVersion")(ctypes.byref(major), ctypes.byref(minor)), "has no version")
+    return major.value, minor.value
+
+
+def compile_program(text: str, name: str, options: Sequence[bytes]) -> tuple[bytes | None, str]:
+    """Compile CUDA C++; other threads run meanwhile.
+
+    Args:
+        text: The source.
+        name: Of the source, for messages.
+        options: As NVRTC's manual lists them.
+
+    Returns:
+        The cubin, None if the source does not compile, and the compiler's log.
+
+    Raises:
+        CompileError: If NVRTC fails otherwise.
+        MissingPackageError: If it is not installed.
+    """
+    program = _POINTER()
+    status = _function("nvrtcCreateProgram")(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+    _check(status, f"does not take {name}")
+    try:
+        listed = (ctypes.c_char_p * len(options))(*options)
+        failed = _function("nvrtcCompileProgram")(program, len(options), listed)
+        log = _read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        return None if failed else _read(program, "CUBIN"), log
+    finally:
+        _function("nvrtcDestroyProgram")(ctypes.byref(program))
+
+
+def _read(program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(_function(f"nvrtcGet{what}Size")(program, ctypes.byref(size)), f"has no {what}")
+    space = ctypes.create_string_buffer(size.value)
+    _check(_function(f"nvrtcGet{what}")(program, space), f"returns no {what}")
+    return space.raw
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    found = getattr(_library(), name)
+    found.argtypes = _ARGUMENTS[name]
+    found.restype = ctypes.c_int
+    return found
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Return the library that torch has loaded, or the one of an installed package or toolkit."""
+    major = (torch.version.cuda or "").split(".")[0]
+    try:
+        return ctypes.CDLL(f"libnvrtc.so.{major}")
+    except OSError:
+        pass
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        return ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except (ImportError, RuntimeError) as error:
+        raise MissingPackageError(
+            "nvidia-cuda-nvrtc", "Compiling CUDA kernels", "pip install cuda-core nvidia-cuda-nvrtc"
+        ) from error
+
+
+def _check(status: int, complaint: str) -> None:
+    if status:
+        raise CompileError(f"NVRTC {complaint}: error {status}")
