@@ -149,26 +149,31 @@ class Case:
 
 def decode(selection: Selection) -> int:
     """Tiles, epilogues and variants; clusters of every size, one pass and several, a ring that wraps and one that does not."""
-    forms = [(VARIANTS[0], epilogue, tiles) for epilogue in EPILOGUES for tiles in (1, 2, 4)]
-    forms += [(v, "none", decode_a16.max_token_tiles(v.groups) if i % 2 else 1) for i, v in enumerate(VARIANTS)]
+    cases = [(VARIANTS[0], epilogue, form) for epilogue in EPILOGUES for form in forms_of(VARIANTS[0])]
+    cases += [(v, "none", forms_of(v)[i % len(forms_of(v))]) for i, v in enumerate(VARIANTS)]
     runs = 0
-    for at, (variant, epilogue, tiles) in enumerate(forms):
+    for at, (variant, epilogue, form) in enumerate(cases):
+        tiles = form[0]
         for m, k in ((8 * tiles - 3, FEATURES), (8 * tiles + 1, FEATURES if variant.groups else 1000)):
             if not selection.takes():
                 continue
             case = Case(variant, epilogue, m, k, full=(at + m) % 2 == 0)
-            for config in selection.cuts(decode_cuts(case, tiles), lambda config: config.cluster):
+            for config in selection.cuts(decode_cuts(case, form), lambda config: config.cluster):
                 case.run(decode_a16.linear, config)
                 runs += 1
     return runs
 
 
-def decode_cuts(case: Case, tiles: int) -> Iterator[decode_a16.DecodeConfig]:
+def forms_of(variant: Variant) -> tuple[tuple[int, int, int], ...]:
+    return decode_a16.forms(variant.groups, variant.zero, variant.scale_bytes)
+
+
+def decode_cuts(case: Case, form: tuple[int, int, int]) -> Iterator[decode_a16.DecodeConfig]:
     bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
     sums = decode_a16.sum_bytes(case.variant.groups, case.variant.zero)
     for cluster in (1, 2, 4, 8):
         for clusters in (1, 2, 4, 5, case.blocks):  # two passes of eight slots, one, then one of four, two and one
-            sizes = (case.m, case.blocks, case.k, bits, scale_bytes, tiles, cluster, clusters)
+            sizes = (case.m, case.blocks, case.k, bits, scale_bytes, form, cluster, clusters)
             whole = decode_a16.cut(*sizes, SHARED, sums)
             if whole is None:
                 continue
@@ -356,9 +361,9 @@ def decode_q8_1(selection: Selection) -> int:
                 continue
             blocks = quantize_q8_1(torch.randn(m, k)).cuda()
             x = dequantize_q8_1_cuda(blocks)
-            for tiles in (1, 2):
+            for form in decode_a16.forms(4, False, 128):
                 for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
-                    config = decode_a16.cut(m, 9, k, 4, 128, tiles, cluster, clusters, SHARED)
+                    config = decode_a16.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED)
                     if config is None:
                         continue
                     y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from lq_formats import CompileError
-from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, alone, candidates, cost, cut, sum_bytes
+from lq_kernels.cuda import decode_a16
+from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, alone, candidates, cost, cut, forms, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit import compiler
@@ -46,11 +47,11 @@ def build(name, defines, arch="sm_90a"):
 @needs_nvrtc
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_decode_compiles_without_spills(variant, tmp_path):
-    for tiles in (1, 2) if variant.groups == 4 else (1, 2, 4):
-        result = build("decode_a16", (*variant.defines, f"LQ_TILES={tiles}"))
+    for form in forms(variant.groups, variant.zero, variant.scale_bytes):
+        result = build("decode_a16", (*variant.defines, *decode_a16.defines(*form)))
         (used,) = result.usage().values()
-        assert (used.spills, used.stack) == (0, 0), tiles
-        assert used.registers <= 168, tiles  # ten warps: at most three in a quarter of the multiprocessor
+        assert (used.spills, used.stack) == (0, 0), form
+        assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8, form  # ten warps a CTA
     sass = disassemble(result.cubin, tmp_path)
     assert re.search(r"\bHMMA\.16816\.F32", sass)
     assert re.search(r"\bUBLKCP\b", sass)
@@ -62,9 +63,10 @@ def test_decode_compiles_without_spills(variant, tmp_path):
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
 @pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
 def test_epilogues_compile_without_spills(variant, epilogue):
-    tiles, tokens = 2 if variant.groups == 4 else 4, (16, 256)
-    for name, size in (("decode_a16", f"LQ_TILES={tiles}"), *(("prefill_a16", f"LQ_TOKENS={size}") for size in tokens)):
-        result = build(name, (*variant.defines, size, *EPILOGUES[epilogue]))
+    known = forms(variant.groups, variant.zero, variant.scale_bytes)
+    sizes = [("decode_a16", decode_a16.defines(*form)) for form in (known[2], known[-1])]
+    for name, size in (*sizes, *(("prefill_a16", (f"LQ_TOKENS={tokens}",)) for tokens in (16, 256))):
+        result = build(name, (*variant.defines, *size, *EPILOGUES[epilogue]))
         (used,) = result.usage().values()
         assert (used.spills, used.stack) == (0, 0), (name, size)
         assert used.registers <= 168
@@ -72,16 +74,14 @@ def test_epilogues_compile_without_spills(variant, epilogue):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("tiles", [1, 2])
-def test_decode_of_q8_1_blocks_compiles_without_spills(tiles, tmp_path):
+@pytest.mark.parametrize("form", forms(4, False, 128))
+def test_decode_of_q8_1_blocks_compiles_without_spills(form, tmp_path):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
-    tail = (f"LQ_TILES={tiles}", *EPILOGUES["transposed"])
+    tail = (*decode_a16.defines(*form), *EPILOGUES["transposed"])
     result = build("decode_a16", (*q4_0.defines, *tail, *Q8_1_DEFINES))
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
-    # As many CTAs fit a multiprocessor as of the same kernel for 16-bit tokens: ten warps, registers in eights.
-    (usual,) = build("decode_a16", (*q4_0.defines, *tail)).usage().values()
-    assert -(-used.registers // 8) == -(-usual.registers // 8) == (12, 16)[tiles - 1]
+    assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8
     sass = disassemble(result.cubin, tmp_path)
     assert re.search(r"\bUBLKCP\b", sass)
     assert re.search(r"\bF2FP\.BF16\.F32\.PACK_AB\b", sass)
@@ -116,13 +116,13 @@ def test_the_dequantizer_compiles_for_any_gpu(number, arch):
 @pytest.mark.parametrize("m", [1, 5, 8, 16, 31, 32, 33, 512])
 def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
     blocks = -(-n // 16)
-    cuts = list(candidates(m, blocks, k, bits, 32, 132))
+    cuts = list(candidates(m, blocks, k, bits, 1, False, 32, 132))
     if not cuts:
         assert m * k > 300_000  # tokens that do not fit
         return
     config = min(cuts, key=lambda config: cost(config, m, blocks, k, bits, 132))
     assert config.cluster in (1, 2, 4, 8)
-    assert config.slots in (1, 2, 4, 8)
+    assert config.slots in (1, 2, 4, 8, 16)[config.warp_blocks - 1 : 3 + config.warp_blocks]
     assert 1 <= config.stages <= 16
     assert config.clusters <= blocks
     assert config.cluster <= -(-k // (512 // bits))
@@ -133,7 +133,7 @@ def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
 
 
 def test_sums_of_tokens_have_room():
-    without, with_sums = (cut(5, 256, 4096, 4, 64, 1, 2, 66, 232448, sums) for sums in (0, sum_bytes(1, True)))
+    without, with_sums = (cut(5, 256, 4096, 4, 64, (1, 1, 2), 2, 66, 232448, sums) for sums in (0, sum_bytes(1, True)))
     assert with_sums.shared - without.shared == 16 * 8 * 4  # 16 K steps of a CTA, 8 tokens, a float
     assert replace(with_sums, shared=without.shared) == without
     assert sum_bytes(4, True) == 16
@@ -144,7 +144,7 @@ def test_sums_of_tokens_have_room():
 @pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 40])
 def test_no_two_ctas_share_a_multiprocessor_where_each_can_have_its_own(m):
     seen = set()
-    for config in candidates(m, 256, 14336, 4, 128, 132, 2):
+    for config in candidates(m, 256, 14336, 4, 4, False, 128, 132):
         launched = alone(config, m, 132)
         assert replace(launched, shared=config.shared) == config
         # 66 pairs, 30 fours and 15 eights run at once with a CTA a multiprocessor.
@@ -159,5 +159,5 @@ def test_no_two_ctas_share_a_multiprocessor_where_each_can_have_its_own(m):
 
 
 def test_a_cut_that_does_not_fit_is_none():
-    assert cut(32, 256, 14336, 4, 32, 4, 1, 132, 232448) is None
-    assert cut(1, 4, 4096, 4, 32, 1, 1, 8, 232448) is None
+    assert cut(32, 256, 14336, 4, 32, (4, 1, 1), 1, 132, 232448) is None
+    assert cut(1, 4, 4096, 4, 32, (1, 1, 3), 1, 8, 232448) is None

@@ -375,8 +375,8 @@ def launchable(module, form, problem, processors):
     if module is prefill_a16:
         found = prefill_a16.candidates(m, rows, k, form.bits, variant.scale_bytes, processors)
         return [cut for cut in found if cut.tokens == form.tile]
-    most, sums = decode_a16.max_token_tiles(variant.groups), decode_a16.sum_bytes(variant.groups, variant.zero)
-    found = decode_a16.candidates(m, -(-rows // 16), k, form.bits, variant.scale_bytes, processors, most, sums)
+    scales = (variant.groups, variant.zero, variant.scale_bytes)
+    found = decode_a16.candidates(m, -(-rows // 16), k, form.bits, *scales, processors)
     return [cut for cut in found if cut.token_tiles == form.tile]
 
 

@@ -105,14 +105,14 @@ def _tune(options: argparse.Namespace) -> None:
         if not tasks:
             return
         deadline = started + options.budget if options.budget else float("inf")
-        units = run.compilations(tasks, device.sm_count, options.candidates)
+        stamp = run.stamp(device.name, device.sm_count, device.torch, device.driver)
+        job = run.Run(table, path, stamp, timer, options.candidates, options.again)
+        units = run.compilations(tasks, device.sm_count, options.candidates, job.kernels)
         arch = Arch("cuda", device.capability, device.name, device.sm_count)
         compile_units(
             units, _lenient(into_cache(arch)), progress=lambda done, total, what: _bar(done, total, f"compiled {what}")
         )
         _clear()
-        stamp = run.stamp(device.name, device.sm_count, device.torch, device.driver)
-        job = run.Run(table, path, stamp, timer, options.candidates)
         reported, done = 0, 0
         for done, (weight, m), found in job.measure(tasks, deadline):
             _clear()

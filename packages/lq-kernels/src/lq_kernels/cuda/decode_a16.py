@@ -29,7 +29,7 @@ _MAX_GRID_Y = 65535
 Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
 """``NAME=VALUE`` of the macro with which tokens are Q8_1 blocks."""
 _Q8_1_BLOCK = 32
-_SAME = ("token_tiles", "cluster", "clusters", "stages")
+_SAME = ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters", "stages")
 """Fields of a cut from which the others follow."""
 
 
@@ -39,7 +39,9 @@ class DecodeConfig:
 
     Attributes:
         token_tiles: Tiles of 8 tokens in a CTA: 1, 2 or 4.
-        slots: Blocks of 16 rows in a pass: 1, 2, 4 or 8.
+        warp_blocks: Blocks of 16 rows that a warp multiplies with what it reads of the tokens: 1 or 2.
+        ctas: CTAs of an SM that registers must do for.
+        slots: Blocks of 16 rows in a pass: a power of two, from 1 or 2 to 8 or 16.
         cluster: CTAs that share K.
         clusters: Clusters in the grid.
         stages: Stages of 16 KB in the ring.
@@ -49,6 +51,8 @@ class DecodeConfig:
     """
 
     token_tiles: int
+    warp_blocks: int
+    ctas: int
     slots: int
     cluster: int
     clusters: int
@@ -60,7 +64,33 @@ class DecodeConfig:
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros that the cut sets."""
-        return (f"LQ_TILES={self.token_tiles}",)
+        return defines(self.token_tiles, self.warp_blocks, self.ctas)
+
+
+def defines(token_tiles: int, warp_blocks: int, ctas: int) -> tuple[str, ...]:
+    """Return ``NAME=VALUE`` of the macros of a form."""
+    return (f"LQ_TILES={token_tiles}", f"LQ_WARP_BLOCKS={warp_blocks}", f"LQ_CTAS={ctas}")
+
+
+def forms(groups: int, zero: bool, scale_bytes: int) -> tuple[tuple[int, int, int], ...]:
+    """Return what is compiled for a weight: token tiles, blocks of a warp, and CTAs of an SM that registers do for.
+
+    Nothing in a form spills. Two blocks of a warp are compiled for one CTA of an SM, which may have more registers, and for
+    two.
+
+    Args:
+        groups: Groups in 128 in features.
+        zero: Whether there are zero points or minima.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+    """
+    few = groups <= 1 and not zero and scale_bytes <= 2 * BLOCK_ROWS  # registers for the scales of a group
+    many = groups == 4 and zero
+    found = [(1, 1, 3 if few else 2), (1, 2, 1), (1, 2, 2), (2, 1, 1 if many else 2)]
+    if not many:
+        found.append((2, 2, 1))
+    if groups < 4:
+        found.append((4, 1, 1))
+    return tuple(found)
 
 
 def cut(
@@ -69,7 +99,7 @@ def cut(
     k: int,
     bits: int,
     scale_bytes: int,
-    token_tiles: int,
+    form: tuple[int, int, int],
     cluster: int,
     clusters: int,
     shared: int,
@@ -77,35 +107,31 @@ def cut(
     most_stages: int = _MAX_STAGES,
 ) -> DecodeConfig | None:
     """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
+    token_tiles, warp_blocks, ctas = form
     step = 512 // bits
     steps = -(-k // step)
     if cluster > steps or clusters > blocks:
         return None
     share, rows = -(-steps // cluster), -(-blocks // clusters)
-    slots = next((slots for slots in (1, 2, 4) if rows <= slots), 8)
+    most = 8 * warp_blocks
+    slots = max(warp_blocks, next((slots for slots in (1, 2, 4, 8) if rows <= slots < most), most))
     pitch = share * step * 2 + 16
     passes = -(-rows // slots)
     boxes = min(passes, 2)
     buffers = boxes * (1 if token_tiles == 1 else 2)
-    fixed = _HEADER + buffers * 128 * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
+    fixed = _HEADER + buffers * 16 * most * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
     fixed += share * sum_bytes * 8 * token_tiles
     wanted = passes * -(-share * slots // (2 * _WARPS))
     stage = 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
     stages = min(most_stages, wanted, (shared - fixed) // stage)
     if stages < min(wanted, 2):
         return None
-    return DecodeConfig(token_tiles, slots, cluster, clusters, stages, boxes, pitch, fixed + stages * stage)
+    size = fixed + stages * stage
+    return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size)
 
 
 def candidates(
-    m: int,
-    blocks: int,
-    k: int,
-    bits: int,
-    scale_bytes: int,
-    sm_count: int,
-    max_token_tiles: int = 4,
-    sum_bytes: int = 0,
+    m: int, blocks: int, k: int, bits: int, groups: int, zero: bool, scale_bytes: int, sm_count: int
 ) -> Iterator[DecodeConfig]:
     """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
@@ -114,26 +140,29 @@ def candidates(
         blocks: Blocks of 16 rows.
         k: In features.
         bits: 4 or 8.
+        groups: Groups in 128 in features.
+        zero: Whether there are zero points.
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
         sm_count: Multiprocessors.
-        max_token_tiles: Largest number of token tiles that is compiled.
-        sum_bytes: Bytes of the sums that zeros multiply, of a token and K step.
     """
-    wanted = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
-    for token_tiles in dict.fromkeys((min(wanted, max_token_tiles), 2, 1)):
-        if -(-m // (8 * token_tiles)) > _MAX_GRID_Y:
+    sums = sum_bytes(groups, zero)
+    known = forms(groups, zero, scale_bytes)
+    most_tiles = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
+    for form in known:
+        token_tiles, warp_blocks, ctas = form
+        if token_tiles > most_tiles or -(-m // (8 * token_tiles)) > _MAX_GRID_Y:
             continue
-        for per_sm in (2, 1):
+        for per_sm in (2, 1) if warp_blocks == 1 else (ctas,):
             for cluster in (1, 2, 4, 8):
                 once = _clusters(sm_count, cluster)
-                if not once or (per_sm == 2 and blocks <= once):
+                if not once or per_sm > ctas or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
                 for clusters in _grids(blocks, once * per_sm):
-                    sizes = (m, blocks, k, bits, scale_bytes, token_tiles, cluster, clusters)
+                    sizes = (m, blocks, k, bits, scale_bytes, form, cluster, clusters)
                     wanted = _stages(token_tiles, bits)
                     # A ring as large as fits, and about as large as is enough: the next kernel fills its own in what is left.
                     rings = (
-                        cut(*sizes, _SHARED[per_sm], sum_bytes, stages)
+                        cut(*sizes, _SHARED[per_sm], sums, stages)
                         for stages in (_MAX_STAGES, *range(wanted + 1, 1, -1))
                     )
                     found = [config for config in dict.fromkeys(rings) if config is not None]
@@ -174,7 +203,7 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     needed = passes * -(-share * config.slots // (2 * _WARPS))
     enough = _stages(config.token_tiles, bits)
     x = min(m, 8 * config.token_tiles) * share * step * 2 / 1024
-    alone = 1.23 if config.shared <= _SHARED[2] else 1.34
+    alone = (1.23 if config.shared <= _SHARED[2] else 1.34) * (1.0 if config.warp_blocks == 1 else 0.95)
     work = (0.3 * rows + 0.7 * passes * config.slots) * share * (alone if per_sm == 1 else per_sm)
     starved = max(0, enough - config.stages) if config.stages < needed else 0
     tokens = -(-m // (8 * config.token_tiles))
@@ -206,7 +235,7 @@ def choice(
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
     """
-    cuts = candidates(m, blocks, k, bits, scale_bytes, sm_count, max_token_tiles(groups), sum_bytes(groups, zero))
+    cuts = candidates(m, blocks, k, bits, groups, zero, scale_bytes, sm_count)
     weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
     found = measurements("decode_a16", m, weight, device, sm_count)
     chosen = choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
@@ -221,11 +250,6 @@ def choice(
 def sum_bytes(groups: int, zero: bool) -> int:
     """Return the bytes of the sums that zeros multiply, of a token and K step; the kernel keeps them beside x."""
     return 4 * max(groups, 1) if zero else 0
-
-
-def max_token_tiles(groups: int) -> int:
-    """Return the largest number of token tiles that is compiled for so many groups in a step."""
-    return 2 if groups == 4 else 4
 
 
 def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:

@@ -46,6 +46,7 @@ def device_preset() -> list[Task]:
         (main, TOKENS, {"bits": 4, "group_size": 128, "symmetric": False}),
         (main, TOKENS, {"bits": 4, "group_size": 64}),
         (main, TOKENS, {"bits": 4, "group_size": 32}),
+        (main, TOKENS, {"bits": 4, "group_size": 32, "symmetric": False}),
         (main, TOKENS, {"bits": 4, "group_size": -1}),
         (main, A8_TOKENS, {"bits": 8, "group_size": -1, "activation": "int8"}),
         (main, A8_TOKENS, {"bits": 8, "group_size": -1, "activation": "fp8"}),
@@ -96,21 +97,33 @@ def requested(
 
 def without_measured(tasks: Iterable[Task], table: Table, sm_count: int) -> list[Task]:
     """Return the tasks of which some kernel that can run them has not been measured."""
-    return [
-        (each, m)
-        for each, m in tasks
-        if any(
-            tunable.useful(each, m)
-            and all(point.m != m for point in table.points.get((kernel, each), ()))
-            and tunable.ranked(each, m, sm_count)
-            for kernel, tunable in TUNABLES.items()
-        )
-    ]
+    return [task for task in tasks if unmeasured(task, table, sm_count)]
 
 
-def compilations(tasks: Iterable[Task], sm_count: int, candidates: int = CANDIDATES) -> list[Unit]:
-    """Return what the cuts of the tasks compile, in the order in which they are needed."""
-    found = (unit for each, m in tasks for _, _, unit in proposals(each, m, sm_count, candidates=candidates))
+def unmeasured(task: Task, table: Table, sm_count: int) -> tuple[str, ...]:
+    """Return the kernels that can run a task and have not been measured."""
+    each, m = task
+    return tuple(
+        kernel
+        for kernel, tunable in TUNABLES.items()
+        if tunable.useful(each, m)
+        and all(point.m != m for point in table.points.get((kernel, each), ()))
+        and tunable.ranked(each, m, sm_count)
+    )
+
+
+def compilations(
+    tasks: Iterable[Task],
+    sm_count: int,
+    candidates: int = CANDIDATES,
+    kernels: Callable[[Task], Iterable[str]] = lambda task: TUNABLES,
+) -> list[Unit]:
+    """Return what the cuts of the tasks compile, with these kernels of each, in the order in which they are needed."""
+    found = (
+        unit
+        for task in tasks
+        for _, _, unit in proposals(*task, sm_count, candidates=candidates, kernels=kernels(task))
+    )
     return list(dict.fromkeys(found))
 
 
@@ -165,6 +178,7 @@ class Run:
         stamp: Where and when.
         timer: Times cuts.
         candidates: Cuts of each kernel that are timed.
+        again: Whether kernels that were measured before are measured too.
         failures: What failed, with its weight and tokens.
     """
 
@@ -173,7 +187,12 @@ class Run:
     stamp: Stamp
     timer: Timer
     candidates: int = CANDIDATES
+    again: bool = False
     failures: list[tuple[Weight, int, Failed]] = field(default_factory=list)
+
+    def kernels(self, task: Task) -> tuple[str, ...]:
+        """Return the kernels of a task that are measured."""
+        return tuple(TUNABLES) if self.again else unmeasured(task, self.table, self.stamp.sm_count)
 
     def measure(
         self, tasks: Sequence[Task], deadline: float, now: Callable[[], float] = time.monotonic
@@ -187,7 +206,10 @@ class Run:
                 if last is not None and last != each:
                     write(self.table, self.path)
                 last = each
-                found, failed = search(each, m, self.timer, self.stamp.sm_count, candidates=self.candidates)
+                kernels = self.kernels((each, m))
+                found, failed = search(
+                    each, m, self.timer, self.stamp.sm_count, candidates=self.candidates, kernels=kernels
+                )
                 self.failures += [(each, m, failure) for failure in failed]
                 for one in found:
                     self.table = self.table.merged(self.stamp, one.kernel, digests[one.kernel], each, one.point)

@@ -9,23 +9,23 @@
 //   is loaded once and stays in shared memory.
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
 //   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
-//   Few warps a scheduler hide little latency, so the code does: codes are loaded half a stage ahead, and sums are scaled when
-//   the multiplications of the next group have been issued. Zeros multiply sums of x, which are the same for all rows: each is
-//   computed once, when its chunk of x has come.
+//   Few warps a scheduler hide little latency, so codes are loaded half a stage ahead. A warp has two K steps of a block in a
+//   stage, or a step of two blocks (LQ_WARP_BLOCKS), which halves what it reads of x: with 16 tokens that is four times as many bytes
+//   as codes. Zeros multiply sums of x, which are the same for all rows: each is computed once, when its chunk of x has come.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
 //   threads themselves for one tile of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
-// A cluster walks through its rows in passes of up to `slots` blocks (8, 4, 2 or 1). A stage holds the blocks of a pass at
-// 2 * k_parts consecutive K steps, k_parts = 8 / slots: two steps of a block for each warp. A step is 128 in features for int4
-// and 64 for int8, 1 KB a block.
+// A cluster walks through its rows in passes of up to `slots` blocks (a power of two, 8 a warp's blocks at most). A stage holds the
+// blocks of a pass at 16 / slots consecutive K steps: two for each warp. A step is 128 in features for int4 and 64 for int8, 1 KB a
+// block.
 //
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
-// tokens: 1, 2, 4), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
+// tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
 // before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
 // fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`,
 // which become d q in X where they lie, a chunk at a time; k is a multiple of 128; 0).
@@ -62,6 +62,10 @@ constexpr int kFeatureRows = kGated ? 2 : 1;  // of the weight, for an out featu
 #endif
 constexpr bool kResidual = LQ_RESIDUAL != 0;
 static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
+#ifndef LQ_WARP_BLOCKS
+#define LQ_WARP_BLOCKS 1
+#endif
+constexpr int kWarpBlocks = LQ_WARP_BLOCKS, kWarpSteps = 2 / kWarpBlocks;  // of a warp in a stage
 #ifndef LQ_TOKENS_Q8_1
 #define LQ_TOKENS_Q8_1 0
 #endif
@@ -72,7 +76,7 @@ constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brin
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
 constexpr int kMaxStages = 16;
-constexpr int kChunks = 4;  // pieces of a CTA's share of x: multiplication begins with the first
+constexpr int kChunks = kZero || kTokensQ8_1 ? 4 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
 constexpr int kBlockRows = 16;
 constexpr int kBlockBytes = 1024;                // of codes in a K step
 constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
@@ -188,7 +192,7 @@ __device__ __forceinline__ void convert_q8_1(u8* tokens, int pitch, int m, int r
 template <int kTokenTiles>
 __device__ __forceinline__ void decode(const Arguments& p) {
   constexpr int kTokens = 8 * kTokenTiles;
-  constexpr int kPitch = kTokens + 2, kBuffer = 128 * kPitch;  // floats; padded against bank conflicts
+  constexpr int kPitch = kTokens + 2, kBuffer = 128 * kWarpBlocks * kPitch;  // floats; padded against bank conflicts
   constexpr bool kDirect = kTokenTiles == 1;                   // threads send their sums themselves
   extern __shared__ __align__(128) u8 shared[];
   u64* full = reinterpret_cast<u64*>(shared);
@@ -202,16 +206,16 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int log_ranks = __ffs(ranks) - 1;  // cluster sizes are powers of two, and so are slots
-  const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1, k_parts = kWarps >> log_slots;
+  const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1, k_parts = kWarps * kWarpBlocks >> log_slots;
   const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
   const int first_step = steps_all * rank >> log_ranks, steps = (steps_all * (rank + 1) >> log_ranks) - first_step;
-  const int stage_steps = 2 * k_parts, stages_per_pass = (steps + stage_steps - 1) >> (4 - log_slots);
+  const int stage_steps = kWarpSteps * k_parts, stages_per_pass = (steps + stage_steps - 1) >> (4 - log_slots);
   const int blocks = static_cast<int>(p.blocks);
   const int cluster = static_cast<int>(blockIdx.x) >> log_ranks, clusters = static_cast<int>(gridDim.x) >> log_ranks;
   const int first_block = static_cast<int>(static_cast<i64>(blocks) * cluster / clusters);
   const int my_blocks = static_cast<int>(static_cast<i64>(blocks) * (cluster + 1) / clusters) - first_block;
   const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full
-  float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of 128 x kTokens, by source
+  float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of the warps' rows x kTokens, by source
   float* outbox = inbox + p.boxes * kBuffer;                        // ... and by owner, what is sent in bulk
   u8* tokens = reinterpret_cast<u8*>(kDirect ? outbox : outbox + p.boxes * kBuffer);
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
@@ -292,7 +296,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const int box = pass % 2, sources = ranks * k_parts;
     if (thread == 0)
       mbarrier_arrive_expect(received + box, !kDirect   ? (kBuffer - part_of_buffer) * 4
-                                             : ranks > 1 ? kWarps * kBlockRows * token_pairs * 8
+                                             : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * token_pairs * 8
                                                          : 0);
     mbarrier_wait(received + box, pass / 2 % 2);
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
@@ -367,25 +371,25 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       *reinterpret_cast<uint4*>(tokens + token * p.pitch + unit * 16) = uint4{0, 0, 0, 0};
   named_barrier(1, kConsumers);
 
-  const int slot = warp & (slots - 1), k_part = warp >> log_slots, g = lane / 4, t = lane % 4;
-  const u32 first_codes = shared_address(ring) + (2 * k_part * slots + slot) * kBlockBytes + lane * 16;
+  const int slot = kWarpBlocks * warp & (slots - 1), k_part = kWarpBlocks * warp >> log_slots, g = lane / 4, t = lane % 4;
+  const u32 first_codes = shared_address(ring) + (kWarpSteps * k_part * slots + slot) * kBlockBytes + lane * 16;
   const u32 step_codes = slots * kBlockBytes, step_scales = slots * kSlotScales, group_scales = slots * kScaleBytes;
-  const u32 to_scales = 2 * kWarps * kBlockBytes + 2 * k_part * step_scales + slot * kScaleBytes +
+  const u32 to_scales = 2 * kWarps * kBlockBytes + kWarpSteps * k_part * step_scales + slot * kScaleBytes +
                         2 * g * static_cast<int>(sizeof(ScaleBits)) - (first_codes - shared_address(ring));
   u32 tokens_at[kTokenTiles];  // this lane's row of a token tile; a token that does not exist reads the last, its sums are not stored
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
     const int token = c * 8 + lane % 8;
-    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16 + k_part * kStep * 4;
+    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16 + kWarpSteps * k_part * kStep * 2;
   }
 
   const int total = passes * stages_per_pass;
   int stage = 0, loaded = 0, next_chunk = 0;
   u64* chunk_full = x_full;
   u32 parity = 0, codes = first_codes;
-  u32 words[2][2][4];  // this lane's codes of a stage: two steps of two halves
+  u32 words[2][2][4];  // this lane's codes of a stage: two steps, or blocks, of two halves
 
-  const u32 my_sums = shared_address(token_sums) + (2 * k_part * kTokenSums * kTokens + 2 * t) * 4;
+  const u32 my_sums = shared_address(token_sums) + (kWarpSteps * k_part * kTokenSums * kTokens + 2 * t) * 4;
 
   // Sums of x over the groups of steps [from, to), as fragments are, for all rows and passes: products with ones.
   auto sum_tokens = [&](int from, int to) {
@@ -395,7 +399,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     for (int step = from + warp; step < to; step += kWarps)
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) {
-        u32 at = tokens_at[c] + (step - 2 * k_part) * kStep * 2;
+        u32 at = tokens_at[c] + (step - kWarpSteps * k_part) * kStep * 2;
         order_after(at);
 #pragma unroll
         for (int group = 0; group < kTokenSums; ++group) {
@@ -426,7 +430,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       for (int h = 0; h < 2; ++h)
         asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(words[i][h][0]), "=r"(words[i][h][1]), "=r"(words[i][h][2]), "=r"(words[i][h][3])
-                     : "r"(codes + i * step_codes + h * 512)
+                     : "r"(codes + i * (kWarpBlocks == 1 ? step_codes : kBlockBytes) + h * 512)
                      : "memory");
   };
 
@@ -438,22 +442,24 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   for (int pass = 0; pass < passes; ++pass) {
     const int block = first_block + pass * slots + slot;
     const bool rows_exist = pass * slots + slot < my_blocks;
-    float acc[kTokenTiles][4] = {};
-    Sums<kTokenTiles> even, odd;  // sums of a group: the one being multiplied and the one before, by turns
-    even.clear();
-    odd.clear();
-    float row_offset[2], row_tokens[kTokenTiles][2] = {};  // of one scale a row: 8 less the zero, sums of x
+    float acc[kWarpBlocks][kTokenTiles][4] = {};
+    Sums<kTokenTiles> sums[kWarpBlocks];
+    float row_offset[kWarpBlocks][2], row_tokens[kTokenTiles][2] = {};  // of one scale a row: 8 less the zero, sums of x
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      even.scale[r] = odd.scale[r] = row_offset[r] = 0.0f;
-      if constexpr (kPerRow) {
-        const i64 at = static_cast<i64>(rows_exist ? block : 0) * kBlockRows + 2 * g + r;
-        even.scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
-        if constexpr (kZero) row_offset[r] = 8.0f - to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]);
+    for (int b = 0; b < kWarpBlocks; ++b) {
+      sums[b].clear();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        sums[b].scale[r] = row_offset[b][r] = 0.0f;
+        if constexpr (kPerRow) {
+          const i64 at = static_cast<i64>(pass * slots + slot + b < my_blocks ? block + b : 0) * kBlockRows + 2 * g + r;
+          sums[b].scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
+          if constexpr (kZero) row_offset[b][r] = 8.0f - to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]);
+        }
       }
     }
 
-    // A step, half a stage. A group's sums are scaled when the next group's multiplications are on their way.
+    // A step of the warp's blocks, the first or second of the stage.
     auto multiply = [&](auto which, u32 step_scale, u32 step_sums, const u32(&x_at)[kTokenTiles]) {
       constexpr int kStepInStage = decltype(which)::value;
       constexpr int kQuads = 2 * kHalfQuads;
@@ -467,54 +473,59 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       }
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
-        constexpr int kGroupQuads = kQuads / kScaleCount;
-        Sums<kTokenTiles>& sums = !kPerRow && (kStepInStage * kScaleCount + quad / kGroupQuads) % 2 ? odd : even;
-        Sums<kTokenTiles>& late = !kPerRow && (kStepInStage * kScaleCount + quad / kGroupQuads) % 2 ? even : odd;
+        constexpr int kGroupQuads = kQuads / kScaleCount, kLast = Sums<kTokenTiles>::kChains - 1;
         const int h = quad / kHalfQuads, q = quad % kHalfQuads;
-        u32 a[2][4];
+        // A group's first products clear nothing: they have no sum to add to.
+        const bool first = !kPerRow && quad % kGroupQuads == 0;
+        u32 x[kTokenTiles][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if constexpr (kBits == 4)
-            int4_fragment(X{}, a[i], words[kStepInStage][h][2 * q + i]);
-          else
-            int8_fragment(X{}, a[i], words[kStepInStage][h][2 * i], words[kStepInStage][h][2 * i + 1]);
-        }
+        for (int c = 0; c < kTokenTiles; ++c) load_matrix_x4(x[c], x_at[c] + (kStepInStage * kStep + quad * 32) * 2);
 #pragma unroll
-        for (int c = 0; c < kTokenTiles; ++c) {
-          u32 b[4];
-          load_matrix_x4(b, x_at[c] + (kStepInStage * kStep + quad * 32) * 2);
-          // A group's first products clear nothing: they have no sum to add to.
-          const bool first = !kPerRow && quad % kGroupQuads == 0;
-          constexpr int kLast = Sums<kTokenTiles>::kChains - 1;
-          if (first)
-            mma_k16_first(X{}, sums.part[0][c], a[0], b[0], b[1]);
-          else
-            mma_k16(X{}, sums.part[0][c], a[0], b[0], b[1]);
-          if (first && kLast > 0)
-            mma_k16_first(X{}, sums.part[kLast][c], a[1], b[2], b[3]);
-          else
-            mma_k16(X{}, sums.part[kLast][c], a[1], b[2], b[3]);
+        for (int b = 0; b < kWarpBlocks; ++b) {
+          const u32(&code)[2][4] = words[kWarpBlocks == 1 ? kStepInStage : b];
+          u32 a[2][4];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if constexpr (kBits == 4)
+              int4_fragment(X{}, a[i], code[h][2 * q + i]);
+            else
+              int8_fragment(X{}, a[i], code[h][2 * i], code[h][2 * i + 1]);
+          }
+#pragma unroll
+          for (int c = 0; c < kTokenTiles; ++c) {
+            if (first)
+              mma_k16_first(X{}, sums[b].part[0][c], a[0], x[c][0], x[c][1]);
+            else
+              mma_k16(X{}, sums[b].part[0][c], a[0], x[c][0], x[c][1]);
+            if (first && kLast > 0)
+              mma_k16_first(X{}, sums[b].part[kLast][c], a[1], x[c][2], x[c][3]);
+            else
+              mma_k16(X{}, sums[b].part[kLast][c], a[1], x[c][2], x[c][3]);
+          }
         }
         if constexpr (!kPerRow) {
           if ((quad + 1) % kGroupQuads == 0) {
-            const u32 at = step_scale + quad / kGroupQuads * group_scales;
-            load_pair<Scale>(sums.scale, at);
-            if constexpr (kZero) {
-              // What zeros that are not 8, or minima, add: their share of the sums of x.
-              float zero[2];
-              load_pair<Scale>(zero, at + kGroups * group_scales);
 #pragma unroll
-              for (int r = 0; r < 2; ++r)
-                zero[r] = kMinimum ? fmaf(8.0f, sums.scale[r], zero[r]) : (8.0f - zero[r]) * sums.scale[r];
+            for (int b = 0; b < kWarpBlocks; ++b) {
+              const u32 at = step_scale + quad / kGroupQuads * group_scales + b * kScaleBytes;
+              load_pair<Scale>(sums[b].scale, at);
+              if constexpr (kZero) {
+                // What zeros that are not 8, or minima, add: their share of the sums of x.
+                float zero[2];
+                load_pair<Scale>(zero, at + kGroups * group_scales);
 #pragma unroll
-              for (int c = 0; c < kTokenTiles; ++c) {
-                float sum[2];
-                load_pair<Fp32>(sum, step_sums + (quad / kGroupQuads * kTokens + c * 8) * 4);
+                for (int r = 0; r < 2; ++r)
+                  zero[r] = kMinimum ? fmaf(8.0f, sums[b].scale[r], zero[r]) : (8.0f - zero[r]) * sums[b].scale[r];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) acc[c][j] = fmaf(zero[j / 2], sum[j % 2], acc[c][j]);
+                for (int c = 0; c < kTokenTiles; ++c) {
+                  float sum[2];
+                  load_pair<Fp32>(sum, step_sums + (quad / kGroupQuads * kTokens + c * 8) * 4);
+#pragma unroll
+                  for (int j = 0; j < 4; ++j) acc[b][c][j] = fmaf(zero[j / 2], sum[j % 2], acc[b][c][j]);
+                }
               }
+              sums[b].finish(acc[b]);
             }
-            late.finish(acc);
           }
         }
       }
@@ -523,11 +534,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     u32 x_at[kTokenTiles];
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c];
-    bool ends_even = false;  // the last group's sums, not scaled yet, are in `even`
-    int mine = rows_exist ? steps - 2 * k_part : 0;  // this warp's steps from here on, and the other warps' between them
+    int mine = rows_exist ? steps - kWarpSteps * k_part : 0;  // this warp's steps from here on, and the other warps' between them
     if (pass > 0) next_chunk = stages_per_pass;  // x is there
     for (int at = 0; at < stages_per_pass; ++at) {
-      const u32 scale = codes + to_scales, sums = my_sums + at * stage_steps * (kTokenSums * kTokens * 4);
+      const u32 scale = codes + to_scales, x_sums = my_sums + at * stage_steps * (kTokenSums * kTokens * 4);
       u64* const used = empty + stage;
       if (at == next_chunk) {
         // The next chunk of x; what lies past the end of K was zeroed.
@@ -546,11 +556,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
-      if (mine > 0) {
-        ends_even = kScaleCount == 1 && mine == 1;
-        multiply(Int<0>{}, scale, sums, x_at);
+      if (mine > 0) multiply(Int<0>{}, scale, x_sums, x_at);
+      if constexpr (kWarpSteps == 2) {
+        if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_sums + kTokenSums * kTokens * 4, x_at);
       }
-      if (mine > 1) multiply(Int<1>{}, scale + step_scales, sums + kTokenSums * kTokens * 4, x_at);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(used);
       if (loaded < total) {
@@ -564,16 +573,19 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
     }
-    if constexpr (kPerRow && kZero) {
+    if constexpr (kPerRow) {
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c)
+      for (int b = 0; b < kWarpBlocks; ++b) {
+        if constexpr (kZero) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) even.part[0][c][j] = fmaf(row_offset[j / 2], row_tokens[c][j % 2], even.part[0][c][j]);
+          for (int c = 0; c < kTokenTiles; ++c)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              sums[b].part[0][c][j] = fmaf(row_offset[b][j / 2], row_tokens[c][j % 2], sums[b].part[0][c][j]);
+        }
+        sums[b].finish(acc[b]);
+      }
     }
-    if (kPerRow || ends_even)
-      even.finish(acc);
-    else
-      odd.finish(acc);
 
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
     // have read those, which also means that what this CTA sent then has left.
@@ -584,22 +596,23 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
     if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int i = 0; i < 2 * kWarpBlocks; ++i) {
+      const int b = i / 2, r = i % 2;
       // A gate and its up are sent as neighbours, so that one CTA owns both.
-      const int row = slot * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
+      const int row = (slot + b) * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
       const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
       if constexpr (kDirect) {
         // A cluster of one CTA has no asynchronous stores.
         if (t < token_pairs && ranks == 1)
-          *reinterpret_cast<float2*>(inbox + at) = float2{kUnit * acc[0][2 * r], kUnit * acc[0][2 * r + 1]};
+          *reinterpret_cast<float2*>(inbox + at) = float2{kUnit * acc[b][0][2 * r], kUnit * acc[b][0][2 * r + 1]};
         else if (t < token_pairs)
-          store_async(map_shared(inbox + rank * part_of_buffer + at, owner), kUnit * acc[0][2 * r], kUnit * acc[0][2 * r + 1],
-                      map_shared(received + box, owner));
+          store_async(map_shared(inbox + rank * part_of_buffer + at, owner), kUnit * acc[b][0][2 * r],
+                      kUnit * acc[b][0][2 * r + 1], map_shared(received + box, owner));
       } else {
         float* to = (owner == rank ? inbox : outbox) + owner * part_of_buffer + at;
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c)
-          *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[c][2 * r], kUnit * acc[c][2 * r + 1]};
+          *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[b][c][2 * r], kUnit * acc[b][c][2 * r + 1]};
       }
     }
     if constexpr (kDirect) {
@@ -624,15 +637,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     finish(passes - 1, threadIdx.x, kConsumers);
 }
 
-// CTAs of a multiprocessor, for which registers must do.
-constexpr int kCtas = LQ_TILES == 4 || kGroups == 4 || (LQ_TILES == 2 && kGroups == 2 && kZero)        ? 1
-                      : LQ_TILES == 2 || kGroups == 2 || kZero || (kGroups == 1 && sizeof(ScaleBits) == 4) ? 2
-                                                                                                           : 3;
+#ifndef LQ_CTAS
+#define LQ_CTAS 1
+#endif
 static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do not fit the registers");
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
+extern "C" __global__ void __launch_bounds__(kThreads, LQ_CTAS)
     decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, const u16* residual, u16* y, i64 m,
                i64 n, i64 k, i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
   decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});

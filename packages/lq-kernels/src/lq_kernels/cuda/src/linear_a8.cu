@@ -291,6 +291,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             for (int slice = 0; slice < kSlices; ++slice) WgmmaA8<kTokens>::run(Codes{}, acc, a[slice], tokens + slice * 2, slice > 0);
             wgmma_commit();
             const float scale[2] = {weights.scale[0], weights.scale[1]};
+            __syncwarp();  // all lanes have read what they unpack of the stage, which one will release for all
             last = stage;
             if (++stage == stages) stage = 0, parity ^= 1;
             if (step + 1 < work.end) {
@@ -319,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
               WgmmaA8<kTokens>::run(Codes{}, acc, a[slice], tokens + slice * 2, 1);
               wgmma_commit();
               if (slice == kSlices - 1) {
+                __syncwarp();  // all lanes have read what they unpack of `last`, which one will release for all
                 if (++stage == stages) stage = 0, parity ^= 1;
                 if (step + 1 < work.end) {
                   mbarrier_wait(full + stage, parity);
