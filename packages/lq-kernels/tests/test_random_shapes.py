@@ -376,7 +376,8 @@ def launchable(module, form, problem, processors):
         found = prefill_a16.candidates(m, rows, k, form.bits, variant.scale_bytes, processors)
         return [cut for cut in found if cut.tokens == form.tile]
     scales = (variant.groups, variant.zero, variant.scale_bytes)
-    found = decode_a16.candidates(m, -(-rows // 16), k, form.bits, *scales, processors)
+    tokens = max(m, 4 * form.tile + 1)  # tiles that are not needed make sense too
+    found = decode_a16.candidates(tokens, -(-rows // 16), k, form.bits, *scales, processors)
     return [cut for cut in found if cut.token_tiles == form.tile]
 
 
