@@ -85,7 +85,9 @@ def forms(groups: int, zero: bool, scale_bytes: int) -> tuple[tuple[int, int, in
     """
     few = groups <= 1 and not zero and scale_bytes <= 2 * BLOCK_ROWS  # registers for the scales of a group
     many = groups == 4 and zero
-    found = [(1, 1, 3 if few else 2), (1, 2, 1), (1, 2, 2), (2, 1, 1 if many else 2)]
+    found = [(1, 1, 3 if few else 2), (1, 2, 1), (2, 1, 1 if many else 2)]
+    if scale_bytes <= 16 * BLOCK_ROWS:
+        found.append((1, 2, 2))
     if not many:
         found.append((2, 2, 1))
     if groups < 4:
@@ -118,8 +120,9 @@ def cut(
     pitch = share * step * 2 + 16
     passes = -(-rows // slots)
     boxes = min(passes, 2)
-    buffers = boxes * (1 if token_tiles == 1 else 2)
-    fixed = _HEADER + buffers * 16 * most * (8 * token_tiles + 2) * 4 + min(m, 8 * token_tiles) * pitch
+    buffers = boxes * (1 if token_tiles <= 2 else 2)
+    row = 8 * token_tiles + (4 if token_tiles == 2 else 2)
+    fixed = _HEADER + buffers * 16 * most * row * 4 + min(m, 8 * token_tiles) * pitch
     fixed += share * sum_bytes * 8 * token_tiles
     wanted = passes * -(-share * slots // (2 * _WARPS))
     stage = 2 * _WARPS * (BLOCK_BYTES + scale_bytes)

@@ -13,7 +13,7 @@
 //   stage, or a step of two blocks (LQ_WARP_BLOCKS), which halves what it reads of x: with 16 tokens that is four times as many bytes
 //   as codes. Zeros multiply sums of x, which are the same for all rows: each is computed once, when its chunk of x has come.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
-//   threads themselves for one tile of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
+//   threads themselves for up to two tiles of tokens, from a buffer and in bulk for four, whose many small stores take longer. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
@@ -86,6 +86,7 @@ constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           /
 constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
 constexpr int kTokenSums = kZero ? kScaleCount : 0;  // of x in a step, for a token
+constexpr bool kZerosAtOnce = kZero && kGroups > 1;  // of a step, by the tensor cores
 constexpr float kUnit = fragment_unit(X{});  // what is left to multiply sums with
 
 template <int kValue>
@@ -136,6 +137,18 @@ struct Sums {
       }
   }
 };
+
+// Zeros, or minima, to what two rows' weights are more than (u - 8) * scale.
+__device__ __forceinline__ void excess(float (&zero)[2], const float (&scale)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) zero[r] = kMinimum ? fmaf(8.0f, scale[r], zero[r]) : (8.0f - zero[r]) * scale[r];
+}
+
+__device__ __forceinline__ float load_float(u32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
 
 // Bytes of x of so many in features, as they come.
 template <typename Count>
@@ -192,8 +205,9 @@ __device__ __forceinline__ void convert_q8_1(u8* tokens, int pitch, int m, int r
 template <int kTokenTiles>
 __device__ __forceinline__ void decode(const Arguments& p) {
   constexpr int kTokens = 8 * kTokenTiles;
-  constexpr int kPitch = kTokens + 2, kBuffer = 128 * kWarpBlocks * kPitch;  // floats; padded against bank conflicts
-  constexpr bool kDirect = kTokenTiles == 1;                   // threads send their sums themselves
+  constexpr bool kDirect = kTokenTiles <= 2;  // threads send their sums themselves
+  // Floats; padded against bank conflicts. A row's sums of two tiles lie as a thread has them: two of the one, two of the other.
+  constexpr int kPitch = kTokens + (kTokenTiles == 2 ? 4 : 2), kBuffer = 128 * kWarpBlocks * kPitch;
   extern __shared__ __align__(128) u8 shared[];
   u64* full = reinterpret_cast<u64*>(shared);
   u64* empty = full + kMaxStages;
@@ -296,14 +310,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const int box = pass % 2, sources = ranks * k_parts;
     if (thread == 0)
       mbarrier_arrive_expect(received + box, !kDirect   ? (kBuffer - part_of_buffer) * 4
-                                             : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * token_pairs * 8
+                                             : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * (kTokenTiles == 2 ? 64 : token_pairs * 8)
                                                          : 0);
     mbarrier_wait(received + box, pass / 2 % 2);
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
     for (int i = thread; i < owned_rows / kFeatureRows * token_pairs; i += count) {
       const int row = kFeatureRows * (i & (owned_rows / kFeatureRows - 1)), token = 2 * (i >> (owned_shift - kGated));
-      const float* from = inbox + box * kBuffer + row * kPitch + token;
+      const float* from = inbox + box * kBuffer + row * kPitch + (kTokenTiles == 2 ? token % 8 * 2 + token / 8 * 2 : token);
       float total[kFeatureRows][2] = {};
 #pragma unroll 4
       for (int s = 0; s < sources; ++s)
@@ -389,7 +403,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u32 parity = 0, codes = first_codes;
   u32 words[2][2][4];  // this lane's codes of a stage: two steps, or blocks, of two halves
 
-  const u32 my_sums = shared_address(token_sums) + (kWarpSteps * k_part * kTokenSums * kTokens + 2 * t) * 4;
+  const u32 my_sums = shared_address(token_sums) + (kWarpSteps * k_part * kTokenSums * kTokens + (kZerosAtOnce ? g : 2 * t)) * 4;
 
   // Sums of x over the groups of steps [from, to), as fragments are, for all rows and passes: products with ones.
   auto sum_tokens = [&](int from, int to) {
@@ -509,13 +523,11 @@ __device__ __forceinline__ void decode(const Arguments& p) {
             for (int b = 0; b < kWarpBlocks; ++b) {
               const u32 at = step_scale + quad / kGroupQuads * group_scales + b * kScaleBytes;
               load_pair<Scale>(sums[b].scale, at);
-              if constexpr (kZero) {
+              if constexpr (kZero && !kZerosAtOnce) {
                 // What zeros that are not 8, or minima, add: their share of the sums of x.
                 float zero[2];
                 load_pair<Scale>(zero, at + kGroups * group_scales);
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-                  zero[r] = kMinimum ? fmaf(8.0f, sums[b].scale[r], zero[r]) : (8.0f - zero[r]) * sums[b].scale[r];
+                excess(zero, sums[b].scale);
 #pragma unroll
                 for (int c = 0; c < kTokenTiles; ++c) {
                   float sum[2];
@@ -527,6 +539,25 @@ __device__ __forceinline__ void decode(const Arguments& p) {
               sums[b].finish(acc[b]);
             }
           }
+        }
+      }
+      if constexpr (kZerosAtOnce) {
+        // The same of all groups of the step: a product of 16 rows and up to 4 groups with as many sums of 8 tokens.
+        const bool exists = t < kGroups;
+        const int group = exists ? t : 0;
+        float sum[kTokenTiles];
+#pragma unroll
+        for (int c = 0; c < kTokenTiles; ++c) sum[c] = exists ? load_float(step_sums + (group * kTokens + c * 8) * 4) : 0.0f;
+#pragma unroll
+        for (int b = 0; b < kWarpBlocks; ++b) {
+          const u32 at = step_scale + group * group_scales + b * kScaleBytes;
+          float scale[2], zero[2];
+          load_pair<Scale>(scale, at);
+          load_pair<Scale>(zero, at + kGroups * group_scales);
+          excess(zero, scale);
+          if (!exists) zero[0] = zero[1] = 0.0f;
+#pragma unroll
+          for (int c = 0; c < kTokenTiles; ++c) mma_k4_tf32(acc[b][c], zero, sum[c]);
         }
       }
     };
@@ -547,7 +578,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         const int to = next_chunk * stage_steps < steps ? next_chunk * stage_steps : steps;
         if constexpr (kTokensQ8_1) {
           // Few tokens' blocks are divided among more threads.
-          if (kDirect && m < 4)
+          if (kTokenTiles == 1 && m < 4)
             convert_q8_1<4>(tokens, static_cast<int>(p.pitch), m, raw, 4 * from, 4 * to);
           else
             convert_q8_1<1>(tokens, static_cast<int>(p.pitch), m, raw, 4 * from, 4 * to);
@@ -600,8 +631,16 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       const int b = i / 2, r = i % 2;
       // A gate and its up are sent as neighbours, so that one CTA owns both.
       const int row = (slot + b) * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
-      const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + 2 * t;
-      if constexpr (kDirect) {
+      const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + (kTokenTiles == 2 ? 4 : 2) * t;
+      if constexpr (kTokenTiles == 2) {
+        const float(&first)[4] = acc[b][0];
+        const float(&second)[4] = acc[b][kTokenTiles - 1];
+        const float4 value{kUnit * first[2 * r], kUnit * first[2 * r + 1], kUnit * second[2 * r], kUnit * second[2 * r + 1]};
+        if (ranks == 1)
+          *reinterpret_cast<float4*>(inbox + at) = value;
+        else
+          store_async(map_shared(inbox + rank * part_of_buffer + at, owner), value, map_shared(received + box, owner));
+      } else if constexpr (kDirect) {
         // A cluster of one CTA has no asynchronous stores.
         if (t < token_pairs && ranks == 1)
           *reinterpret_cast<float2*>(inbox + at) = float2{kUnit * acc[b][0][2 * r], kUnit * acc[b][0][2 * r + 1]};

@@ -213,6 +213,18 @@ __device__ __forceinline__ void mma_k16_first(Fp16, float (&d)[4], const u32 (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
+// D += A (16 x 4) * B (4 x 8) in tf32, to which a lane's values are rounded here: a[i] of row g + 8 i and column t, b of row t and
+// column g, where g is the lane's quotient by 4 and t the rest.
+__device__ __forceinline__ void mma_k4_tf32(float (&d)[4], const float (&a)[2], float b) {
+  u32 left[2], right;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(left[0]) : "f"(a[0]));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(left[1]) : "f"(a[1]));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(right) : "f"(b));
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(left[0]), "r"(left[1]), "r"(right));
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. The compiler may move it, so the
 // address must depend on whatever says that the data is there (see order_after).
 __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 address) {
