@@ -120,8 +120,8 @@ def cut(
     pitch = share * step * 2 + 16
     passes = -(-rows // slots)
     boxes = min(passes, 2)
-    buffers = boxes * (1 if token_tiles <= 2 else 2)
-    row = 8 * token_tiles + (4 if token_tiles == 2 else 2)
+    buffers = boxes * (1 if token_tiles * warp_blocks <= 2 else 2)
+    row = 8 * token_tiles + (4 if token_tiles == 2 and warp_blocks == 1 else 2)
     fixed = _HEADER + buffers * 16 * most * row * 4 + min(m, 8 * token_tiles) * pitch
     fixed += share * sum_bytes * 8 * token_tiles
     wanted = passes * -(-share * slots // (2 * _WARPS))
@@ -206,12 +206,17 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     needed = passes * -(-share * config.slots // (2 * _WARPS))
     enough = _stages(config.token_tiles, bits)
     x = min(m, 8 * config.token_tiles) * share * step * 2 / 1024
-    alone = (1.23 if config.shared <= _SHARED[2] else 1.34) * (1.0 if config.warp_blocks == 1 else 0.95)
+    alone = 1.23 if config.shared <= _SHARED[2] else 1.34
+    if config.warp_blocks == 2:
+        alone *= 0.86
     work = (0.3 * rows + 0.7 * passes * config.slots) * share * (alone if per_sm == 1 else per_sm)
     starved = max(0, enough - config.stages) if config.stages < needed else 0
     tokens = -(-m // (8 * config.token_tiles))
+    # Two blocks of a warp are read of faster, by fewer warps at first and at last.
+    pairs = 0.0 if config.warp_blocks == 1 else 35.0 if per_sm == 1 else 5.0
     return tokens * (
-        work * (1 + 0.35 * (config.token_tiles - 1) + 0.087 * starved)
+        pairs
+        + work * (1 + 0.35 * (config.token_tiles - 1) + 0.087 * starved)
         + 18.0 * passes * per_sm
         + 6.0 * (per_sm - 1)
         + 0.55 * config.cluster

@@ -13,7 +13,7 @@
 //   stage, or a step of two blocks (LQ_WARP_BLOCKS), which halves what it reads of x: with 16 tokens that is four times as many bytes
 //   as codes. Zeros multiply sums of x, which are the same for all rows: each is computed once, when its chunk of x has come.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
-//   threads themselves for up to two tiles of tokens, from a buffer and in bulk for four, whose many small stores take longer. No atomics,
+//   threads themselves for up to two tiles of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
@@ -28,7 +28,7 @@
 // tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
 // before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
 // fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`,
-// which become d q in X where they lie, a chunk at a time; k is a multiple of 128; 0).
+// which the warp that brings them makes d q in X where they lie, a chunk ahead of the products; k is a multiple of 128; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -76,7 +76,10 @@ constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brin
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
 constexpr int kMaxStages = 16;
-constexpr int kChunks = kZero || kTokensQ8_1 ? 4 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
+constexpr int kChunks = kZero ? 4 : kTokensQ8_1 ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
+constexpr int kChunksAhead = 4;                             // of Q8_1, on their way while one becomes 16 bits
+constexpr int kHeader = 512;                                // bytes, of mbarriers
+static_assert((2 * kMaxStages + (kTokensQ8_1 ? 2 : 1) * kChunks + 4) * static_cast<int>(sizeof(u64)) <= kHeader, "mbarriers do not fit");
 constexpr int kBlockRows = 16;
 constexpr int kBlockBytes = 1024;                // of codes in a K step
 constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
@@ -167,54 +170,57 @@ __device__ __forceinline__ void scale_int8(u32& low, u32& high, u32 word, float 
   high = from_floats(X{}, values[2], values[3]);
 }
 
-// Q8_1 blocks [from, to) of m tokens, which lie at `raw` in the tokens' rows, to 16 bits at the rows' start; a block by kLanes threads.
-// Raw blocks end where rows do, so that in any order of K a block lies only over itself and blocks before it: those of a round are
-// in registers when the first is written. Neighbouring threads have neighbouring tokens, whose rows begin in different banks.
-template <int kLanes>
+// Q8_1 blocks [from, to) of m tokens, which lie at `raw` in the tokens' rows, to 16 bits at the rows' start, by a warp: a block by a
+// lane. Raw blocks end where rows do, so that in any order of K a block lies only over itself and blocks before it: those of a round
+// are in registers when the first is written. Neighbouring lanes have neighbouring tokens, whose rows begin in different banks.
 __device__ __forceinline__ void convert_q8_1(u8* tokens, int pitch, int m, int raw, int from, int to) {
-  constexpr int kWords = 8 / kLanes;
-  const int thread = static_cast<int>(threadIdx.x), mine = thread / m, in_round = kConsumers / m & -kLanes;
-  u8* const row = tokens + thread % m * pitch;
+  constexpr int kWords = 9;  // d and s, then q
+  const int lane = static_cast<int>(threadIdx.x) % 32, in_round = 32 / m;
+  u8* const row = tokens + lane % m * pitch;
+  int block = lane / m < in_round ? from + lane / m : to;
+  u32 words[kWords] = {};
+  auto load = [&] {
+    if (block < to)
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const u32*>(row + raw + block * (kWords * 4))[i];
+  };
+  load();
 #pragma unroll 1
-  for (int first = from * kLanes; first < to * kLanes; first += in_round) {
-    const int unit = first + mine;
-    const bool exists = mine < in_round && unit < to * kLanes;
-    u32 scale = 0, words[kWords] = {};
-    if (exists) {
-      const u32* const block = reinterpret_cast<const u32*>(row + raw + unit / kLanes * 36);
-      scale = block[0];
+  for (int first = from; first < to; first += in_round) {
+    const float d = to_float(Fp16{}, static_cast<u16>(words[0]));
+    uint4 values[4];
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = block[1 + unit % kLanes * kWords + i];
+    for (int i = 0; i < 4; ++i) {
+      scale_int8(values[i].x, values[i].y, words[1 + 2 * i], d);
+      scale_int8(values[i].z, values[i].w, words[2 + 2 * i], d);
     }
-    named_barrier(1, kConsumers);
-    if (exists) {
-      const float d = to_float(Fp16{}, static_cast<u16>(scale));
-      uint4* const out = reinterpret_cast<uint4*>(row + unit * (64 / kLanes));
+    uint4* const out = reinterpret_cast<uint4*>(row + block * 64);
+    const bool exists = block < to;
+    block += in_round;
+    load();
+    __syncwarp();
+    if (exists)
 #pragma unroll
-      for (int i = 0; i < kWords / 2; ++i) {
-        uint4 values;
-        scale_int8(values.x, values.y, words[2 * i], d);
-        scale_int8(values.z, values.w, words[2 * i + 1], d);
-        out[i] = values;
-      }
-    }
+      for (int i = 0; i < 4; ++i) out[i] = values[i];
   }
-  named_barrier(1, kConsumers);
+  __syncwarp();
 }
 
 template <int kTokenTiles>
 __device__ __forceinline__ void decode(const Arguments& p) {
   constexpr int kTokens = 8 * kTokenTiles;
-  constexpr bool kDirect = kTokenTiles <= 2;  // threads send their sums themselves
-  // Floats; padded against bank conflicts. A row's sums of two tiles lie as a thread has them: two of the one, two of the other.
-  constexpr int kPitch = kTokens + (kTokenTiles == 2 ? 4 : 2), kBuffer = 128 * kWarpBlocks * kPitch;
+  constexpr bool kDirect = kTokenTiles * kWarpBlocks <= 2;  // threads send their sums themselves
+  // Floats; padded against bank conflicts. Where threads send a row's sums of two tiles they lie as a thread has them, two of each.
+  constexpr bool kPairs = kDirect && kTokenTiles == 2;
+  constexpr int kPitch = kTokens + (kPairs ? 4 : 2), kBuffer = 128 * kWarpBlocks * kPitch;
   extern __shared__ __align__(128) u8 shared[];
   u64* full = reinterpret_cast<u64*>(shared);
   u64* empty = full + kMaxStages;
   u64* x_full = empty + kMaxStages;
-  u64* received = x_full + kChunks;  // two: a pass's sums are in the inbox
-  u64* released = received + 2;      // two: every CTA has read them
-  u8* ring = shared + 512;
+  u64* x_ready = kTokensQ8_1 ? x_full + kChunks : x_full;  // in 16 bits
+  u64* received = x_ready + kChunks;                       // two: a pass's sums are in the inbox
+  u64* released = received + 2;                            // two: every CTA has read them
+  u8* ring = shared + kHeader;
   const int stages = static_cast<int>(p.stages);
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -249,6 +255,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
     if (lane == 0) {
       for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
+      if constexpr (kTokensQ8_1)
+        for (int i = 0; i < kChunks; ++i) mbarrier_init(x_ready + i, 1);
       for (int i = 0; i < 2; ++i) {
         mbarrier_init(received + i, !kDirect ? 2 : ranks > 1 ? 1 : 1 + kWarps);
         mbarrier_init(released + i, ranks);
@@ -310,14 +318,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const int box = pass % 2, sources = ranks * k_parts;
     if (thread == 0)
       mbarrier_arrive_expect(received + box, !kDirect   ? (kBuffer - part_of_buffer) * 4
-                                             : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * (kTokenTiles == 2 ? 64 : token_pairs * 8)
+                                             : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * (kPairs ? 64 : token_pairs * 8)
                                                          : 0);
     mbarrier_wait(received + box, pass / 2 % 2);
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
     for (int i = thread; i < owned_rows / kFeatureRows * token_pairs; i += count) {
       const int row = kFeatureRows * (i & (owned_rows / kFeatureRows - 1)), token = 2 * (i >> (owned_shift - kGated));
-      const float* from = inbox + box * kBuffer + row * kPitch + (kTokenTiles == 2 ? token % 8 * 2 + token / 8 * 2 : token);
+      const float* from = inbox + box * kBuffer + row * kPitch + (kPairs ? token % 8 * 2 + token / 8 * 2 : token);
       float total[kFeatureRows][2] = {};
 #pragma unroll 4
       for (int s = 0; s < sources; ++s)
@@ -356,16 +364,30 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   if (warp == kWarps + 1) {
     wait_for_previous_kernel();
-    if (elect_one()) {
-      const u64 keep = policy_evict_last();
-      const u8* x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
-        if (here <= 0) break;
-        mbarrier_arrive_expect(x_full + chunk, x_bytes(m * here));
-        for (int token = 0; token < m; ++token)
-          bulk_copy(tokens + token * p.pitch + raw + x_bytes(from), x + x_bytes(token * p.k + from), x_bytes(here), x_full + chunk,
-                    keep);
+    const u64 keep = policy_evict_last();
+    const u8* x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
+    auto bring = [&](int begin, int end) {
+      if (elect_one()) {
+        for (int chunk = begin; chunk < end; ++chunk) {
+          const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
+          if (here <= 0) break;
+          mbarrier_arrive_expect(x_full + chunk, x_bytes(m * here));
+          for (int token = 0; token < m; ++token)
+            bulk_copy(tokens + token * p.pitch + raw + x_bytes(from), x + x_bytes(token * p.k + from), x_bytes(here), x_full + chunk,
+                      keep);
+        }
+      }
+      __syncwarp();
+    };
+    bring(0, kTokensQ8_1 ? kChunksAhead : kChunks);
+    if constexpr (kTokensQ8_1) {
+#pragma unroll 1
+      for (int chunk = 0; chunk * chunk_k < k_here; ++chunk) {
+        bring(chunk + kChunksAhead, chunk + kChunksAhead + 1);
+        const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
+        mbarrier_wait(x_full + chunk, 0);
+        convert_q8_1(tokens, static_cast<int>(p.pitch), m, raw, from / 32, to / 32);
+        if (lane == 0) mbarrier_arrive(x_ready + chunk);
       }
     }
     __syncwarp();
@@ -399,7 +421,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   const int total = passes * stages_per_pass;
   int stage = 0, loaded = 0, next_chunk = 0;
-  u64* chunk_full = x_full;
+  u64* chunk_ready = x_ready;
   u32 parity = 0, codes = first_codes;
   u32 words[2][2][4];  // this lane's codes of a stage: two steps, or blocks, of two halves
 
@@ -557,7 +579,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           excess(zero, scale);
           if (!exists) zero[0] = zero[1] = 0.0f;
 #pragma unroll
-          for (int c = 0; c < kTokenTiles; ++c) mma_k4_tf32(acc[b][c], zero, sum[c]);
+          for (int c = 0; c < kTokenTiles; ++c) mma_k4_fp32(acc[b][c], zero, sum[c]);
         }
       }
     };
@@ -572,17 +594,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       u64* const used = empty + stage;
       if (at == next_chunk) {
         // The next chunk of x; what lies past the end of K was zeroed.
-        if (next_chunk * stage_steps * kStep < k_here) mbarrier_wait(chunk_full++, 0);
+        if (next_chunk * stage_steps * kStep < k_here) mbarrier_wait(chunk_ready++, 0);
         const int from = next_chunk * stage_steps;
         next_chunk += chunk_stages;
         const int to = next_chunk * stage_steps < steps ? next_chunk * stage_steps : steps;
-        if constexpr (kTokensQ8_1) {
-          // Few tokens' blocks are divided among more threads.
-          if (kTokenTiles == 1 && m < 4)
-            convert_q8_1<4>(tokens, static_cast<int>(p.pitch), m, raw, 4 * from, 4 * to);
-          else
-            convert_q8_1<1>(tokens, static_cast<int>(p.pitch), m, raw, 4 * from, 4 * to);
-        }
         if constexpr (kZero) sum_tokens(from, to);
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
@@ -631,8 +646,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       const int b = i / 2, r = i % 2;
       // A gate and its up are sent as neighbours, so that one CTA owns both.
       const int row = (slot + b) * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
-      const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + (kTokenTiles == 2 ? 4 : 2) * t;
-      if constexpr (kTokenTiles == 2) {
+      const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + (kPairs ? 4 : 2) * t;
+      if constexpr (kPairs) {
         const float(&first)[4] = acc[b][0];
         const float(&second)[4] = acc[b][kTokenTiles - 1];
         const float4 value{kUnit * first[2 * r], kUnit * first[2 * r + 1], kUnit * second[2 * r], kUnit * second[2 * r + 1]};

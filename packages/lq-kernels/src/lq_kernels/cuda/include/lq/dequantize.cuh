@@ -213,16 +213,26 @@ __device__ __forceinline__ void mma_k16_first(Fp16, float (&d)[4], const u32 (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
-// D += A (16 x 4) * B (4 x 8) in tf32, to which a lane's values are rounded here: a[i] of row g + 8 i and column t, b of row t and
-// column g, where g is the lane's quotient by 4 and t the rest.
-__device__ __forceinline__ void mma_k4_tf32(float (&d)[4], const float (&a)[2], float b) {
-  u32 left[2], right;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(left[0]) : "f"(a[0]));
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(left[1]) : "f"(a[1]));
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(right) : "f"(b));
+// A float as the sum of two tf32, to 2^-22 of it; inf and NaN as the first.
+__device__ __forceinline__ void split_tf32(u32& high, u32& low, float value) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(value));
+  const float first = __uint_as_float(high);
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(value == first ? 0.0f : value - first));
+}
+
+// D += A (16 x 4) * B (4 x 8), nearly as in fp32: a[i] of row g + 8 i and column t, b of row t and column g, where g is the lane's
+// quotient by 4 and t the rest. Products of the lower halves of both are left out.
+__device__ __forceinline__ void mma_k4_fp32(float (&d)[4], const float (&a)[2], float b) {
+  u32 high[2], low[2], high_b, low_b;
+  split_tf32(high[0], low[0], a[0]);
+  split_tf32(high[1], low[1], a[1]);
+  split_tf32(high_b, low_b, b);
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(high[0]), "r"(high[1]), "r"(low[0]), "r"(low[1]), "r"(high_b));
   asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(left[0]), "r"(left[1]), "r"(right));
+      : "r"(high[0]), "r"(high[1]), "r"(low_b));
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. The compiler may move it, so the
