@@ -4,7 +4,7 @@ Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,7 +125,7 @@ def cut(
     fixed = _HEADER + buffers * 16 * most * row * 4 + min(m, 8 * token_tiles) * pitch
     fixed += share * sum_bytes * 8 * token_tiles
     wanted = passes * -(-share * slots // (2 * _WARPS))
-    stage = 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
+    stage = _stage_bytes(scale_bytes)
     stages = min(most_stages, wanted, (shared - fixed) // stage)
     if stages < min(wanted, 2):
         return None
@@ -133,8 +133,20 @@ def cut(
     return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size)
 
 
+def _stage_bytes(scale_bytes: int) -> int:
+    return 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
+
+
 def candidates(
-    m: int, blocks: int, k: int, bits: int, groups: int, zero: bool, scale_bytes: int, sm_count: int
+    m: int,
+    blocks: int,
+    k: int,
+    bits: int,
+    groups: int,
+    zero: bool,
+    scale_bytes: int,
+    sm_count: int,
+    alike: Mapping[str, int] | None = None,
 ) -> Iterator[DecodeConfig]:
     """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
@@ -147,29 +159,34 @@ def candidates(
         zero: Whether there are zero points.
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
         sm_count: Multiprocessors.
+        alike: Fields by name; only cuts that have those of ``_SAME`` are yielded. None for all.
     """
-    sums = sum_bytes(groups, zero)
-    known = forms(groups, zero, scale_bytes)
+    sums, stage = sum_bytes(groups, zero), _stage_bytes(scale_bytes)
+    only = None if alike is None else tuple(alike.get(name, -1) for name in _SAME)
     most_tiles = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
-    for form in known:
+    for form in forms(groups, zero, scale_bytes):
         token_tiles, warp_blocks, ctas = form
-        if token_tiles > most_tiles or -(-m // (8 * token_tiles)) > _MAX_GRID_Y:
+        if token_tiles > most_tiles or -(-m // (8 * token_tiles)) > _MAX_GRID_Y or (only and form != only[:3]):
             continue
+        most_stages = _stages(token_tiles, bits) + 1  # the next kernel fills its own ring in what this one leaves
         for per_sm in (2, 1) if warp_blocks == 1 else (ctas,):
             for cluster in (1, 2, 4, 8):
                 once = _clusters(sm_count, cluster)
                 if not once or per_sm > ctas or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
                 for clusters in _grids(blocks, once * per_sm):
+                    if only and (cluster, clusters) != only[3:5]:
+                        continue
                     sizes = (m, blocks, k, bits, scale_bytes, form, cluster, clusters)
-                    wanted = _stages(token_tiles, bits)
-                    # A ring as large as fits, and about as large as is enough: the next kernel fills its own in what is left.
-                    rings = (
-                        cut(*sizes, _SHARED[per_sm], sums, stages)
-                        for stages in (_MAX_STAGES, *range(wanted + 1, 1, -1))
-                    )
-                    found = [config for config in dict.fromkeys(rings) if config is not None]
-                    yield from (config for config in found if config.stages <= wanted + 1 or config is found[-1])
+                    largest = cut(*sizes, _SHARED[per_sm], sums, most_stages)
+                    if largest is None:
+                        continue
+                    if not only or largest.stages == only[5]:
+                        yield largest
+                    for stages in range(largest.stages - 1, 1, -1):
+                        if not only or stages == only[5]:
+                            size = largest.shared - (largest.stages - stages) * stage
+                            yield replace(largest, stages=stages, shared=size)
 
 
 def _grids(blocks: int, at_once: int) -> tuple[int, ...]:
@@ -243,10 +260,13 @@ def choice(
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
     """
-    cuts = candidates(m, blocks, k, bits, groups, zero, scale_bytes, sm_count)
+    sizes = (m, blocks, k, bits, groups, zero, scale_bytes, sm_count)
     weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
-    found = measurements("decode_a16", m, weight, device, sm_count)
-    chosen = choose(cuts, lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found)
+    found = tuple(measurements("decode_a16", m, weight, device, sm_count))
+    measured = [config for each in found for config in candidates(*sizes, dict(each.point.cut))]
+    chosen = choose(
+        measured or candidates(*sizes), lambda config: cost(config, m, blocks, k, bits, sm_count), _SAME, found
+    )
     if chosen is None or chosen.measured is None:
         return chosen
     # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
