@@ -364,10 +364,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   if (warp == kWarps + 1) {
     wait_for_previous_kernel();
-    const u64 keep = policy_evict_last();
-    const u8* x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
     auto bring = [&](int begin, int end) {
       if (elect_one()) {
+        const u64 keep = policy_evict_last();
+        const u8* x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
         for (int chunk = begin; chunk < end; ++chunk) {
           const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
           if (here <= 0) break;
@@ -389,8 +389,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         convert_q8_1(tokens, static_cast<int>(p.pitch), m, raw, from / 32, to / 32);
         if (lane == 0) mbarrier_arrive(x_ready + chunk);
       }
+      __syncwarp();
     }
-    __syncwarp();
     cluster_wait();
     for (int pass = 0; pass + 1 < passes; ++pass) {
       finish(pass, lane, 32);
