@@ -1,7 +1,8 @@
 """Marker handling for every test of the workspace: what needs a GPU says so, and is never passed over silently.
 
 ``gpu`` and ``multi_gpu`` tests skip with a reason where the machine lacks the GPUs, and fail instead when
-``LQ_REQUIRE_GPU=1``: a GPU runner that lost its GPU must not report green.
+``LQ_REQUIRE_GPU=1``: a GPU runner that lost its GPU must not report green. So do ``nvrtc`` tests without NVRTC. Whether it is
+there goes by what is installed, not by what lq finds: an lq that does not find it must fail.
 
 Workers of pytest-xdist compute with one thread each. Were each to start as many threads as there are cores, they would wait
 for each other: half a second of work then takes up to a minute (18 workers on 16 cores).
@@ -11,6 +12,7 @@ for each other: half a second of work then takes up to a minute (18 workers on 1
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 
 import pytest
 import torch
@@ -25,11 +27,23 @@ def pytest_configure() -> None:
 
 
 def _missing(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("nvrtc") and not _has_nvrtc():
+        return "needs NVRTC, which is not installed (nvidia-cuda-nvrtc)"
     needed = max((count for name, count in _NEEDED.items() if item.get_closest_marker(name)), default=0)
     available = torch.cuda.device_count() if needed else 0
     if available >= needed:
         return None
     return f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, this machine has {available}"
+
+
+def _has_nvrtc() -> bool:
+    if torch.version.cuda is not None:  # such builds link it
+        return True
+    try:
+        distribution("nvidia-cuda-nvrtc")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

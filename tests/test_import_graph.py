@@ -10,7 +10,7 @@ import pytest
 
 PACKAGES = ("lq_formats", "lq_kernels", "lq_torch", "lq_eval")
 # Imported on first use only: each costs seconds, needs a GPU, or is not there on every machine.
-LAZY = ("triton", "cuda.core", "gemlite", "transformers", "gguf", "datasets", "matplotlib")
+LAZY = ("triton", "cuda", "gemlite", "transformers", "gguf", "datasets", "matplotlib")
 
 # torch itself imports some of LAZY where they are installed, so only what a package adds is counted.
 PROBE = """

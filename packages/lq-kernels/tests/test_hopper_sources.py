@@ -16,17 +16,6 @@ from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit import compiler
 
-
-def has(package):
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(
-    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
-)
 IDS = ["-".join(define.split("=")[1] for define in variant.defines) for variant in VARIANTS]
 
 
@@ -44,7 +33,7 @@ def build(name, defines, arch="sm_90a"):
     return compiler.compile_source(compiler.source(name), arch, name, defines)
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_decode_compiles_without_spills(variant, tmp_path):
     for form in forms(variant.groups, variant.zero, variant.scale_bytes):
@@ -59,7 +48,7 @@ def test_decode_compiles_without_spills(variant, tmp_path):
     assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
 @pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
 def test_epilogues_compile_without_spills(variant, epilogue):
@@ -73,7 +62,7 @@ def test_epilogues_compile_without_spills(variant, epilogue):
         assert "C75" not in result.log
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("form", forms(4, False, 128))
 def test_decode_of_q8_1_blocks_compiles_without_spills(form, tmp_path):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
@@ -88,13 +77,13 @@ def test_decode_of_q8_1_blocks_compiles_without_spills(form, tmp_path):
     assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_blocks_of_q8_1_need_whole_steps_of_multiples_of_16_bytes():
     with pytest.raises(CompileError, match="144 bytes of Q8_1"):
         build("decode_a16", (*VARIANTS[6].defines, "LQ_TILES=1", *EPILOGUES["transposed"], *Q8_1_DEFINES))
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_one_epilogue_at_a_time():
     for one, other in itertools.combinations(("transposed", "residual", "silu_mul"), 2):
         defines = (*VARIANTS[0].defines, "LQ_TILES=1", *EPILOGUES[one], *EPILOGUES[other])
@@ -102,7 +91,7 @@ def test_one_epilogue_at_a_time():
             build("decode_a16", defines)
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("number", [0, 4, 6, -4, -1], ids=lambda number: IDS[number])
 def test_the_dequantizer_compiles_for_any_gpu(number, arch):

@@ -9,24 +9,13 @@ from pathlib import Path
 
 import pytest
 from lq_formats import CompileError, MissingPackageError
+from lq_kernels.cuda import constraints
 from lq_kernels.cuda.gemm_q4_0_q8_1 import _STAGES, _TOKEN_STAGE, _WEIGHT_STAGE
 from lq_kernels.cuda.sources import COLUMN_TILES, SOURCES
 from lq_kernels.jit import compiler, nvrtc
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 CASES = [(name, arch) for name in SOURCES for arch in ARCHITECTURES]
-
-
-def has(package):
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(
-    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
-)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +31,7 @@ def build():
     return build
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize(("name", "arch"), CASES, ids=[f"{name}-{arch}" for name, arch in CASES])
 def test_compiles_to_the_kernels_it_declares_without_spills(build, name, arch):
     result = build(name, arch)
@@ -69,7 +58,7 @@ def disassemble(cubin, folder):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_gemm_runs_on_integer_tensor_cores_without_converting_integers(build, arch, tmp_path):
     sass = disassemble(build("gemm_q4_0_q8_1", arch).cubin, tmp_path)
@@ -98,7 +87,7 @@ def test_the_pipeline_of_the_launcher_is_that_of_the_source():
         assert shared >= 8 * 32 * 8 * int(tiles) * 4, name
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_a_syntax_error_is_an_error_with_the_log():
     with pytest.raises(CompileError, match=r"broken\.cu does not compile for sm_80") as caught:
         compiler.compile_source('extern "C" __global__ void broken() { undeclared = 1; }', "sm_80", "broken")
@@ -107,33 +96,35 @@ def test_a_syntax_error_is_an_error_with_the_log():
     assert isinstance(caught.value, RuntimeError)
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_compiling_does_not_import_what_takes_longer_than_that():
     code = (
         "import sys\n"
+        "from lq_kernels.cuda.constraints import why_not_compile\n"
         "from lq_kernels.jit.compiler import compile_source\n"
         "before = set(sys.modules)\n"
+        "assert why_not_compile() is None\n"
         "compiled = compile_source('extern \"C\" __global__ void f() {}', 'sm_80', 'f')\n"
         "assert list(compiled.usage()) == ['f']\n"
-        "found = {'cuda.core', 'cuda.bindings', 'triton'} & (set(sys.modules) - before)\n"
+        "found = {'cuda.bindings', 'triton'} & (set(sys.modules) - before)\n"
         "assert not found, found\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_a_header_that_is_not_ours_is_not_found():
     with pytest.raises(CompileError, match="nowhere"):
         compiler.compile_source('#include "nowhere.cuh"', "sm_80", "includes")
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_an_unknown_architecture_is_an_error():
     with pytest.raises(CompileError, match="does not compile for sm_10"):
         compiler.compile_source(compiler.source("quantize_q8_1"), "sm_10", "quantize_q8_1")
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_spills_and_stack_are_reported():
     text = """
     extern "C" __global__ void __launch_bounds__(1024) stack(float* out, int i) {
@@ -147,7 +138,7 @@ def test_spills_and_stack_are_reported():
     assert usage["stack"].stack > 0
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_the_compiler_has_a_version(monkeypatch):
     assert re.fullmatch(r"nvidia-cuda-nvrtc\S*-\d+\.\d+\S*|\d+\.\d+", compiler.compiler_version())
     monkeypatch.setattr(compiler, "_version", lambda package: None)  # it came with a toolkit
@@ -173,21 +164,24 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", without_nvrtc)
     forget()
     with pytest.raises(
-        MissingPackageError, match="'nvidia-cuda-nvrtc', which is not installed; run: pip install cuda-core"
+        MissingPackageError,
+        match="'nvidia-cuda-nvrtc', which is not installed; run: pip install cuda-pathfinder nvidia-cuda-nvrtc",
     ):
         compiler.compile_source("", "sm_80", "nothing")
     monkeypatch.setattr(compiler, "_version", lambda package: None)
     with pytest.raises(MissingPackageError, match="'nvidia-cuda-nvrtc', which is not installed"):
         compiler.compiler_version()
+    reason = constraints.why_not_compile()
+    assert reason == "NVRTC, CUDA's compiler, is not installed; run: pip install cuda-pathfinder nvidia-cuda-nvrtc"
     forget()
 
 
 def forget():
-    for found in (nvrtc._function, nvrtc._library, compiler.compiler_version):
+    for found in (nvrtc._function, nvrtc._library, compiler.compiler_version, constraints.why_not_compile):
         found.cache_clear()
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_the_library_that_torch_has_not_loaded_is_found(monkeypatch):
     real, asked = nvrtc.ctypes.CDLL, []
 
@@ -200,6 +194,7 @@ def test_the_library_that_torch_has_not_loaded_is_found(monkeypatch):
 
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", library)
     forget()
+    assert constraints.why_not_compile() is None
     assert nvrtc.version() >= (12, 0)
     assert len(asked) == 2
     forget()

@@ -26,17 +26,6 @@ from lq_kernels.cuda.quantize_tokens import defines as quantizer_defines
 from lq_kernels.cuda.sources import A8_VARIANTS
 from lq_kernels.jit import compiler
 
-
-def has(package):
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(
-    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
-)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
     (variant, MAX_PROMOTED[variant.bits] if variant.promote else 256, i % 2 == 0)
@@ -53,7 +42,7 @@ def case_id(case):
 # ---- without a GPU ----
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_kernel_compiles_to_8_bit_wgmma_without_spills(case, tmp_path):
     variant, tokens, multicast = case
@@ -87,7 +76,7 @@ def test_the_kernel_compiles_to_8_bit_wgmma_without_spills(case, tmp_path):
     assert not re.search(r"\bMEMBAR\b[^\n]*GPU", sass.split("GMMA", 1)[1].rsplit("GMMA", 1)[0])
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("activation", ["int8", "fp8"])
 @pytest.mark.parametrize("vectors", [1, 8])

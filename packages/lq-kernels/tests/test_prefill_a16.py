@@ -12,17 +12,6 @@ from lq_kernels.cuda.prefill_a16 import ROWS, THREADS, TOKENS, PrefillConfig, ca
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.jit import compiler
 
-
-def has(package):
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(
-    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
-)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [(VARIANTS[0], tokens) for tokens in TOKENS] + [(variant, 256) for variant in VARIANTS[2:]]
 
@@ -35,7 +24,7 @@ def case_id(case):
 # ---- without a GPU ----
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_path):
     variant, tokens = case
@@ -66,7 +55,7 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_pa
     assert not re.search(r"\bI2FP?\b|\bI2F\b", sass.split("HGMMA", 1)[1].rsplit("HGMMA", 1)[0])
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=["int4", "int8"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_pairs_share_tokens_without_spills(variant, tokens):

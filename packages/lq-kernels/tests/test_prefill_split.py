@@ -20,18 +20,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H200 = 132
 
 
-def has(package):
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(
-    not (has("cuda.core") and has("cuda.bindings.nvrtc")), reason="needs the package 'cuda-core' with NVRTC"
-)
-
-
 def split(tokens, m, n, ctas=66, raster=3):
     tiles = -(-n // ROWS) * -(-m // tokens)
     return PrefillConfig(tokens, min(ctas, tiles), raster, 0, 0, split=True)
@@ -40,7 +28,7 @@ def split(tokens, m, n, ctas=66, raster=3):
 # ---- without a GPU ----
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize(
     ("number", "tokens", "epilogue"),
     [
@@ -75,7 +63,7 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
     assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass), "a barrier of the whole memory"
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_pairs_share_one_thing():
     for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",)):
         defines = (*VARIANTS[0].defines, *macros, "LQ_SPLIT=1")

@@ -229,7 +229,7 @@ def test_what_has_no_cuda_kernel_compiles_nothing(monkeypatch):
     assert units(Problem("int4", 1, 64, 128, spec, BF16, Arch("cpu"))) == ()
     assert units(Problem("int4", 1, 64, 128, spec, BF16, Arch("cuda", (8, 9), "NVIDIA L4", 58))) == ()
     assert units(Problem("int4", 1, 64, 128, spec, FP32, H200)) == ()
-    monkeypatch.setattr(constraints, "why_not_compile", lambda: "the package 'cuda-core' is not installed")
+    monkeypatch.setattr(constraints, "why_not_compile", lambda: "NVRTC is not installed")
     assert units(Problem("int4", 1, 64, 128, spec, BF16, H200)) == ()
     monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
     blocks = Problem("q4_0_q8_1", 1, 64, 128, QuantSpec(4, "group", 32, True, FP16), FP32, H200)

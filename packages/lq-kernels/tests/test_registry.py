@@ -113,7 +113,7 @@ def test_an_old_gpu_is_declined_with_its_capability(make):
 
 def test_a_missing_package_is_a_reason(monkeypatch):
     monkeypatch.setattr(triton_constraints, "_installed", lambda: False)
-    monkeypatch.setattr(cuda_constraints, "why_not_compile", lambda: "the package 'cuda-core' is not installed")
+    monkeypatch.setattr(cuda_constraints, "why_not_compile", lambda: "NVRTC is not installed")
     for problem, names in ((int4(1, H200), TRITON), (int8(1, H200), TRITON), (q4_0(1, H200), ("cuda-mma",))):
         rejected = dict(explain(problem).rejected)
         assert all("is not installed" in rejected[name] for name in names)

@@ -12,7 +12,7 @@ def fragment_device(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr("lq_torch.tensors.ggml.reads_fragments", lambda device: True)
     elif not reads_fragments(torch.device("cuda")):
-        pytest.skip("needs a Hopper GPU and cuda-core")
+        pytest.skip("needs a Hopper GPU and NVRTC")
     return request.param
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from lq_formats import QuantSpec
 from lq_kernels import Arch, Explanation, Problem, explain
+from lq_kernels.cuda.constraints import why_not_compile
+from lq_kernels.jit.compiler import compiler_version
 from lq_kernels.problem import Q4_0_SPEC
 
 from lq_eval.results import PACKAGES, environment, version
 
 OPTIONAL = {
     "triton": "portable GPU kernels",
-    "cuda-core": "CUDA kernels (Q4_0)",
     "gemlite": "int4_packing_format='gemlite': pip install 'lq-torch[gemlite]'",
     "gguf": "reading GGUF files: pip install 'lq-torch[gguf]'",
     "transformers": "models",
@@ -59,6 +60,8 @@ def machine_facts() -> Iterator[Fact]:
     yield Fact("kernel cache", _cache())
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     yield Fact("Hugging Face hub", "offline (HF_HUB_OFFLINE)" if offline else "online: models may be named")
+    reason = why_not_compile()
+    yield Fact("NVRTC", reason or compiler_version(), reason is None)
     for package, purpose in OPTIONAL.items():
         installed = version(package)
         yield Fact(package, installed or f"missing; it is for {purpose}", installed is not None)

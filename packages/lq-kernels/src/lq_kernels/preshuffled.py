@@ -131,7 +131,7 @@ def restore_q4_0(
 
 
 def reads_fragments(device: torch.device) -> bool:
-    """Return whether the kernels that read fragment order run on a device: a Hopper GPU, with ``cuda-core``."""
+    """Return whether the kernels that read fragment order run on a device: a Hopper GPU, with NVRTC."""
     return constraints.why_not_hopper(Arch.of(device)) is None
 
 

@@ -1,7 +1,6 @@
 """What the CUDA kernels can run: each constraint stated once. Imports no CUDA library."""
 
 import functools
-import importlib.util
 
 import torch
 from lq_formats.layouts import FRAGMENT_INT4
@@ -14,11 +13,9 @@ MIN_CAPABILITY = (8, 0)
 @functools.cache
 def why_not_compile() -> str | None:
     """Return why CUDA C++ cannot be compiled on this machine, or None."""
-    try:
-        found = importlib.util.find_spec("cuda.core") is not None
-    except ModuleNotFoundError:
-        found = False
-    return None if found else "the package 'cuda-core' is not installed"
+    from lq_kernels.jit import nvrtc
+
+    return nvrtc.why_not()
 
 
 def why_not_q4_0(problem: Problem) -> str | None:

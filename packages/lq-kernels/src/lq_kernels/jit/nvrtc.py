@@ -1,5 +1,7 @@
 """The few functions of NVRTC that lq calls, through ctypes, on the library that torch has loaded.
 
+CUDA builds of torch link it and cannot be imported without. Beside another build a package or a toolkit may bring it.
+
 Its generated bindings import those of the driver, which takes 60 ms, and ``cuda.core`` 150 to 300 ms: every process with an
 empty cache would wait for that before its first kernel compiles.
 """
@@ -24,6 +26,16 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "nvrtcGetCUBIN": (_POINTER, ctypes.c_char_p),
     "nvrtcDestroyProgram": (_POINTER,),
 }
+_INSTALL = "pip install cuda-pathfinder nvidia-cuda-nvrtc"
+
+
+def why_not() -> str | None:
+    """Return why nothing can be compiled, or None; with a CUDA build of torch in microseconds, as NVRTC is loaded."""
+    try:
+        _library()
+    except MissingPackageError:
+        return f"NVRTC, CUDA's compiler, is not installed; run: {_INSTALL}"
+    return None
 
 
 def version() -> tuple[int, int]:
@@ -93,9 +105,7 @@ def _library() -> ctypes.CDLL:
 
         return ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path)
     except (ImportError, RuntimeError) as error:
-        raise MissingPackageError(
-            "nvidia-cuda-nvrtc", "Compiling CUDA kernels", "pip install cuda-core nvidia-cuda-nvrtc"
-        ) from error
+        raise MissingPackageError("nvidia-cuda-nvrtc", "Compiling CUDA kernels", _INSTALL) from error
 
 
 def _check(status: int, complaint: str) -> None:
