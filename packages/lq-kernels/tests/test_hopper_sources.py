@@ -74,6 +74,9 @@ def test_decode_of_q8_1_blocks_compiles_without_spills(form, tmp_path):
     sass = disassemble(result.cubin, tmp_path)
     assert re.search(r"\bUBLKCP\b", sass)
     assert re.search(r"\bF2FP\.BF16\.F32\.PACK_AB\b", sass)
+    of_bf16 = disassemble(build("decode_a16", (*q4_0.defines, *tail)).cubin, tmp_path)
+    # Nobody waits for a conversion but on its mbarrier.
+    assert sass.count(" BAR.") == of_bf16.count(" BAR.") > 0
     assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
 
 

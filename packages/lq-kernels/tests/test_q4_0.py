@@ -250,23 +250,24 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("k", [32, 64, 96, 128, 256, 1056, 1152, 4096])
-def test_decode_reads_blocks_itself_where_bulk_copies_can(k, launches):
-    for n in (1, 2, 8, 9, 17, 32):
+def test_decode_reads_blocks_of_few_tokens_itself_where_bulk_copies_can(k, launches):
+    alike = QuantSpec(4, "group", 32, True, torch.float16) if k > 32 else q4_0.spec(k)
+    bf16 = next(kernel for kernel in KERNELS if (kernel.op, kernel.name) == ("preshuffled", "cuda-decode"))
+    for n in (1, 2, 4, 5, 8, 9, 17, 32):
+        reads = k % 128 == 0 and n <= 4
         w, a = quantize_q4_0(torch.randn(200, k)), quantize_q8_1(torch.randn(n, k))
         assert DECODE.run(w, a).shape == (200, n)
         *before, (kernel, defines, shared) = launches
         assert kernel == "decode_a16"
         assert "LQ_TRANSPOSED=1" in defines
-        assert ("LQ_TOKENS_Q8_1=1" in defines) == (k % 128 == 0)
-        assert [name for name, _, _ in before] == ([] if k % 128 == 0 else ["dequantize_q8_1"])
+        assert ("LQ_TOKENS_Q8_1=1" in defines) == reads
+        assert [name for name, _, _ in before] == ([] if reads else ["dequantize_q8_1"])
         if n <= 16:  # 13 blocks of rows: a CTA for each multiprocessor, or fewer
             assert 2 * (shared + 1024) > 228 << 10
         launches.clear()
-    plan = DECODE.plan(Problem("q4_0_q8_1", 4, 200, k, q4_0.spec(k), torch.float32, H200))
-    alike = QuantSpec(4, "group", 32, True, torch.float16) if k > 32 else q4_0.spec(k)
-    decode = next(kernel for kernel in KERNELS if (kernel.op, kernel.name) == ("preshuffled", "cuda-decode"))
-    bf16 = decode.plan(Problem("preshuffled", 4, 200, k, alike, torch.bfloat16, H200))
-    assert (plan.us == bf16.us) == (k % 128 == 0)
+        plan = DECODE.plan(Problem("q4_0_q8_1", n, 200, k, q4_0.spec(k), torch.float32, H200))
+        of_bf16 = bf16.plan(Problem("preshuffled", n, 200, k, alike, torch.bfloat16, H200))
+        assert (plan.us == of_bf16.us) == reads
 
 
 def test_blocks_that_bulk_copies_cannot_bring_are_refused(launches):

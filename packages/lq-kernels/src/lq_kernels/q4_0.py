@@ -24,6 +24,8 @@ from lq_kernels.problem import Q4_0_SPEC, Problem
 
 BLOCK = 32
 _DEQUANTIZE_US = 1.5
+_MOST_READ = 4
+"""Tokens that the kernel reads as Q8_1 blocks, at most: a single warp of a CTA makes 16 bits of them."""
 _CHUNK = 2**24  # elements that are repacked at a time, a byte each and a few copies
 
 
@@ -74,16 +76,16 @@ class OnQ4_0:  # noqa: N801
 
         (packed, scales), n = fragments(weight_q), weight_q.shape[0]
         y: Tensor
-        if self.reads_blocks(activation_q.shape[1] * BLOCK):
+        if self.reads_blocks(activation_q.shape[0], activation_q.shape[1] * BLOCK):
             y = self._imported().linear_q8_1(activation_q, packed, scales, n)
         else:
             x = dequantize_q8_1(activation_q)
             y = self._linear()(x, packed, scales, None, None, n, BLOCK, 4, transposed=True)
         return y
 
-    def reads_blocks(self, k: int) -> bool:
-        """Return whether the kernel reads Q8_1 blocks of ``k`` in features itself."""
-        return self._reads_q8_1 and self._imported().why_not_q8_1(k) is None
+    def reads_blocks(self, m: int, k: int) -> bool:
+        """Return whether the kernel reads Q8_1 blocks of ``m`` tokens and ``k`` in features itself."""
+        return self._reads_q8_1 and m <= _MOST_READ and self._imported().why_not_q8_1(k) is None
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why it cannot run a problem of either kind."""
@@ -96,7 +98,7 @@ class OnQ4_0:  # noqa: N801
     def plan_of_blocks(self, problem: Problem) -> Plan:
         """Return its plan for Q8_1 blocks."""
         found = self.plan(problem)
-        return found if self.reads_blocks(problem.k) else replace(found, us=found.us + _DEQUANTIZE_US)
+        return found if self.reads_blocks(problem.m, problem.k) else replace(found, us=found.us + _DEQUANTIZE_US)
 
     def _imported(self) -> Any:
         return importlib.import_module(f"lq_kernels.cuda.{self._module}")
