@@ -3,7 +3,7 @@
 import itertools
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,6 +122,20 @@ def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
     assert config.pitch % 128 == 16 or k % 64  # rows of x fall into different banks
     if config.boxes == 1:
         assert -(-blocks // config.clusters) <= config.slots
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 40])
+@pytest.mark.parametrize(("groups", "zero", "scale_bytes"), [(1, False, 32), (4, True, 256)])
+def test_cuts_alike_are_all_cuts_with_these_fields(m, groups, zero, scale_bytes):
+    sizes = (m, 256, 4096, 4, groups, zero, scale_bytes, 132)
+    every = list(candidates(*sizes))
+    for config in every:
+        same = [
+            each for each in every if all(getattr(each, name) == getattr(config, name) for name in decode_a16._SAME)
+        ]
+        assert list(candidates(*sizes, asdict(config))) == same
+    assert list(candidates(*sizes, asdict(replace(every[0], stages=17)))) == []
+    assert list(candidates(*sizes, {"cluster": 1})) == []
 
 
 def test_sums_of_tokens_have_room():
