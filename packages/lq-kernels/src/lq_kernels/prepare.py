@@ -78,8 +78,9 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
     direct = decode_a16.Q8_1_DEFINES if decode_a16.why_not_q8_1(problem.k) is None else ()
     for unit in _a16(tokens):
         if unit.source != "dequantize_fragment":
-            macros = direct if unit.source == "decode_a16" else ()
-            yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *macros))
+            yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"]))
+            if direct and unit.source == "decode_a16":
+                yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *direct))
     yield Unit("dequantize_q8_1")
 
 
