@@ -79,7 +79,7 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
     for unit in _a16(tokens):
         if unit.source != "dequantize_fragment":
             yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"]))
-            if direct and unit.source == "decode_a16":
+            if direct and "LQ_TILES=1" in unit.defines:  # more tokens are made bf16 in a launch
                 yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *direct))
     yield Unit("dequantize_q8_1")
 
