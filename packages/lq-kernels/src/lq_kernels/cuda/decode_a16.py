@@ -211,10 +211,10 @@ def _stages(token_tiles: int, bits: int) -> int:
 def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
     """Return a time in units of a KB of codes on a multiprocessor (H200).
 
-    Fitted to 4272 cuts of 65 products, before warps had two blocks. Its first choice takes 5.4% longer than the fastest cut that
-    the tuner found, on average of 410 products of 1 to 16 tokens, and 51% at worst; half of them at most 2.3%. Slots without a
-    block cost most of what others do; one CTA a multiprocessor hides less latency than two, even less where the next kernel's
-    does not fit beside it.
+    Fitted to 4272 cuts of 65 products, before warps had two blocks. Its first choice takes 5.4% longer than the fastest cut
+    that the tuner found, on average of 410 products of 1 to 16 tokens, and 51% at worst; half of them at most 2.3%. Slots
+    without a block cost most of what others do; one CTA a multiprocessor hides less latency than two, even less where the next
+    kernel's does not fit beside it.
     """
     per_sm = 1 if config.clusters <= _clusters(sm_count, config.cluster) else 2
     step = 512 // bits

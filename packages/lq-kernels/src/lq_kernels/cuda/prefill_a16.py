@@ -226,8 +226,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     Products go by the table above, more for int8, whose bytes are twice as many. A launch costs 4,300 clocks, storing a tile
     20 a token. The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that
     begins 2,500 clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange
-    sums in 470 clocks and 9 a token. Its first choice takes 2.2% longer than the fastest cut that the tuner found (int4 1.6%, int8
-    3.4%), on average of 552 products of 16 to 256 tokens, and 38% at worst; most often it is the fastest.
+    sums in 470 clocks and 9 a token. Its first choice takes 2.2% longer than the fastest cut that the tuner found (int4 1.6%,
+    int8 3.4%), on average of 552 products of 16 to 256 tokens, and 38% at worst; most often it is the fastest.
     """
     steps = -(-k // (512 // bits))
     tiles = math.prod(config.tiles(m, n))
