@@ -103,6 +103,17 @@ def test_every_sweep_lowers_the_output_error(spec):
     assert float(errors[-1].sum()) < 0.7 * float(errors[0].sum())
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(5, 32), (1, 96)], ids=str)
+def test_descent_leaves_alone_what_it_starts_from(rows, columns):
+    """One group a row or a single row: transposed, these are contiguous already."""
+    w, hessian = _weight(rows, columns), _hessian(_inputs(300, columns))
+    start = _start(w, ASYM)
+    before = [each.clone() for each in (start.codes, start.scale, start.zero)]
+    found = descend(start, w, hessian, ASYM, sweeps=1)
+    assert all(map(torch.equal, before, (start.codes, start.scale, start.zero)))
+    assert not torch.equal(found.codes, start.codes)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_after_descent_no_single_code_is_better(spec):
     w, hessian = _weight(3, 32).double(), _hessian(_inputs(200, 32)).double()

@@ -102,8 +102,9 @@ def descend(found: Quantized, w: Tensor, hessian: Tensor, spec: QuantSpec, *, sw
     """
     groups = found.scale.shape[1]
     size = w.shape[1] // groups
-    codes = found.codes.t().contiguous()
-    scales, zeros = found.scale.t().contiguous(), found.zero.t().contiguous()
+    codes, scales, zeros = (
+        each.t().clone(memory_format=torch.contiguous_format) for each in (found.codes, found.scale, found.zero)
+    )
     gradient = hessian @ (found.values() - w).t()
     curvature = hessian.diagonal().tolist()
     for _ in range(sweeps):
