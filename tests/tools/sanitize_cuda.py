@@ -168,11 +168,11 @@ def decode(selection: Selection) -> int:
     return runs
 
 
-def forms_of(variant: Variant) -> tuple[tuple[int, int, int], ...]:
+def forms_of(variant: Variant) -> tuple[decode_a16.Form, ...]:
     return decode_a16.forms(variant.groups, variant.zero, variant.scale_bytes)
 
 
-def decode_cuts(case: Case, form: tuple[int, int, int]) -> Iterator[decode_a16.DecodeConfig]:
+def decode_cuts(case: Case, form: decode_a16.Form) -> Iterator[decode_a16.DecodeConfig]:
     bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
     sums = decode_a16.sum_bytes(case.variant.groups, case.variant.zero)
     for cluster in (1, 2, 4, 8):

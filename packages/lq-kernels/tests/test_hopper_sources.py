@@ -37,7 +37,7 @@ def build(name, defines, arch="sm_90a"):
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_decode_compiles_without_spills(variant, tmp_path):
     for form in forms(variant.groups, variant.zero, variant.scale_bytes):
-        result = build("decode_a16", (*variant.defines, *decode_a16.defines(*form)))
+        result = build("decode_a16", (*variant.defines, *form.defines))
         (used,) = result.usage().values()
         assert (used.spills, used.stack) == (0, 0), form
         assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8, form  # ten warps a CTA
@@ -53,7 +53,7 @@ def test_decode_compiles_without_spills(variant, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
 def test_epilogues_compile_without_spills(variant, epilogue):
     known = forms(variant.groups, variant.zero, variant.scale_bytes)
-    sizes = [("decode_a16", decode_a16.defines(*form)) for form in (known[2], known[-1])]
+    sizes = [("decode_a16", form.defines) for form in (known[2], known[-1])]
     for name, size in (*sizes, *(("prefill_a16", (f"LQ_TOKENS={tokens}",)) for tokens in (16, 256))):
         result = build(name, (*variant.defines, *size, *EPILOGUES[epilogue]))
         (used,) = result.usage().values()
@@ -66,7 +66,7 @@ def test_epilogues_compile_without_spills(variant, epilogue):
 @pytest.mark.parametrize("form", forms(4, False, 128))
 def test_decode_of_q8_1_blocks_compiles_without_spills(form, tmp_path):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
-    tail = (*decode_a16.defines(*form), *EPILOGUES["transposed"])
+    tail = (*form.defines, *EPILOGUES["transposed"])
     result = build("decode_a16", (*q4_0.defines, *tail, *Q8_1_DEFINES))
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)

@@ -6,6 +6,7 @@ Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from lq_formats import ShapeError
@@ -33,14 +34,33 @@ _SAME = ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters", "stages")
 """Fields of a cut from which the others follow."""
 
 
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How a product is cut.
+class Form(NamedTuple):
+    """What a cut compiles, beside the weight's variant.
 
     Attributes:
         token_tiles: Tiles of 8 tokens in a CTA: 1, 2 or 4.
         warp_blocks: Blocks of 16 rows that a warp multiplies with what it reads of the tokens: 1 or 2.
         ctas: CTAs of an SM that registers must do for.
+    """
+
+    token_tiles: int
+    warp_blocks: int
+    ctas: int
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros."""
+        return (f"LQ_TILES={self.token_tiles}", f"LQ_WARP_BLOCKS={self.warp_blocks}", f"LQ_CTAS={self.ctas}")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a product is cut.
+
+    Attributes:
+        token_tiles: As :class:`Form` has it, and so are the next two.
+        warp_blocks: Blocks of a warp.
+        ctas: CTAs of an SM.
         slots: Blocks of 16 rows in a pass: a power of two, from 1 or 2 to 8 or 16.
         cluster: CTAs that share K.
         clusters: Clusters in the grid.
@@ -64,16 +84,11 @@ class DecodeConfig:
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros that the cut sets."""
-        return defines(self.token_tiles, self.warp_blocks, self.ctas)
+        return Form(self.token_tiles, self.warp_blocks, self.ctas).defines
 
 
-def defines(token_tiles: int, warp_blocks: int, ctas: int) -> tuple[str, ...]:
-    """Return ``NAME=VALUE`` of the macros of a form."""
-    return (f"LQ_TILES={token_tiles}", f"LQ_WARP_BLOCKS={warp_blocks}", f"LQ_CTAS={ctas}")
-
-
-def forms(groups: int, zero: bool, scale_bytes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return what is compiled for a weight: token tiles, blocks of a warp, and CTAs of an SM that registers do for.
+def forms(groups: int, zero: bool, scale_bytes: int) -> tuple[Form, ...]:
+    """Return what is compiled for a weight.
 
     Nothing in a form spills. Two blocks of a warp are compiled for one CTA of an SM, which may have more registers, and for
     two.
@@ -85,13 +100,13 @@ def forms(groups: int, zero: bool, scale_bytes: int) -> tuple[tuple[int, int, in
     """
     few = groups <= 1 and not zero and scale_bytes <= 2 * BLOCK_ROWS  # registers for the scales of a group
     many = groups == 4 and zero
-    found = [(1, 1, 3 if few else 2), (1, 2, 1), (2, 1, 1 if many else 2)]
+    found = [Form(1, 1, 3 if few else 2), Form(1, 2, 1), Form(2, 1, 1 if many else 2)]
     if scale_bytes <= 16 * BLOCK_ROWS:
-        found.append((1, 2, 2))
+        found.append(Form(1, 2, 2))
     if not many:
-        found.append((2, 2, 1))
+        found.append(Form(2, 2, 1))
     if groups < 4:
-        found.append((4, 1, 1))
+        found.append(Form(4, 1, 1))
     return tuple(found)
 
 
@@ -101,7 +116,7 @@ def cut(
     k: int,
     bits: int,
     scale_bytes: int,
-    form: tuple[int, int, int],
+    form: Form,
     cluster: int,
     clusters: int,
     shared: int,
