@@ -157,7 +157,7 @@ def decode(selection: Selection) -> int:
     cases += [(v, "none", forms_of(v)[i % len(forms_of(v))]) for i, v in enumerate(VARIANTS)]
     runs = 0
     for at, (variant, epilogue, form) in enumerate(cases):
-        tiles = form[0]
+        tiles = form.token_tiles
         for m, k in ((8 * tiles - 3, FEATURES), (8 * tiles + 1, FEATURES if variant.groups else 1000)):
             if not selection.takes():
                 continue
@@ -355,7 +355,7 @@ def from_q8_1(selection: Selection) -> int:
 
 
 def decode_q8_1(selection: Selection) -> int:
-    """Tokens in Q8_1 blocks, a block by a thread and by four: the bits of tokens that were made bf16 before."""
+    """Tokens in Q8_1 blocks: the bits of tokens that were made bf16 before."""
     runs = 0
     for k in (128, FEATURES, 4096):
         w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()

@@ -81,6 +81,7 @@ def _planned(
     return Kernel(name, op, why_not, lambda problem: plan(problem).us, run, plan)
 
 
+_TRITON = {"gemv": _portable(cost.gemv_us), "splitk": _portable(cost.splitk_us), "gemm": _portable(cost.gemm_us)}
 _DECODE = ("cuda-decode", cuda_constraints.why_not_decode, plans.decode)
 _PREFILL = ("cuda-prefill", cuda_constraints.why_not_prefill, plans.prefill)
 _A8 = ("cuda-a8", dynamic_kernels.why_not_cuda, plans.a8)
@@ -92,17 +93,19 @@ _A8_DENSE = (_anything, dynamic_kernels.predict_dense_us)
 KERNELS: tuple[Kernel, ...] = (
     _planned(*_DECODE, "int4", hopper.OnCanonicalInt4(hopper.decode)),
     _planned(*_PREFILL, "int4", hopper.OnCanonicalInt4(hopper.prefill)),
-    Kernel("triton-gemv", "int4", triton_constraints.why_not_int4, _portable(cost.gemv_us), _triton_int4("gemv")),
-    Kernel("triton-splitk", "int4", triton_constraints.why_not_int4, _portable(cost.splitk_us), _triton_int4("splitk")),
-    Kernel("triton-gemm", "int4", triton_constraints.why_not_int4, _portable(cost.gemm_us), _triton_int4("gemm")),
+    *(
+        Kernel(f"triton-{name}", "int4", triton_constraints.why_not_int4, predict_us, _triton_int4(name))
+        for name, predict_us in _TRITON.items()
+    ),
     Kernel("aten-cpu", "int4", aten_cpu.why_not_int4, aten_cpu.predict_us, aten_cpu.int4_linear),
     _planned(*_DENSE, "int4", dequant_blas.int4_linear),
     Kernel("reference", "int4", _anything, cost.reference_us, reference.int4_linear_reference),
     _planned(*_DECODE, "int8", hopper.OnCanonicalInt8(hopper.decode)),
     _planned(*_PREFILL, "int8", hopper.OnCanonicalInt8(hopper.prefill)),
-    Kernel("triton-gemv", "int8", triton_constraints.why_not_int8, _portable(cost.gemv_us), _triton_int8("gemv")),
-    Kernel("triton-splitk", "int8", triton_constraints.why_not_int8, _portable(cost.splitk_us), _triton_int8("splitk")),
-    Kernel("triton-gemm", "int8", triton_constraints.why_not_int8, _portable(cost.gemm_us), _triton_int8("gemm")),
+    *(
+        Kernel(f"triton-{name}", "int8", triton_constraints.why_not_int8, predict_us, _triton_int8(name))
+        for name, predict_us in _TRITON.items()
+    ),
     Kernel("aten-cpu", "int8", aten_cpu.why_not_int8, aten_cpu.predict_us, aten_cpu.int8_linear),
     _planned(*_DENSE, "int8", dequant_blas.int8_linear),
     Kernel("reference", "int8", _anything, cost.reference_us, reference.int8_linear_reference),

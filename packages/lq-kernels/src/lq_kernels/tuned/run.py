@@ -159,13 +159,9 @@ def _is_own(kernel: str, each: Weight, point: Point, sm_count: int) -> bool:
 
 def stamp(device: str, sm_count: int, torch: str, driver: str) -> Stamp:
     """Return the stamp of what is measured now."""
-    from importlib.metadata import PackageNotFoundError, version
+    from lq_kernels.jit.launcher import release
 
-    try:
-        release = version("lq-kernels")
-    except PackageNotFoundError:
-        release = "checkout"
-    return Stamp(device, sm_count, release, torch, driver, date.today().isoformat())
+    return Stamp(device, sm_count, release(), torch, driver, date.today().isoformat())
 
 
 @dataclass

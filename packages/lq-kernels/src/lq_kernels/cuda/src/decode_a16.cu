@@ -25,8 +25,8 @@
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
-// tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added
-// before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
+// tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32
+// (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
 // fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`,
 // which the warp that brings them makes d q in X where they lie, a chunk ahead of the products; k is a multiple of 128; 0).
 
