@@ -56,3 +56,14 @@ def why_not_dequantize(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"writes float16, bfloat16 and float32, not {dtype}"
     return None
+
+
+def why_not_columns(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the loops over columns cannot run on ``dtype`` on ``device``, or None."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    if not _installed():
+        return "the package 'triton' is not installed"
+    if dtype != torch.float32:
+        return f"takes float32, not {dtype}"
+    return None

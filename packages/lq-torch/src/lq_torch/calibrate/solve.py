@@ -11,7 +11,7 @@ import torch
 from lq_formats import QuantSpec
 from torch import Tensor
 
-BLOCK = 128
+from lq_torch.calibrate.columns import BLOCK, fix_columns, improve_columns
 
 
 @dataclass
@@ -68,19 +68,12 @@ def gptq_codes(w: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, factor: 
     free = w.t()[order].contiguous()
     scales = scale.t().contiguous()
     zeros = zero.t().contiguous()
-    groups = (order // size).tolist()
-    diagonal = factor.diagonal().tolist()  # numbers for kernels' arguments; one wait for the device, not one a column
+    groups = order // size
     codes = torch.empty_like(free)
-    for start in range(0, len(groups), BLOCK):
-        stop = min(start + BLOCK, len(groups))
-        here, corner = free[start:stop], factor[start:stop, start:stop]
-        moved = torch.empty_like(here)
-        for i in range(stop - start):
-            s, z = scales[groups[start + i]], zeros[groups[start + i]]
-            code = torch.addcdiv(z, here[i], s, out=codes[start + i]).round_().clamp_(0, spec.max_code)
-            torch.addcmul(here[i], code - z, s, value=-1, out=moved[i]).div_(diagonal[start + i])
-            here[i + 1 :].addr_(corner[i, i + 1 :], moved[i], alpha=-1)
-        free[stop:].addmm_(factor[start:stop, stop:].t(), moved, alpha=-1)
+    for start in range(0, len(free), BLOCK):
+        here, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        fix_columns(free[here], codes[here], scales, zeros, groups[here], factor[here, here], spec.max_code)
+        free[behind].addmm_(factor[here, behind].t(), free[here], alpha=-1)
     back = torch.empty_like(codes)
     back[order] = codes
     return Quantized(back.t().contiguous(), scale, zero)
@@ -106,7 +99,6 @@ def descend(found: Quantized, w: Tensor, hessian: Tensor, spec: QuantSpec, *, sw
         each.t().clone(memory_format=torch.contiguous_format) for each in (found.codes, found.scale, found.zero)
     )
     gradient = hessian @ (found.values() - w).t()
-    curvature = hessian.diagonal().tolist()
     for _ in range(sweeps):
         for g in range(groups):
             part = slice(g * size, (g + 1) * size)
@@ -116,11 +108,10 @@ def descend(found: Quantized, w: Tensor, hessian: Tensor, spec: QuantSpec, *, sw
             scales[g], zeros[g] = _refitted(code, scales[g], zeros[g], local, corner, spec)
             s = scales[g]
             local.addmm_(corner, (code - zeros[g]) * s - old)
-            for i in range(size):
-                best = torch.addcdiv(code[i], local[i], s, value=-1 / curvature[part.start + i])
-                best.round_().clamp_(0, spec.max_code)
-                local[i + 1 :].addr_(corner[i, i + 1 :], (best - code[i]).mul_(s))
-                code[i] = best
+            for start in range(0, size, BLOCK):
+                here, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
+                improve_columns(local[here], code[here], s, corner[here, here], spec.max_code)
+                local[behind].addmm_(corner[here, behind].t(), local[here])
             gradient.addmm_(hessian[:, part], (code - zeros[g]) * s - old)
     return Quantized(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous())
 
