@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton
-from lq_kernels.triton import ggml, int4, int8, launch
+from lq_kernels.triton import columns, ggml, int4, int8, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -112,7 +112,7 @@ def record(case, arch, monkeypatch):
         def of(device):
             return Arch("cuda", ARCHITECTURES[arch], "fake", MULTIPROCESSORS[arch])
 
-    for module in (int4, int8, ggml, launch):
+    for module in (int4, int8, ggml, columns, launch):
         if hasattr(module, "Arch"):
             monkeypatch.setattr(module, "Arch", FakeArch)
         for name, value in list(vars(module).items()):
@@ -132,6 +132,12 @@ def record(case, arch, monkeypatch):
             int4.dequantize_int4(*weight, K, case.dtype)
         else:
             getattr(int4, case.launcher)(x, *weight)
+    elif case.op == "columns":
+        codes, corner, scale = (meta(*shape, dtype=FP32) for shape in ((128, N), (128, 128), (1, N)))
+        if case.launcher == "fix_columns":
+            columns.fix_columns(codes, codes, scale, scale, meta(128, dtype=torch.int64), corner, 15)
+        else:
+            columns.improve_columns(codes, codes, scale, corner, 15)
     elif case.op in GGML_PLANES:
         layout = GGML_PLANES[case.op]
         words, scales = layout.packed_shape(N, K)
@@ -154,6 +160,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int16: "*i16",
     torch.int8: "*i8",
@@ -173,7 +180,10 @@ def compile_launch(launch, arch):
             constants[(i,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if value < 1 << 31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -301,3 +311,17 @@ def test_other_ggml_kernels_do_not_spill(case, arch, monkeypatch):
     assert count(sass, "HMMA", "HGMMA", "I2F", "I2FP") == 0
     if case.launcher == "gemv":  # x, codes and scales meet in registers: barriers are those of the final sum
         assert count(sass, "BAR") <= 2
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("launcher", ["fix_columns", "improve_columns"])
+def test_loops_over_columns_stay_in_the_registers_of_a_warp(launcher, arch, monkeypatch):
+    (name, launched), *_ = record(Case("columns", launcher, 0, FP32), arch, monkeypatch).items()
+    result, sass = compile_launch(launched, arch)
+    check_resources(name, result, sass, arch)
+    assert launched.options["num_warps"] == 1
+    # A column is taken out by two steps between threads; nothing of the state is reloaded.
+    assert count(sass, "SHFL") == 2
+    assert count(sass, "LDG") < 2 * 128 * 8 // 32
+    specialized = {parameter.name for parameter in launched.kernel.params if not parameter.do_not_specialize}
+    assert specialized == {parameter.name for parameter in launched.kernel.params if parameter.is_constexpr}

