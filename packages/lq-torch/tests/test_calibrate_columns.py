@@ -115,7 +115,7 @@ CASES = [
 def test_codes_are_those_of_float64(bits, group, width, symmetric, ordered, device, use_triton):
     """The codes of float64 but for the few rows where rounding decides a tie, and those are no worse."""
     spec = QuantSpec(bits, "group", group, symmetric, torch.float32)
-    w, hessian, scale, zero = (each.to(device) for each in _problem(11, width, spec))
+    w, hessian, scale, zero = (each.to(device) for each in _problem(5, width, spec))
     order = hessian.diagonal().argsort(descending=True) if ordered else torch.arange(width, device=device)
     upper, _ = factor_inverse(hessian[order][:, order], 0.01)
     found = []
@@ -124,7 +124,7 @@ def test_codes_are_those_of_float64(bits, group, width, symmetric, ordered, devi
         solved = gptq_codes(w.to(dtype), scale.to(dtype), zero.to(dtype), spec, upper.to(dtype), order)
         found.append((solved, descend(solved, w.to(dtype), hessian.to(dtype), spec, sweeps=1)))
     for ours, exact in zip(*found, strict=True):
-        assert int((ours.codes != exact.codes).any(1).sum()) <= 4
+        assert int((ours.codes != exact.codes).any(1).sum()) <= 3
         assert _error(ours, w, hessian) == pytest.approx(_error(exact, w, hessian), rel=2e-2)
     assert _error(found[0][1], w, hessian) < _error(found[0][0], w, hessian)
 

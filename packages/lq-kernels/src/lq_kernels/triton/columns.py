@@ -1,21 +1,26 @@
 """Choosing codes column by column, up to 128 columns in one launch: the inner loops of GPTQ and of descent on codes.
 
-Columns of a weight depend on the columns before them, rows on nothing else. A program therefore holds all columns of a few
-rows in registers, as the loops in torch hold them in memory, and does to them what those do, in the same order: a true
-division, rounding half to even, one multiply-add for every column behind. What may differ in the last bit is where a compiler
-fuses a product with a sum; codes differ only where that decides a tie.
+A column of a weight depends on the columns before it, a row on no other. A program therefore holds all columns of a few rows in
+registers and does to them what a loop in torch does in memory, in the same order: true divisions, rounding half to even, one
+multiply-add for every column behind.
 
-All tensors are float32 with columns of the weight as rows, ``(columns, N)``, and contiguous along N. Nothing is specialized on
-their sizes or addresses: a kernel is compiled once for a GPU.
+All tensors are float32 with columns of the weight as rows, ``(columns, N)`` and contiguous. Nothing is specialized on sizes or
+addresses: a GPU compiles each kernel once.
+
+Accuracy: results are torch's bit for bit where every product is exact. Elsewhere one of the two may fuse a product with a sum
+where the other rounds in between; a code differs only where that decides a tie.
+
+Determinism: no atomics, no sums between programs. A column is taken out of registers by a sum over zeros and itself, which is
+exact. One warp a program: what is overwritten in place was loaded before by an earlier instruction of the same warp.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lq_kernels.triton.constraints import COLUMNS
 from lq_kernels.triton.launch import same_device
 
-BLOCK = 128  # columns of one launch, at most
 _ROWS = 8  # of a program; a warp then holds 32 columns of one row in each thread
 
 
@@ -26,9 +31,9 @@ def _round(x):
 
 
 @triton.jit
-def _tile(rows, columns, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _tile(rows, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Return a program's columns and rows, the rows' offsets and which of them there are."""
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = column[:, None] * rows.to(tl.int64) + row[None, :]
     return column, row, at, (column < columns)[:, None] & (row < rows)[None, :]
@@ -42,9 +47,9 @@ def _ahead(corner, i, column, columns):
 
 @triton.jit(do_not_specialize=[0, 1, 2, 3, 4, 5, 6, 7, 8])
 def _fix_kernel(
-    free, codes, scales, zeros, groups, factor, rows, columns, max_code, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    free, codes, scales, zeros, groups, factor, rows, columns, max_code, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    column, row, at, mask = _tile(rows, columns, COLUMNS, ROWS)
+    column, row, at, mask = _tile(rows, columns, BLOCK, ROWS)
     present = row < rows
     state = tl.load(free + at, mask=mask, other=0.0)
     for i in range(columns):
@@ -62,9 +67,9 @@ def _fix_kernel(
 
 @triton.jit(do_not_specialize=[0, 1, 2, 3, 4, 5, 6])
 def _improve_kernel(
-    gradient, codes, scale, hessian, rows, columns, max_code, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    gradient, codes, scale, hessian, rows, columns, max_code, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    column, row, at, mask = _tile(rows, columns, COLUMNS, ROWS)
+    column, row, at, mask = _tile(rows, columns, BLOCK, ROWS)
     present = row < rows
     state = tl.load(gradient + at, mask=mask, other=0.0)
     s = tl.load(scale + row, mask=present, other=1.0)
@@ -86,8 +91,8 @@ def fix_columns(
     """Round ``free`` column by column and move each error on to the columns behind.
 
     Args:
-        free: ``(columns, N)``, at most 128 columns; becomes the errors over the factor's diagonal, what all later columns
-            must make up for.
+        free: ``(columns, N)``, at most ``COLUMNS`` of them; becomes the errors over the factor's diagonal, what all later
+            columns must make up for.
         codes: ``(columns, N)``, written.
         scales: ``(G, N)``.
         zeros: ``(G, N)``.
@@ -98,7 +103,7 @@ def fix_columns(
     columns, rows = free.shape
     with same_device(free):
         _fix_kernel[(triton.cdiv(rows, _ROWS),)](
-            free, codes, scales, zeros, groups, factor.contiguous(), rows, columns, float(max_code), BLOCK, _ROWS,
+            free, codes, scales, zeros, groups, factor.contiguous(), rows, columns, float(max_code), COLUMNS, _ROWS,
             num_warps=1,
         )  # fmt: skip
 
@@ -107,7 +112,8 @@ def improve_columns(gradient: Tensor, codes: Tensor, scale: Tensor, hessian: Ten
     """Make each code in turn the best one for all others.
 
     Args:
-        gradient: ``(columns, N)``, at most 128 columns: half the slope of the output error; becomes the change of the values.
+        gradient: ``(columns, N)``, at most ``COLUMNS`` of them: half the slope of the output error; becomes the change of the
+            values.
         codes: ``(columns, N)``, changed in place.
         scale: ``(N,)``.
         hessian: ``(columns, columns)``, symmetric.
@@ -116,5 +122,5 @@ def improve_columns(gradient: Tensor, codes: Tensor, scale: Tensor, hessian: Ten
     columns, rows = gradient.shape
     with same_device(gradient):
         _improve_kernel[(triton.cdiv(rows, _ROWS),)](
-            gradient, codes, scale, hessian.contiguous(), rows, columns, float(max_code), BLOCK, _ROWS, num_warps=1
+            gradient, codes, scale, hessian.contiguous(), rows, columns, float(max_code), COLUMNS, _ROWS, num_warps=1
         )

@@ -8,6 +8,7 @@ import torch
 from lq_kernels.problem import Problem
 
 MIN_GROUP_SIZE = 16
+COLUMNS = 128  # whose codes are chosen in one launch, at most
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

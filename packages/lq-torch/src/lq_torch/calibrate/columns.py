@@ -4,8 +4,6 @@ import torch
 from lq_kernels.triton.constraints import why_not_columns
 from torch import Tensor
 
-BLOCK = 128
-
 
 def fix_columns(
     free: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, factor: Tensor, max_code: int
@@ -13,7 +11,7 @@ def fix_columns(
     """Round ``free`` column by column and move each error on to the columns behind.
 
     Args:
-        free: ``(columns, N)``, at most ``BLOCK`` columns; becomes the errors over the factor's diagonal, what all later
+        free: ``(columns, N)``, at most 128 columns; becomes the errors over the factor's diagonal, what all later
             columns must make up for.
         codes: ``(columns, N)``, written.
         scales: ``(G, N)``.
@@ -39,7 +37,7 @@ def improve_columns(gradient: Tensor, codes: Tensor, scale: Tensor, hessian: Ten
     """Make each code in turn the best one for all others.
 
     Args:
-        gradient: ``(columns, N)``, at most ``BLOCK`` columns: half the slope of the output error; becomes the change of the
+        gradient: ``(columns, N)``, at most 128 columns: half the slope of the output error; becomes the change of the
             values.
         codes: ``(columns, N)``, changed in place.
         scale: ``(N,)``.

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from lq_formats import QuantSpec
+from lq_kernels.triton.constraints import COLUMNS
 from torch import Tensor
 
-from lq_torch.calibrate.columns import BLOCK, fix_columns, improve_columns
+from lq_torch.calibrate.columns import fix_columns, improve_columns
 
 
 @dataclass
@@ -70,8 +71,8 @@ def gptq_codes(w: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, factor: 
     zeros = zero.t().contiguous()
     groups = order // size
     codes = torch.empty_like(free)
-    for start in range(0, len(free), BLOCK):
-        here, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
+    for start in range(0, len(free), COLUMNS):
+        here, behind = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
         fix_columns(free[here], codes[here], scales, zeros, groups[here], factor[here, here], spec.max_code)
         free[behind].addmm_(factor[here, behind].t(), free[here], alpha=-1)
     back = torch.empty_like(codes)
@@ -108,8 +109,8 @@ def descend(found: Quantized, w: Tensor, hessian: Tensor, spec: QuantSpec, *, sw
             scales[g], zeros[g] = _refitted(code, scales[g], zeros[g], local, corner, spec)
             s = scales[g]
             local.addmm_(corner, (code - zeros[g]) * s - old)
-            for start in range(0, size, BLOCK):
-                here, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            for start in range(0, size, COLUMNS):
+                here, behind = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
                 improve_columns(local[here], code[here], s, corner[here, here], spec.max_code)
                 local[behind].addmm_(corner[here, behind].t(), local[here])
             gradient.addmm_(hessian[:, part], (code - zeros[g]) * s - old)
