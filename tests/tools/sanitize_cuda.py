@@ -47,7 +47,7 @@ from lq_kernels.cuda import dequantize_fragment as fragment
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1 as dequantize_q8_1_cuda
 from lq_kernels.cuda.quantize_tokens import quantize_tokens
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
-from lq_kernels.cuda.variant import EPILOGUES, Variant
+from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
 from lq_kernels.preshuffled import arranged_groups
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
@@ -169,12 +169,12 @@ def decode(selection: Selection) -> int:
 
 
 def forms_of(variant: Variant) -> tuple[decode_a16.Form, ...]:
-    return decode_a16.forms(variant.groups, variant.zero, variant.scale_bytes)
+    return decode_a16.forms(variant.scales)
 
 
 def decode_cuts(case: Case, form: decode_a16.Form) -> Iterator[decode_a16.DecodeConfig]:
     bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
-    sums = decode_a16.sum_bytes(case.variant.groups, case.variant.zero)
+    sums = decode_a16.sum_bytes(case.variant.scales)
     for cluster in (1, 2, 4, 8):
         for clusters in (1, 2, 4, 5, case.blocks):  # two passes of eight slots, one, then one of four, two and one
             sizes = (case.m, case.blocks, case.k, bits, scale_bytes, form, cluster, clusters)
@@ -365,7 +365,7 @@ def decode_q8_1(selection: Selection) -> int:
                 continue
             blocks = quantize_q8_1(torch.randn(m, k)).cuda()
             x = dequantize_q8_1_cuda(blocks)
-            for form in decode_a16.forms(4, False, 128):
+            for form in decode_a16.forms(Scales(4, False, False, 128)):
                 for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
                     config = decode_a16.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED)
                     if config is None:

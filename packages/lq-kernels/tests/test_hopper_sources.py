@@ -13,9 +13,12 @@ from lq_formats import CompileError
 from lq_kernels.cuda import decode_a16
 from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, alone, candidates, cost, cut, forms, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
-from lq_kernels.cuda.variant import EPILOGUES, Variant
+from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit import compiler
 
+PLAIN = Scales(1, False, False, 32)
+"""Symmetric groups of 128, bf16."""
+Q4_0 = Scales(4, False, False, 128)
 IDS = ["-".join(define.split("=")[1] for define in variant.defines) for variant in VARIANTS]
 
 
@@ -36,7 +39,7 @@ def build(name, defines, arch="sm_90a"):
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_decode_compiles_without_spills(variant, tmp_path):
-    for form in forms(variant.groups, variant.zero, variant.scale_bytes):
+    for form in forms(variant.scales):
         result = build("decode_a16", (*variant.defines, *form.defines))
         (used,) = result.usage().values()
         assert (used.spills, used.stack) == (0, 0), form
@@ -52,7 +55,7 @@ def test_decode_compiles_without_spills(variant, tmp_path):
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
 @pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
 def test_epilogues_compile_without_spills(variant, epilogue):
-    known = forms(variant.groups, variant.zero, variant.scale_bytes)
+    known = forms(variant.scales)
     sizes = [("decode_a16", form.defines) for form in (known[2], known[-1])]
     for name, size in (*sizes, *(("prefill_a16", (f"LQ_TOKENS={tokens}",)) for tokens in (16, 256))):
         result = build(name, (*variant.defines, *size, *EPILOGUES[epilogue]))
@@ -63,7 +66,7 @@ def test_epilogues_compile_without_spills(variant, epilogue):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("form", forms(4, False, 128))
+@pytest.mark.parametrize("form", forms(Q4_0))
 def test_decode_of_q8_1_blocks_compiles_without_spills(form, tmp_path):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
     tail = (*form.defines, *EPILOGUES["transposed"])
@@ -108,7 +111,7 @@ def test_the_dequantizer_compiles_for_any_gpu(number, arch):
 @pytest.mark.parametrize("m", [1, 5, 8, 16, 31, 32, 33, 512])
 def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
     blocks = -(-n // 16)
-    cuts = list(candidates(m, blocks, k, bits, 1, False, 32, 132))
+    cuts = list(candidates(m, blocks, k, bits, PLAIN, 132))
     if not cuts:
         assert m * k > 300_000  # tokens that do not fit
         return
@@ -125,9 +128,9 @@ def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 40])
-@pytest.mark.parametrize(("groups", "zero", "scale_bytes"), [(1, False, 32), (4, True, 256)])
-def test_cuts_alike_are_all_cuts_with_these_fields(m, groups, zero, scale_bytes):
-    sizes = (m, 256, 4096, 4, groups, zero, scale_bytes, 132)
+@pytest.mark.parametrize("scales", [PLAIN, Scales(4, True, True, 256)])
+def test_cuts_alike_are_all_cuts_with_these_fields(m, scales):
+    sizes = (m, 256, 4096, 4, scales, 132)
     every = list(candidates(*sizes))
     for config in every:
         same = [
@@ -139,18 +142,50 @@ def test_cuts_alike_are_all_cuts_with_these_fields(m, groups, zero, scale_bytes)
 
 
 def test_sums_of_tokens_have_room():
-    without, with_sums = (cut(5, 256, 4096, 4, 64, (1, 1, 2), 2, 66, 232448, sums) for sums in (0, sum_bytes(1, True)))
+    without, with_sums = (cut(5, 256, 4096, 4, 64, (1, 1, 2), 2, 66, 232448, sums) for sums in (0, 4))
     assert with_sums.shared - without.shared == 16 * 8 * 4  # 16 K steps of a CTA, 8 tokens, a float
     assert replace(with_sums, shared=without.shared) == without
-    assert sum_bytes(4, True) == 16
-    assert sum_bytes(0, True) == 4
-    assert sum_bytes(4, False) == 0
+    assert sum_bytes(Scales(1, True, True, 128)) == 4
+    assert sum_bytes(Scales(4, True, True, 256)) == 16
+    assert sum_bytes(Scales(0, True, True, 0)) == 4
+    assert sum_bytes(Scales(4, True, False, 256)) == 0
+
+
+def test_zeros_of_x_s_dtype_need_no_sums():
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for x, scale, zero, minimum, sums in (
+        (bf16, bf16, True, False, False),
+        (fp16, fp16, True, False, False),
+        (bf16, bf16, False, False, False),
+        (bf16, fp16, True, False, True),
+        (fp16, fp32, True, False, True),
+        (fp16, fp16, True, True, True),
+    ):
+        assert Variant.of(x, scale, 4, 128, 4096, zero, minimum).scales.sums == sums
+    both = [forms(Scales(4, True, sums, 256)) for sums in (False, True)]
+    assert set(both[1]) - {(2, 1, 1)} < set(both[0])  # with fewer registers there are more forms
+
+
+@pytest.mark.parametrize("warp_blocks", [1, 2])
+@pytest.mark.parametrize("share", [1, 14, 32, 112])
+def test_passes_cover_the_rows_and_leave_few_slots_empty(warp_blocks, share):
+    for rows in range(1, 130):
+        slots = decode_a16._slots(rows, share, warp_blocks)
+        passes, places = decode_a16._passes(rows, slots, warp_blocks)
+        assert (passes - 1) * slots < rows <= places <= passes * slots
+        last = places - (passes - 1) * slots
+        assert last in (1, 2, 4, 8, 16)
+        assert last == warp_blocks or rows - (passes - 1) * slots > last / 2
+        stages = decode_a16._stage_count(rows, share, slots, warp_blocks)
+        assert stages * 16 >= places * share > (stages - passes) * 16
+    assert decode_a16._slots(17, 32, 2) == 16  # 16 and 2, not three times 8
+    assert decode_a16._passes(17, 16, 2) == (2, 18)
 
 
 @pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 40])
 def test_no_two_ctas_share_a_multiprocessor_where_each_can_have_its_own(m):
     seen = set()
-    for config in candidates(m, 256, 14336, 4, 4, False, 128, 132):
+    for config in candidates(m, 256, 14336, 4, Q4_0, 132):
         launched = alone(config, m, 132)
         assert replace(launched, shared=config.shared) == config
         # 66 pairs, 30 fours and 15 eights run at once with a CTA a multiprocessor.

@@ -72,6 +72,10 @@ DECODE = (
     Form(FP16, FP16, 4, 128, False, 4),
     Form(BF16, BF16, 4, 64, True, 4, "residual"),
     Form(BF16, BF16, 4, 64, True, 1, "silu_mul"),
+    Form(BF16, BF16, 4, 128, True, 1),
+    Form(FP16, FP16, 4, 32, True, 2, "transposed"),
+    Form(BF16, BF16, 4, -1, True, 2),
+    Form(BF16, FP16, 4, 32, True, 1),
     Form(BF16, FP32, 4, 256, True, 2),
     Form(FP16, BF16, 4, -1, True, 1, "residual"),
     Form(FP16, FP32, 8, -1, False, 2),
@@ -200,11 +204,12 @@ def laid_out(x, stride):
 class Product:
     """Random operands in fragment order, and their product in float64.
 
-    Zeros are multiples of 1/16, which neither kernel rounds. ``rounded`` is the weight as the prefill kernel multiplies it: a
-    group's scale, what its zero adds, and the product with the one plus the other are rounded to x's dtype.
+    Zeros are multiples of 1/16, which neither kernel rounds, unless they are ``fine``. ``rounded`` is the weight as the prefill
+    kernel multiplies it: a group's scale, what its zero adds, and the product with the one plus the other are rounded to x's
+    dtype. ``decoded`` is that of the decode kernel: codes less zeros of x's dtype are rounded to it, and nothing else.
     """
 
-    def __init__(self, form, problem, device):
+    def __init__(self, form, problem, device, fine=False):
         m, n, k = (problem[name] for name in "mnk")
         generator = torch.Generator(device).manual_seed(problem["seed"])
 
@@ -220,6 +225,8 @@ class Product:
         codes = integers(1 << form.bits, rows, k).to(torch.uint8)
         scales = (torch.rand(rows, groups, generator=generator, device=device) * 0.02 + 0.005).to(form.scale)
         zeros = (integers(241, rows, groups) / 16).to(form.scale) if form.zero else None
+        if form.zero and fine:
+            zeros = (0.25 + 14.5 * torch.rand(rows, groups, generator=generator, device=device)).to(form.scale)
 
         def spread(values):
             return values.double().repeat_interleave(self.group, dim=1)
@@ -227,7 +234,9 @@ class Product:
         middle = 1 << (form.bits - 1)
         difference = codes.double() - (middle if zeros is None else spread(zeros))
         self.w = difference * spread(scales)
-        self.rounded = self.w
+        self.rounded = self.decoded = self.w
+        if zeros is not None and form.scale == form.x:
+            self.decoded = difference.to(form.x).double() * spread(scales)
         if form.group != -1:
             added = 0 if zeros is None else spread(((middle - zeros.double()) * scales.double()).float().to(form.x))
             scaled = (codes.double() - middle) * spread(scales.to(form.x))
@@ -375,9 +384,8 @@ def launchable(module, form, problem, processors):
     if module is prefill_a16:
         found = prefill_a16.candidates(m, rows, k, form.bits, variant.scale_bytes, processors)
         return [cut for cut in found if cut.tokens == form.tile]
-    scales = (variant.groups, variant.zero, variant.scale_bytes)
     tokens = max(m, 4 * form.tile + 1)  # tiles that are not needed make sense too
-    found = decode_a16.candidates(tokens, -(-rows // 16), k, form.bits, *scales, processors)
+    found = decode_a16.candidates(tokens, -(-rows // 16), k, form.bits, variant.scales, processors)
     return [cut for cut in found if cut.token_tiles == form.tile]
 
 
@@ -498,10 +506,10 @@ class TestOnHopper:
     @given(data=st.data())
     def test_decode(self, form, data):
         problem = data.draw(of(decode_a16, form))
-        product, config = Product(form, problem, "cuda"), cut_of(decode_a16, form, problem)
+        product, config = Product(form, problem, "cuda", fine=True), cut_of(decode_a16, form, problem)
         with poisoned():
             y = product.run(decode_a16.linear, config)
-        product.check(y, product.w)
+        product.check(y, product.decoded)
 
     @pytest.mark.parametrize("form", PREFILL, ids=str)
     @MANY

@@ -7,7 +7,7 @@ import pytest
 from lq_formats import DeviceError, FormatError, SpecError
 from lq_kernels import cli
 from lq_kernels.tuned import run, search, shapes, worker
-from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, weight
+from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, variant_of, weight
 from lq_kernels.tuned.lookup import source_digests
 from lq_kernels.tuned.table import Point, Stamp, Table, read
 
@@ -53,13 +53,13 @@ def test_what_is_timed_are_the_kernels_own_cuts_and_the_models_choice_first(each
 def test_the_models_choice_is_what_runs_without_a_table():
     from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
 
-    scales = (W4.groups, W4.zero, W4.scale_bytes, 132, "")
+    scales, here = (W4.groups, W4.zero, W4.scale_bytes), (132, "")
     for m in (1, 16, 100, 1000):
         (_, first, _), *_ = search.proposals(W4, m, 132, kernels=["prefill_a16"])
-        assert first == fields_of(prefill_a16.choice(m, W4.n, W4.k, 4, *scales).config)
+        assert first == fields_of(prefill_a16.choice(m, W4.n, W4.k, 4, *scales, *here).config)
         if m <= 100:
             (_, first, _), *_ = search.proposals(W4, m, 132, kernels=["decode_a16"])
-            assert first == fields_of(decode_a16.choice(m, W4.n // 16, W4.k, 4, *scales).config)
+            assert first == fields_of(decode_a16.choice(m, W4.n // 16, W4.k, 4, variant_of(W4).scales, *here).config)
         a8 = WEIGHTS[4]
         (_, first, _), *_ = search.proposals(a8, m, 132)
         assert first == fields_of(linear_a8.choice(m, a8.n, a8.k, 8, "fp8", True, False, 0, 132, "").config)

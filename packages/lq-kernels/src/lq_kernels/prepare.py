@@ -99,7 +99,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
     )
     epilogue = EPILOGUES["silu_mul" if problem.op == "preshuffled_gated" else "none"]
     if constraints.why_not_fragment(problem) is None:
-        for form in reversed(decode_a16.forms(variant.groups, variant.zero, variant.scale_bytes)):
+        for form in reversed(decode_a16.forms(variant.scales)):
             yield Unit("decode_a16", (*variant.defines, *form.defines, *epilogue))
     if constraints.why_not_prefill(problem) is None:
         # Every size of tile makes sense for as many tokens as it has, and pairs share K where there are few tiles.

@@ -14,7 +14,7 @@ from lq_formats.layouts import FRAGMENT_INT4
 from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 from torch import Tensor
 
-from lq_kernels.cuda.variant import EPILOGUES, Variant
+from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
@@ -27,6 +27,10 @@ _MAX_STAGES = 16
 _SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
 _MAX_GRID_Y = 65535
+_PLACE = 0.7
+"""Part of the time of a block and K step that a slot without a block takes as well (:func:`cost`)."""
+_PASS = 18.0
+"""Time of a pass beside that."""
 Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
 """``NAME=VALUE`` of the macro with which tokens are Q8_1 blocks."""
 _Q8_1_BLOCK = 32
@@ -87,19 +91,18 @@ class DecodeConfig:
         return Form(self.token_tiles, self.warp_blocks, self.ctas).defines
 
 
-def forms(groups: int, zero: bool, scale_bytes: int) -> tuple[Form, ...]:
+def forms(scales: Scales) -> tuple[Form, ...]:
     """Return what is compiled for a weight.
 
     Nothing in a form spills. Two blocks of a warp are compiled for one CTA of an SM, which may have more registers, and for
     two.
 
     Args:
-        groups: Groups in 128 in features.
-        zero: Whether there are zero points or minima.
-        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        scales: Of the variant.
     """
-    few = groups <= 1 and not zero and scale_bytes <= 2 * BLOCK_ROWS  # registers for the scales of a group
-    many = groups == 4 and zero
+    groups, zero, sums, scale_bytes = scales
+    few = groups <= 1 and not sums and scale_bytes <= (4 if zero else 2) * BLOCK_ROWS  # registers for a group's scales
+    many = groups == 4 and sums
     found = [Form(1, 1, 3 if few else 2), Form(1, 2, 1), Form(2, 1, 1 if many else 2)]
     if scale_bytes <= 16 * BLOCK_ROWS:
         found.append(Form(1, 2, 2))
@@ -131,21 +134,48 @@ def cut(
         return None
     share, rows = -(-steps // cluster), -(-blocks // clusters)
     most = 8 * warp_blocks
-    slots = max(warp_blocks, next((slots for slots in (1, 2, 4, 8) if rows <= slots < most), most))
+    slots = _slots(rows, share, warp_blocks)
+    passes, _ = _passes(rows, slots, warp_blocks)
     pitch = share * step * 2 + 16
-    passes = -(-rows // slots)
     boxes = min(passes, 2)
     buffers = boxes * (1 if token_tiles * warp_blocks <= 2 else 2)
     row = 8 * token_tiles + (4 if token_tiles == 2 and warp_blocks == 1 else 2)
     fixed = _HEADER + buffers * 16 * most * row * 4 + min(m, 8 * token_tiles) * pitch
     fixed += share * sum_bytes * 8 * token_tiles
-    wanted = passes * -(-share * slots // (2 * _WARPS))
+    wanted = _stage_count(rows, share, slots, warp_blocks)
     stage = _stage_bytes(scale_bytes)
     stages = min(most_stages, wanted, (shared - fixed) // stage)
     if stages < min(wanted, 2):
         return None
     size = fixed + stages * stage
     return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size)
+
+
+def _passes(rows: int, slots: int, warp_blocks: int) -> tuple[int, int]:
+    """Return how many passes there are and the slots of all: the last has no more than the next power of two."""
+    full = (rows - 1) // slots
+    return full + 1, full * slots + _last_slots(rows - full * slots, warp_blocks)
+
+
+def _last_slots(rows: int, warp_blocks: int) -> int:
+    return max(warp_blocks, 1 << (rows - 1).bit_length())
+
+
+def _slots(rows: int, share: int, warp_blocks: int) -> int:
+    """Return the slots of a pass with which a CTA is done first, by the model: few stay empty, and passes are few."""
+
+    def time(slots: int) -> float:
+        passes, places = _passes(rows, slots, warp_blocks)
+        return _PLACE * places * share + _PASS * passes
+
+    return min((warp_blocks * slots for slots in (1, 2, 4, 8)), key=time)
+
+
+def _stage_count(rows: int, share: int, slots: int, warp_blocks: int) -> int:
+    """Return how many stages a CTA fills in all."""
+    full = (rows - 1) // slots
+    last = _last_slots(rows - full * slots, warp_blocks)
+    return sum(count * -(-share * each // (2 * _WARPS)) for count, each in ((full, slots), (1, last)))
 
 
 def _stage_bytes(scale_bytes: int) -> int:
@@ -157,9 +187,7 @@ def candidates(
     blocks: int,
     k: int,
     bits: int,
-    groups: int,
-    zero: bool,
-    scale_bytes: int,
+    scales: Scales,
     sm_count: int,
     alike: Mapping[str, int] | None = None,
 ) -> Iterator[DecodeConfig]:
@@ -170,16 +198,14 @@ def candidates(
         blocks: Blocks of 16 rows.
         k: In features.
         bits: 4 or 8.
-        groups: Groups in 128 in features.
-        zero: Whether there are zero points.
-        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        scales: Of the variant.
         sm_count: Multiprocessors.
         alike: Fields by name; only cuts that have those of ``_SAME`` are yielded. None for all.
     """
-    sums, stage = sum_bytes(groups, zero), _stage_bytes(scale_bytes)
+    sums, stage = sum_bytes(scales), _stage_bytes(scales.bytes)
     only = None if alike is None else tuple(alike.get(name, -1) for name in _SAME)
     most_tiles = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
-    for form in forms(groups, zero, scale_bytes):
+    for form in forms(scales):
         token_tiles, warp_blocks, ctas = form
         if token_tiles > most_tiles or -(-m // (8 * token_tiles)) > _MAX_GRID_Y or (only and form != only[:3]):
             continue
@@ -192,7 +218,7 @@ def candidates(
                 for clusters in _grids(blocks, once * per_sm):
                     if only and (cluster, clusters) != only[3:5]:
                         continue
-                    sizes = (m, blocks, k, bits, scale_bytes, form, cluster, clusters)
+                    sizes = (m, blocks, k, bits, scales.bytes, form, cluster, clusters)
                     largest = cut(*sizes, _SHARED[per_sm], sums, most_stages)
                     if largest is None:
                         continue
@@ -236,14 +262,14 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     steps = -(-k // step)
     share = -(-steps // config.cluster)
     rows = -(-blocks // config.clusters)
-    passes = -(-rows // config.slots)
-    needed = passes * -(-share * config.slots // (2 * _WARPS))
+    passes, places = _passes(rows, config.slots, config.warp_blocks)
+    needed = _stage_count(rows, share, config.slots, config.warp_blocks)
     enough = _stages(config.token_tiles, bits)
     x = min(m, 8 * config.token_tiles) * share * step * 2 / 1024
     alone = 1.23 if config.shared <= _SHARED[2] else 1.34
     if config.warp_blocks == 2:
         alone *= 0.86
-    work = (0.3 * rows + 0.7 * passes * config.slots) * share * (alone if per_sm == 1 else per_sm)
+    work = ((1 - _PLACE) * rows + _PLACE * places) * share * (alone if per_sm == 1 else per_sm)
     starved = max(0, enough - config.stages) if config.stages < needed else 0
     tokens = -(-m // (8 * config.token_tiles))
     # Two blocks of a warp are read of faster, by fewer warps at first and at last.
@@ -251,7 +277,7 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     return tokens * (
         pairs
         + work * (1 + 0.35 * (config.token_tiles - 1) + 0.087 * starved)
-        + 18.0 * passes * per_sm
+        + _PASS * passes * per_sm
         + 6.0 * (per_sm - 1)
         + 0.55 * config.cluster
         + 9.0 * config.token_tiles
@@ -262,7 +288,7 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
 
 @functools.lru_cache(maxsize=4096)
 def choice(
-    m: int, blocks: int, k: int, bits: int, groups: int, zero: bool, scale_bytes: int, sm_count: int, device: str
+    m: int, blocks: int, k: int, bits: int, scales: Scales, sm_count: int, device: str
 ) -> Choice[DecodeConfig] | None:
     """Return the cut that was measured to be fastest on ``device``, or is by the model; None if none fits.
 
@@ -270,15 +296,13 @@ def choice(
         m: Tokens.
         blocks: Blocks of 16 rows.
         k: In features.
-        bits: As the other fields of :class:`Variant` that follow.
-        groups: Groups in 128 in features.
-        zero: Whether there are zero points.
-        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        bits: 4 or 8.
+        scales: Of the variant.
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
     """
-    sizes = (m, blocks, k, bits, groups, zero, scale_bytes, sm_count)
-    weight = Weight(bits, groups, zero, scale_bytes, "", blocks * BLOCK_ROWS, k)
+    sizes = (m, blocks, k, bits, scales, sm_count)
+    weight = Weight(bits, scales.groups, scales.zero, scales.bytes, "", blocks * BLOCK_ROWS, k)
     found = tuple(measurements("decode_a16", m, weight, device, sm_count))
     measured = [config for each in found for config in candidates(*sizes, dict(each.point.cut))]
     chosen = choose(
@@ -292,9 +316,9 @@ def choice(
     return replace(chosen, config=replace(chosen.config, shared=max(chosen.config.shared, shared)))
 
 
-def sum_bytes(groups: int, zero: bool) -> int:
+def sum_bytes(scales: Scales) -> int:
     """Return the bytes of the sums that zeros multiply, of a token and K step; the kernel keeps them beside x."""
-    return 4 * max(groups, 1) if zero else 0
+    return 4 * max(scales.groups, 1) if scales.sums else 0
 
 
 def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
@@ -305,8 +329,7 @@ def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
 
 
 def _choice(m: int, blocks: int, k: int, variant: Variant, arch: Arch) -> Choice[DecodeConfig] | None:
-    scales = (variant.groups, variant.zero, variant.scale_bytes)
-    return choice(m, blocks, k, variant.bits, *scales, arch.sm_count, arch.name)
+    return choice(m, blocks, k, variant.bits, variant.scales, arch.sm_count, arch.name)
 
 
 def linear(

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from lq_formats.layouts.fragment import BLOCK_ROWS
@@ -19,6 +20,23 @@ EPILOGUES = MappingProxyType(
     }
 )
 """What becomes of a product on its way out: macros by name."""
+
+
+class Scales(NamedTuple):
+    """What a kernel reads and keeps for the scales of a weight.
+
+    Attributes:
+        groups: Groups in a K step; 0 for one scale a row.
+        zero: Whether there are zero points, or minima.
+        sums: Whether these multiply sums of the tokens, so that none is rounded: minima, and zeros that are not of x's dtype.
+            Zeros that are take the place of the codes' middle.
+        bytes: Of scales and zeros, beside the codes of a block of 16 rows and a K step.
+    """
+
+    groups: int
+    zero: bool
+    sums: bool
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,12 @@ class Variant:
     def scale_bytes(self) -> int:
         """Bytes of scales and zeros beside the codes of a block of 16 rows and a K step."""
         return self.groups * BLOCK_ROWS * self.scale.itemsize * (2 if self.zero else 1)
+
+    @functools.cached_property
+    def scales(self) -> Scales:
+        """What the scales and zeros of a weight take."""
+        sums = self.zero and (self.minimum or self.scale != self.x)
+        return Scales(self.groups, self.zero, sums, self.scale_bytes)
 
     @functools.cached_property
     def defines(self) -> tuple[str, ...]:

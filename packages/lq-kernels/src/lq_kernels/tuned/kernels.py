@@ -91,7 +91,7 @@ class _Decode:
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         blocks, sizes = weight.n // BLOCK_ROWS, (weight.k, weight.bits)
-        cuts = decode_a16.candidates(m, blocks, *sizes, weight.groups, weight.zero, weight.scale_bytes, sm_count)
+        cuts = decode_a16.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count)
         return sorted(cuts, key=lambda config: decode_a16.cost(config, m, blocks, *sizes, sm_count))
 
     def unit(self, weight: Weight, config: Any) -> Unit:

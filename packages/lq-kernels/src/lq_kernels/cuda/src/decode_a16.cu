@@ -11,24 +11,26 @@
 //   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
 //   Few warps a scheduler hide little latency, so codes are loaded half a stage ahead. A warp has two K steps of a block in a
 //   stage, or a step of two blocks (LQ_WARP_BLOCKS), which halves what it reads of x: with 16 tokens that is four times as many bytes
-//   as codes. Zeros multiply sums of x, which are the same for all rows: each is computed once, when its chunk of x has come.
+//   as codes. Zeros of x's type take the place of 8 where codes are unpacked, at no instruction more. Others, and minima, multiply sums
+//   of x, which are the same for all rows: each is computed once, when its chunk of x has come.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
 //   threads themselves for up to two tiles of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
-// A cluster walks through its rows in passes of up to `slots` blocks (a power of two, 8 a warp's blocks at most). A stage holds the
-// blocks of a pass at 16 / slots consecutive K steps: two for each warp. A step is 128 in features for int4 and 64 for int8, 1 KB a
-// block.
+// A cluster walks through its rows in passes of `slots` blocks (a power of two, 8 a warp's blocks at most); the last has the least power
+// of two that holds the rest, as an empty slot takes as long as another. A stage holds the blocks of a pass at 16 / slots consecutive K
+// steps: two for each warp. A step is 128 in features for int4 and 64 for int8, 1 KB a block.
 //
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
 // tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32
-// (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the
-// fp32 sums, and bias has n values for gates, then n for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`,
-// which the warp that brings them makes d q in X where they lie, a chunk ahead of the products; k is a multiple of 128; 0).
+// (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a
+// gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n
+// for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`, which the warp that brings them makes d q in X where
+// they lie, a chunk ahead of the products; k is a multiple of 128; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -48,6 +50,10 @@ constexpr int kGroups = LQ_GROUPS;
 constexpr bool kZero = LQ_ZERO != 0;
 constexpr bool kMinimum = LQ_ZERO == 2;  // what is said of zeros is of minima
 constexpr bool kPerRow = kGroups == 0;
+// Zeros of x's type are subtracted from the codes, in place of 8. Others, and minima, would be rounded before: they multiply sums of x.
+constexpr bool kZeroOfCodes = kZero && !kMinimum && kSame<X, Scale>;
+constexpr bool kSums = kZero && !kZeroOfCodes;
+static_assert(!kZero || kBits == 4, "int8 weights have no zeros");
 static_assert(!kMinimum || (kBits == 4 && !kPerRow), "minima: 4 bits in groups");
 #ifndef LQ_TRANSPOSED
 #define LQ_TRANSPOSED 0
@@ -77,7 +83,7 @@ constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brin
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
 constexpr int kMaxStages = 16;
-constexpr int kChunks = kZero ? 4 : kTokensQ8_1 ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
+constexpr int kChunks = kSums ? 4 : kTokensQ8_1 ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
 constexpr int kChunksAhead = 4;                             // of Q8_1, on their way while one becomes 16 bits
 constexpr int kHeader = 512;                                // bytes, of mbarriers
 static_assert((2 * kMaxStages + (kTokensQ8_1 ? 2 : 1) * kChunks + 4) * static_cast<int>(sizeof(u64)) <= kHeader, "mbarriers do not fit");
@@ -89,9 +95,9 @@ constexpr int kScaleBytes = kBlockRows * static_cast<int>(sizeof(ScaleBits));  /
 constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           // of a block and step, zeros included
 constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
-constexpr int kTokenSums = kZero ? kScaleCount : 0;  // of x in a step, for a token
-constexpr bool kZerosAtOnce = kZero && kGroups > 1;  // of a step, by the tensor cores
-constexpr float kUnit = fragment_unit(X{});  // what is left to multiply sums with
+constexpr int kTokenSums = kSums ? kScaleCount : 0;  // of x in a step, for a token
+constexpr bool kSumsAtOnce = kSums && kGroups > 1;  // of a step, by the tensor cores
+constexpr float kUnit = kZeroOfCodes ? zero_unit(X{}) : fragment_unit(X{});  // what is left to multiply sums with
 
 template <int kValue>
 struct Int {
@@ -148,11 +154,33 @@ __device__ __forceinline__ void excess(float (&zero)[2], const float (&scale)[2]
   for (int r = 0; r < 2; ++r) zero[r] = kMinimum ? fmaf(8.0f, scale[r], zero[r]) : (8.0f - zero[r]) * scale[r];
 }
 
+// Holds a value in a register: the compiler would else compute it again in every round of a loop.
+template <typename Value>
+__device__ __forceinline__ void keep(Value& value) {
+  asm("" : "+r"(value));
+}
+
+__device__ __forceinline__ u32 load_word(u32 address) {
+  u32 value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ float load_float(u32 address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+
+// A pass over the rows: what its power of two of slots makes of a stage, which has 16 places of 1 KB.
+struct Pass {
+  int log_slots;
+
+  __device__ __forceinline__ int slots() const { return 1 << log_slots; }
+  __device__ __forceinline__ int k_parts() const { return kWarps * kWarpBlocks >> log_slots; }  // warps that share a block's K
+  __device__ __forceinline__ int stage_steps() const { return 16 >> log_slots; }
+  __device__ __forceinline__ int stages(int steps) const { return (steps + stage_steps() - 1) >> (4 - log_slots); }
+};
 
 // Bytes of x of so many in features, as they come.
 template <typename Count>
@@ -180,40 +208,42 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int log_ranks = __ffs(ranks) - 1;  // cluster sizes are powers of two, and so are slots
-  const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1, k_parts = kWarps * kWarpBlocks >> log_slots;
   const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
   const int first_step = steps_all * rank >> log_ranks, steps = (steps_all * (rank + 1) >> log_ranks) - first_step;
-  const int stage_steps = kWarpSteps * k_parts, stages_per_pass = (steps + stage_steps - 1) >> (4 - log_slots);
   const int blocks = static_cast<int>(p.blocks);
   const int cluster = static_cast<int>(blockIdx.x) >> log_ranks, clusters = static_cast<int>(gridDim.x) >> log_ranks;
   const int first_block = static_cast<int>(static_cast<i64>(blocks) * cluster / clusters);
   const int my_blocks = static_cast<int>(static_cast<i64>(blocks) * (cluster + 1) / clusters) - first_block;
-  const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full
+  const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1;
+  const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full, which has no more slots than it needs
+  const int log_left = 32 - __clz(my_blocks - (passes - 1) * slots - 1);
+  const Pass full_pass{log_slots}, last_pass{log_left > kWarpBlocks / 2 ? log_left : kWarpBlocks / 2};
+  auto pass_of = [&](int pass) { return pass + 1 < passes ? full_pass : last_pass; };
   float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of the warps' rows x kTokens, by source
   float* outbox = inbox + p.boxes * kBuffer;                        // ... and by owner, what is sent in bulk
   u8* tokens = reinterpret_cast<u8*>(kDirect ? outbox : outbox + p.boxes * kBuffer);
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
   const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
   float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
-  const int chunk_stages = (stages_per_pass + kChunks - 1) / kChunks, chunk_k = chunk_stages * stage_steps * kStep;
+  const int chunk_stages = (pass_of(0).stages(steps) + kChunks - 1) / kChunks, chunk_k = chunk_stages * pass_of(0).stage_steps() * kStep;
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
   const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
-  const int owned_rows = slots * kBlockRows >> log_ranks, owned_shift = __ffs(owned_rows) - 1;
+  const int total = (passes - 1) * full_pass.stages(steps) + last_pass.stages(steps);  // stages of all passes; unless there are none
   const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
   if (warp == kWarps) {
     if (lane < stages) {
       mbarrier_init(full + lane, 1);
-      mbarrier_init(empty + lane, kWarps);
+      mbarrier_init(empty + lane, kWarps * kArrivingLanes);
     }
     if (lane == 0) {
       for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
       if constexpr (kTokensQ8_1)
-        for (int i = 0; i < kChunks; ++i) mbarrier_init(x_ready + i, 1);
+        for (int i = 0; i < kChunks; ++i) mbarrier_init(x_ready + i, kArrivingLanes);
       for (int i = 0; i < 2; ++i) {
-        mbarrier_init(received + i, !kDirect ? 2 : ranks > 1 ? 1 : 1 + kWarps);
-        mbarrier_init(released + i, ranks);
+        mbarrier_init(received + i, !kDirect ? 2 : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
+        mbarrier_init(released + i, ranks * kArrivingLanes);
       }
     }
     mbarrier_init_fence();
@@ -226,35 +256,39 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     // The producer. Control flow and addresses are uniform, so that copies are issued without a loop over lanes.
     const u64 policy = policy_evict_first();
     const int steps_per_group = static_cast<int>(p.group_size / kStep);
-    const int total = passes * stages_per_pass;
     int stage = 0, filled = 0, block = first_block, left = my_blocks, step = 0;
+    Pass now = pass_of(0);
     u32 parity = 1;  // of the empty barrier to wait for; 0 once the ring has wrapped
 
     auto fill = [&] {
       u8* to = ring + stage * kStage;
-      const int here = left < slots ? left : slots, parts = steps - step < stage_steps ? steps - step : stage_steps;
+      const int stride = now.slots(), here = left < stride ? left : stride;
+      const int parts = steps - step < now.stage_steps() ? steps - step : now.stage_steps();
       if (elect_one()) {
         mbarrier_arrive_expect(full + stage, parts * here * (kBlockBytes + kSlotScales));
         for (int part = 0; part < parts; ++part) {
           const int k_step = first_step + step + part;
-          bulk_copy(to + part * slots * kBlockBytes, p.packed + (static_cast<i64>(k_step) * blocks + block) * kBlockBytes,
+          bulk_copy(to + part * stride * kBlockBytes, p.packed + (static_cast<i64>(k_step) * blocks + block) * kBlockBytes,
                     here * kBlockBytes, full + stage, policy);
           if constexpr (!kPerRow) {
             const int group = kGroups > 1 ? k_step * kGroups : steps_per_group == 1 ? k_step : k_step / steps_per_group;
-            u8* scale = to + 2 * kWarps * kBlockBytes + part * slots * kSlotScales;
+            u8* scale = to + 2 * kWarps * kBlockBytes + part * stride * kSlotScales;
 #pragma unroll
             for (int i = 0; i < kGroups; ++i) {
               const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
-              bulk_copy(scale + i * slots * kScaleBytes, p.scales + from, here * kScaleBytes, full + stage, policy);
+              bulk_copy(scale + i * stride * kScaleBytes, p.scales + from, here * kScaleBytes, full + stage, policy);
               if constexpr (kZero)
-                bulk_copy(scale + (kGroups + i) * slots * kScaleBytes, p.zeros + from, here * kScaleBytes, full + stage, policy);
+                bulk_copy(scale + (kGroups + i) * stride * kScaleBytes, p.zeros + from, here * kScaleBytes, full + stage, policy);
             }
           }
         }
       }
       __syncwarp();
-      step += stage_steps;
-      if (step >= steps) step = 0, block += slots, left -= slots;
+      step += now.stage_steps();
+      if (step >= steps) {
+        step = 0, block += slots, left -= slots;
+        if (left <= full_pass.slots()) now = last_pass;
+      }
       if (++stage == stages) stage = 0, parity ^= 1;
       ++filled;
     };
@@ -262,6 +296,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     while (filled < total && filled < stages) fill();
     while (filled < total) {
       mbarrier_wait(empty + stage, parity);
+      fence_async_proxy();
       fill();
     }
     return;
@@ -269,12 +304,18 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   // Add what the CTAs of the cluster sent of a pass's rows that this one owns, and store it; `count` threads share the work.
   auto finish = [&](int pass, int thread, int count) {
-    const int box = pass % 2, sources = ranks * k_parts;
+    const Pass now = pass_of(pass);
+    const int box = pass % 2, sources = ranks * now.k_parts();
+    const int owned_shift = now.log_slots + 4 - log_ranks, owned_rows = 1 << owned_shift;
     if (thread == 0)
       mbarrier_arrive_expect(received + box, !kDirect   ? (kBuffer - part_of_buffer) * 4
                                              : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * (kPairs ? 64 : token_pairs * 8)
                                                          : 0);
     mbarrier_wait(received + box, pass / 2 % 2);
+    if (!kDirect && count == kConsumers && ranks > 1) {
+      __syncwarp();
+      cluster_arrive();
+    }
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
     for (int i = thread; i < owned_rows / kFeatureRows * token_pairs; i += count) {
@@ -341,7 +382,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
         mbarrier_wait(x_full + chunk, 0);
         convert_q8_1<X>(tokens, static_cast<int>(p.pitch), m, raw, from / 32, to / 32);
-        if (lane == 0) mbarrier_arrive(x_ready + chunk);
+        if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
       }
       __syncwarp();
     }
@@ -350,7 +391,11 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       finish(pass, lane, 32);
       __syncwarp();
       // Nobody waits for the last two passes, and the CTAs may have gone.
-      if (pass + 2 < passes && lane < ranks) mbarrier_arrive_remote(released + pass % 2, lane);
+      if constexpr (kRacecheck) {
+        for (int owner = 0; pass + 2 < passes && owner < ranks; ++owner) mbarrier_arrive_remote(released + pass % 2, owner);
+      } else {
+        if (pass + 2 < passes && lane < ranks) mbarrier_arrive_remote(released + pass % 2, lane);
+      }
     }
     return;
   }
@@ -361,25 +406,27 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       *reinterpret_cast<uint4*>(tokens + token * p.pitch + unit * 16) = uint4{0, 0, 0, 0};
   named_barrier(1, kConsumers);
 
-  const int slot = kWarpBlocks * warp & (slots - 1), k_part = kWarpBlocks * warp >> log_slots, g = lane / 4, t = lane % 4;
-  const u32 first_codes = shared_address(ring) + (kWarpSteps * k_part * slots + slot) * kBlockBytes + lane * 16;
-  const u32 step_codes = slots * kBlockBytes, step_scales = slots * kSlotScales, group_scales = slots * kScaleBytes;
-  const u32 to_scales = 2 * kWarps * kBlockBytes + kWarpSteps * k_part * step_scales + slot * kScaleBytes +
-                        2 * g * static_cast<int>(sizeof(ScaleBits)) - (first_codes - shared_address(ring));
+  const int g = lane / 4, t = lane % 4;
+  auto slot_of = [&](Pass pass) { return kWarpBlocks * warp & (pass.slots() - 1); };
+  auto step_of = [&](Pass pass) { return kWarpSteps * (kWarpBlocks * warp >> pass.log_slots); };  // of a stage, this warp's first
+  auto codes_of = [&](Pass pass) { return (step_of(pass) * pass.slots() + slot_of(pass)) * kBlockBytes + lane * 16; };
   u32 tokens_at[kTokenTiles];  // this lane's row of a token tile; a token that does not exist reads the last, its sums are not stored
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
     const int token = c * 8 + lane % 8;
-    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16 + kWarpSteps * k_part * kStep * 2;
+    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16;
   }
 
-  const int total = passes * stages_per_pass;
-  int stage = 0, loaded = 0, next_chunk = 0;
+  int stage = 0, next_chunk = 0;
   u64* chunk_ready = x_ready;
-  u32 parity = 0, codes = first_codes;
+  u32 parity = 0, stage_at = shared_address(ring), at_codes, next_codes;  // this lane's codes in a stage, and from a step to the next
+  auto enter = [&](Pass pass) {
+    at_codes = codes_of(pass), next_codes = pass.slots() * kBlockBytes;
+    keep(at_codes), keep(next_codes);
+  };
   u32 words[2][2][4];  // this lane's codes of a stage: two steps, or blocks, of two halves
 
-  const u32 my_sums = shared_address(token_sums) + (kWarpSteps * k_part * kTokenSums * kTokens + (kZerosAtOnce ? g : 2 * t)) * 4;
+  const u32 my_sums = shared_address(token_sums) + (kSumsAtOnce ? g : 2 * t) * 4;
 
   // Sums of x over the groups of steps [from, to), as fragments are, for all rows and passes: products with ones.
   auto sum_tokens = [&](int from, int to) {
@@ -389,7 +436,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     for (int step = from + warp; step < to; step += kWarps)
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) {
-        u32 at = tokens_at[c] + (step - kWarpSteps * k_part) * kStep * 2;
+        u32 at = tokens_at[c] + step * kStep * 2;
         order_after(at);
 #pragma unroll
         for (int group = 0; group < kTokenSums; ++group) {
@@ -420,20 +467,34 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       for (int h = 0; h < 2; ++h)
         asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(words[i][h][0]), "=r"(words[i][h][1]), "=r"(words[i][h][2]), "=r"(words[i][h][3])
-                     : "r"(codes + i * (kWarpBlocks == 1 ? step_codes : kBlockBytes) + h * 512)
+                     : "r"(stage_at + at_codes + i * (kWarpBlocks == 1 ? next_codes : kBlockBytes) + h * 512)
                      : "memory");
   };
 
-  if (total > 0) {
+  auto next_stage = [&] {
+    ++stage, stage_at += kStage;
+    if (stage == stages) stage = 0, parity ^= 1, stage_at = shared_address(ring);
+    mbarrier_wait(full + stage, parity);
+    load_words();
+  };
+
+  if (passes > 0) {
+    enter(pass_of(0));
     mbarrier_wait(full, 0);
     load_words();
-    ++loaded;
   }
   for (int pass = 0; pass < passes; ++pass) {
+    const Pass now = pass_of(pass);
+    const int slot = slot_of(now), first = step_of(now), stages_here = now.stages(steps);
+    u32 group_scales = now.slots() * kScaleBytes, step_scales = now.slots() * kSlotScales;
+    u32 to_scales = 2 * kWarps * kBlockBytes + first * step_scales + slot * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
+    int stage_steps = now.stage_steps();
+    keep(group_scales), keep(step_scales), keep(to_scales), keep(stage_steps);
     const int block = first_block + pass * slots + slot;
     const bool rows_exist = pass * slots + slot < my_blocks;
     float acc[kWarpBlocks][kTokenTiles][4] = {};
     Sums<kTokenTiles> sums[kWarpBlocks];
+    u32 zeros[kWarpBlocks][2];  // of rows g and g + 8 of a group: what int4_fragment adds to each of a pair of codes
     float row_offset[kWarpBlocks][2], row_tokens[kTokenTiles][2] = {};  // of one scale a row: 8 less the zero, sums of x
 #pragma unroll
     for (int b = 0; b < kWarpBlocks; ++b) {
@@ -443,8 +504,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         sums[b].scale[r] = row_offset[b][r] = 0.0f;
         if constexpr (kPerRow) {
           const i64 at = static_cast<i64>(pass * slots + slot + b < my_blocks ? block + b : 0) * kBlockRows + 2 * g + r;
+          if constexpr (kZeroOfCodes) zeros[b][r] = less_zero(X{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at] * 0x10001u);
           sums[b].scale[r] = to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.scales)[at]);
-          if constexpr (kZero) row_offset[b][r] = 8.0f - to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]);
+          if constexpr (kSums) row_offset[b][r] = 8.0f - to_float(Scale{}, reinterpret_cast<const ScaleBits*>(p.zeros)[at]);
         }
       }
     }
@@ -453,7 +515,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     auto multiply = [&](auto which, u32 step_scale, u32 step_sums, const u32(&x_at)[kTokenTiles]) {
       constexpr int kStepInStage = decltype(which)::value;
       constexpr int kQuads = 2 * kHalfQuads;
-      if constexpr (kPerRow && kZero) {
+      if constexpr (kPerRow && kSums) {
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) {
           float sum[2];
@@ -467,6 +529,16 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         const int h = quad / kHalfQuads, q = quad % kHalfQuads;
         // A group's first products clear nothing: they have no sum to add to.
         const bool first = !kPerRow && quad % kGroupQuads == 0;
+        if constexpr (kZeroOfCodes) {
+          if (first) {
+#pragma unroll
+            for (int b = 0; b < kWarpBlocks; ++b) {
+              const u32 pair = less_zero(X{}, load_word(step_scale + (kGroups + quad / kGroupQuads) * group_scales + b * kScaleBytes));
+              zeros[b][0] = __byte_perm(pair, pair, 0x1010);
+              zeros[b][1] = __byte_perm(pair, pair, 0x3232);
+            }
+          }
+        }
         u32 x[kTokenTiles][4];
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) load_matrix_x4(x[c], x_at[c] + (kStepInStage * kStep + quad * 32) * 2);
@@ -476,7 +548,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           u32 a[2][4];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            if constexpr (kBits == 4)
+            if constexpr (kZeroOfCodes)
+              int4_fragment(X{}, a[i], code[h][2 * q + i], zeros[b]);
+            else if constexpr (kBits == 4)
               int4_fragment(X{}, a[i], code[h][2 * q + i]);
             else
               int8_fragment(X{}, a[i], code[h][2 * i], code[h][2 * i + 1]);
@@ -499,7 +573,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
             for (int b = 0; b < kWarpBlocks; ++b) {
               const u32 at = step_scale + quad / kGroupQuads * group_scales + b * kScaleBytes;
               load_pair<Scale>(sums[b].scale, at);
-              if constexpr (kZero && !kZerosAtOnce) {
+              if constexpr (kSums && !kSumsAtOnce) {
                 // What zeros that are not 8, or minima, add: their share of the sums of x.
                 float zero[2];
                 load_pair<Scale>(zero, at + kGroups * group_scales);
@@ -517,7 +591,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           }
         }
       }
-      if constexpr (kZerosAtOnce) {
+      if constexpr (kSumsAtOnce) {
         // The same of all groups of the step: a product of 16 rows and up to 4 groups with as many sums of 8 tokens.
         const bool exists = t < kGroups;
         const int group = exists ? t : 0;
@@ -540,19 +614,20 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
     u32 x_at[kTokenTiles];
 #pragma unroll
-    for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c];
-    int mine = rows_exist ? steps - kWarpSteps * k_part : 0;  // this warp's steps from here on, and the other warps' between them
-    if (pass > 0) next_chunk = stages_per_pass;  // x is there
-    for (int at = 0; at < stages_per_pass; ++at) {
-      const u32 scale = codes + to_scales, x_sums = my_sums + at * stage_steps * (kTokenSums * kTokens * 4);
+    for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c] + first * kStep * 2;
+    u32 x_sums = my_sums + first * (kTokenSums * kTokens * 4);
+    int mine = rows_exist ? steps - first : 0;  // this warp's steps from here on, and the other warps' between them
+    if (pass > 0) next_chunk = stages_here;  // x is there
+    for (int at = 0;;) {
+      const u32 scale = stage_at + to_scales;
       u64* const used = empty + stage;
       if (at == next_chunk) {
         // The next chunk of x; what lies past the end of K was zeroed.
-        if (next_chunk * stage_steps * kStep < k_here) mbarrier_wait(chunk_ready++, 0);
         const int from = next_chunk * stage_steps;
+        if (from * kStep < k_here) mbarrier_wait(chunk_ready++, 0);
         next_chunk += chunk_stages;
         const int to = next_chunk * stage_steps < steps ? next_chunk * stage_steps : steps;
-        if constexpr (kZero) sum_tokens(from, to);
+        if constexpr (kSums) sum_tokens(from, to);
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
@@ -561,22 +636,22 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_sums + kTokenSums * kTokens * 4, x_at);
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(used);
-      if (loaded < total) {
-        ++stage, codes += kStage;
-        if (stage == stages) stage = 0, parity ^= 1, codes = first_codes;
-        mbarrier_wait(full + stage, parity);
-        load_words();
-        ++loaded;
-      }
+      if (lane < kArrivingLanes) mbarrier_arrive(used);
+      if (++at == stages_here) break;
+      next_stage();
       mine -= stage_steps;
+      x_sums += stage_steps * (kTokenSums * kTokens * 4);
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
+    }
+    if (pass + 1 < passes) {
+      enter(pass_of(pass + 1));
+      next_stage();
     }
     if constexpr (kPerRow) {
 #pragma unroll
       for (int b = 0; b < kWarpBlocks; ++b) {
-        if constexpr (kZero) {
+        if constexpr (kSums) {
 #pragma unroll
           for (int c = 0; c < kTokenTiles; ++c)
 #pragma unroll
@@ -589,7 +664,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
     // have read those, which also means that what this CTA sent then has left.
-    const int box = pass % 2;
+    const int box = pass % 2, owned_shift = now.log_slots + 4 - log_ranks, k_part = kWarpBlocks * warp >> now.log_slots;
     if (pass == 0) {
       wait_for_previous_kernel();  // long past; y is written from here on
       cluster_wait();
@@ -600,7 +675,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       const int b = i / 2, r = i % 2;
       // A gate and its up are sent as neighbours, so that one CTA owns both.
       const int row = (slot + b) * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
-      const int at = box * kBuffer + ((k_part << owned_shift) + (row & (owned_rows - 1))) * kPitch + (kPairs ? 4 : 2) * t;
+      const int at = box * kBuffer + ((k_part << owned_shift) + (row & ((1 << owned_shift) - 1))) * kPitch + (kPairs ? 4 : 2) * t;
       if constexpr (kPairs) {
         const float(&first)[4] = acc[b][0];
         const float(&second)[4] = acc[b][kTokenTiles - 1];
@@ -625,7 +700,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
     if constexpr (kDirect) {
       __syncwarp();
-      if (lane == 0 && ranks == 1) mbarrier_arrive(received + box);
+      if (lane < kArrivingLanes && ranks == 1) mbarrier_arrive(received + box);
     } else {
       fence_async_proxy();
       named_barrier(1, kConsumers);
@@ -639,10 +714,13 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       __syncwarp();
     }
   }
-  if (passes == 0)
+  if (passes == 0) {
     cluster_wait();
-  else
-    finish(passes - 1, threadIdx.x, kConsumers);
+    return;
+  }
+  finish(passes - 1, threadIdx.x, kConsumers);
+  // Bulk copies read what they send from this CTA's shared memory: it must not go before the others have it.
+  if (!kDirect && ranks > 1) cluster_wait();
 }
 
 #ifndef LQ_CTAS

@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (warp == 1) {
     if (lane < stages) {
       mbarrier_init(full + lane, 2);
-      mbarrier_init(empty + lane, kSharers * kConsumerWarps);
+      mbarrier_init(empty + lane, kSharers * kConsumerWarps * kArrivingLanes);
     }
     if (lane == 0) {
       prefetch_tensor_map(&x_map);
@@ -152,6 +152,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         stage = uniform(stage), parity = uniform(parity);
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
+          if constexpr (kBits == 4) fence_async_proxy();
           if (elect_one()) {
             u8* const to = ring + stage * kStage + kXBytes;
             if constexpr (kBits == 8) {
@@ -222,10 +223,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u32 parity = 0;
 
   const auto release = [&](int stage) {
-    if constexpr (kMulticast) {
+    if constexpr (kMulticast && kRacecheck) {
+      for (int sharer = 0; sharer < kSharers; ++sharer) mbarrier_arrive_at(empty + stage, sharer);
+    } else if constexpr (kMulticast) {
       if (lane < kSharers) mbarrier_arrive_at(empty + stage, lane);
     } else {
-      if (lane == 0) mbarrier_arrive(empty + stage);
+      if (lane < kArrivingLanes) mbarrier_arrive(empty + stage);
     }
   };
 

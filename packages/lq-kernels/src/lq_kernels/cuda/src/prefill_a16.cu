@@ -278,11 +278,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (lane < stages) {
       mbarrier_init(full + lane, 2);
       mbarrier_init(rest + lane, 1);
-      mbarrier_init(empty + lane, kSharers * kConsumerWarps);
+      mbarrier_init(empty + lane, kSharers * kConsumerWarps * kArrivingLanes);
     }
     if constexpr (kSplit) {
       if (lane < kConsumerWarps) mbarrier_init(received + lane, 1);
-      if (lane == 0) mbarrier_init(acknowledged, kConsumerWarps);
+      if (lane == 0) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
     }
     if (lane == 0) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
     mbarrier_init_fence();
@@ -306,6 +306,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         stage = uniform(stage), parity = uniform(parity);
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
+          fence_async_proxy();
           if (elect_one()) {
             mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
             if (!kMulticast || here > 0)
@@ -380,10 +381,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u32 parity = 0, turn = 0;  // of the ring, of exchanges
   Weights weights;
   const auto release = [&](int stage) {
-    if constexpr (kMulticast) {
+    if constexpr (kMulticast && kRacecheck) {
+      for (int sharer = 0; sharer < kSharers; ++sharer) mbarrier_arrive_at(empty + stage, sharer);
+    } else if constexpr (kMulticast) {
       if (lane < kSharers) mbarrier_arrive_at(empty + stage, lane);
     } else {
-      if (lane == 0) mbarrier_arrive(empty + stage);
+      if (lane < kArrivingLanes) mbarrier_arrive(empty + stage);
     }
   };
 
@@ -409,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   };
   const auto acknowledge = [&] {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
+    if (lane < kArrivingLanes) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
   };
   if constexpr (kSplit) cluster_wait();  // the other's barriers are initialised
 

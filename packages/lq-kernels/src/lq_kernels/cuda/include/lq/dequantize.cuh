@@ -13,6 +13,11 @@
 
 namespace lq {
 
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+
 struct Bf16 {
   using Bits = u16;
 };
@@ -104,6 +109,28 @@ __device__ __forceinline__ void int4_fragment(Fp16 t, u32 (&a)[4], u32 word) {
     const u32 bits = and_or(word >> (i / 2 * 8), i % 2 ? 0x00f000f0u : 0x000f000fu, 0x64006400u);
     a[i] = i % 2 ? fma2(t, bits, 0x2c002c00u, 0xd480d480u) : sub2(t, bits, 0x64086408u);
   }
+}
+
+// What the results of int4_fragment with zeros are to be multiplied by.
+__device__ constexpr float zero_unit(Bf16) { return 64.0f; }
+__device__ constexpr float zero_unit(Fp16) { return 512.0f; }
+
+// A pair of zeros to what int4_fragment adds: -zero / unit, exact unless it is subnormal.
+__device__ __forceinline__ u32 less_zero(Bf16 t, u32 pair) { return mul2(t, pair, 0xbc80bc80u); }  // -1 / 64
+__device__ __forceinline__ u32 less_zero(Fp16 t, u32 pair) { return mul2(t, pair, 0x98009800u); }  // -1 / 512
+
+// Eight unsigned int4 codes u to (u - zero) / unit, rounded once: exact where zeros are integers. less[r] is less_zero of rows g + 8 r,
+// twice. bf16: as above. fp16 likewise: a code where it stands is subnormal, times 2^-24, and is multiplied by 2^15 or 2^11.
+__device__ __forceinline__ void int4_fragment(Bf16 t, u32 (&a)[4], u32 word, const u32 (&less)[2]) {
+  int4_places(a, word);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = fma2(t, a[i], i % 2 ? 0x7d007d00u : 0x7f007f00u, less[i % 2]);
+}
+
+__device__ __forceinline__ void int4_fragment(Fp16 t, u32 (&a)[4], u32 word, const u32 (&less)[2]) {
+  int4_places(a, word);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = fma2(t, a[i], i % 2 ? 0x68006800u : 0x78007800u, less[i % 2]);
 }
 
 // Eight int8 codes b in their places, as b + 128.

@@ -21,6 +21,14 @@ __device__ __forceinline__ bool elect_one() {
 
 // ---- mbarriers (8 bytes of shared memory each) ----
 
+// LQ_RACECHECK=1: built for compute-sanitizer's racecheck, which of what a warp has read or written orders by an mbarrier only what the
+// arriving thread itself did. So all lanes arrive where otherwise one does for its warp; and who waits sleeps, as every look is recorded.
+#ifndef LQ_RACECHECK
+#define LQ_RACECHECK 0
+#endif
+constexpr bool kRacecheck = LQ_RACECHECK != 0;
+constexpr int kArrivingLanes = kRacecheck ? 32 : 1;
+
 __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -56,6 +64,16 @@ __device__ __forceinline__ void mbarrier_arrive_at(u64* barrier, u32 rank) {
 
 // Wait until the phase of the given parity is complete.
 __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
+  if constexpr (kRacecheck) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "wait_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over_%=;\n"
+        "nanosleep.u32 20000;\n"
+        "bra wait_%=;\n"
+        "over_%=: }" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+    return;
+  }
   asm volatile(
       "{ .reg .pred done;\n"
       "wait_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -161,7 +179,8 @@ __device__ __forceinline__ void store_async(u32 to, const float4& v, u32 barrier
                : "memory");
 }
 
-// Makes this thread's writes to shared memory visible to asynchronous copies.
+// Makes this thread's writes to shared memory visible to asynchronous copies, and orders what it has read, or knows to be read, before
+// copies that it issues from here on over the same memory: mbarriers alone do not order generic accesses before those of another proxy.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- counters in global memory ----

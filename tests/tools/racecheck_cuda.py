@@ -1,0 +1,173 @@
+"""Run every structurally different path of lq's Hopper kernels under racecheck: few launches of few CTAs, whose rings all wrap.
+
+First without the sanitizer, so that no compilation happens under it, then with it, some groups of launches a process:
+
+    python3 tests/tools/racecheck_cuda.py
+    compute-sanitizer --tool racecheck --kernel-name kns=decode_a16 --racecheck-num-workers 3 --report-api-errors no \
+        --error-exitcode 1 python3 tests/tools/racecheck_cuda.py 'decode-direct-*'
+
+Kernels are compiled for racecheck (LQ_RACECHECK, see ``lq/hopper.cuh``): all lanes of a warp arrive where one does it for
+them, as racecheck follows no order from a lane through ``__syncwarp`` to the lane that arrives; --shipped compiles what is
+shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at, so of 8-bit weights it sees the epilogue.
+
+tests/tools/sanitize_cuda.py has more launches, for the other tools.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from lq_formats import quantize_q4_0, quantize_q8_1
+from lq_kernels import q4_0 as q4_0_kernel
+from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
+from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
+from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
+from lq_kernels.jit import launcher
+from sanitize_cuda import FEATURES, ROWS, SHARED, Case, a8_operands, close, forms_of
+
+Launches = Iterator[tuple[str, Callable[[], None]]]
+_SHORT = 512
+"""In features: with two blocks of 16 rows a pass, five passes of a stage or more through a ring of two."""
+
+
+def main() -> None:
+    every = dict(launches())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="launches: " + " ".join(every),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "patterns", nargs="*", default=["*"], metavar="PATTERN", help="which launches: names, * for any"
+    )
+    parser.add_argument("--shipped", action="store_true", help="compile the kernels as they are shipped")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        parser.error("torch finds no GPU of compute capability 9.0")
+    names = [name for name in every if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.patterns)]
+    if not names:
+        parser.error(f"no launch is named {' or '.join(arguments.patterns)}")
+    if not arguments.shipped:
+        compile_for_racecheck()
+    torch.manual_seed(0)
+    for name in names:
+        start = time.perf_counter()
+        every[name]()
+        torch.cuda.synchronize()
+        print(f"{name}: right, {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{len(names)} launches are right", flush=True)
+
+
+def compile_for_racecheck() -> None:
+    """Compile everything from here on with LQ_RACECHECK."""
+    compiled = launcher.cubin
+    launcher.cubin = lambda name, arch, defines=(): compiled(name, arch, (*defines, "LQ_RACECHECK=1"))
+
+
+def launches() -> Launches:
+    yield from _decode()
+    yield from _decode_q8_1()
+    yield from _prefill()
+    yield from _a8()
+
+
+def _decode() -> Launches:
+    """Every form, alone and in clusters of two and four; every epilogue; every arrangement of scales and zeros."""
+    for form in forms_of(VARIANTS[0]):
+        way = "direct" if form.token_tiles * form.warp_blocks <= 2 else "bulk"
+        for cluster in (1, 2, 4):
+            name = f"decode-{way}-{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
+            yield name, functools.partial(_run_decode, VARIANTS[0], "none", form, cluster)
+    for epilogue in EPILOGUES:
+        if epilogue != "none":
+            yield (
+                f"decode-{epilogue}",
+                functools.partial(_run_decode, VARIANTS[0], epilogue, forms_of(VARIANTS[0])[0], 2),
+            )
+    for i in (2, 4, 5, 6, 10):
+        forms = forms_of(VARIANTS[i])
+        yield f"decode-variant{i}", functools.partial(_run_decode, VARIANTS[i], "none", forms[i % len(forms)], 2)
+
+
+def _run_decode(variant: Variant, epilogue: str, form: decode_a16.Form, cluster: int) -> None:
+    case = Case(variant, epilogue, 8 * form.token_tiles - 3, _SHORT)
+    sums = decode_a16.sum_bytes(variant.scales)
+    sizes = (case.m, case.blocks, case.k, variant.bits, variant.scale_bytes)
+    config = decode_a16.cut(*sizes, form, cluster, 1, SHARED, sums, 2)
+    assert config is not None
+    case.run(decode_a16.linear, dataclasses.replace(config, slots=2, stages=2, boxes=2, shared=SHARED))
+
+
+def _decode_q8_1() -> Launches:
+    """Tokens in Q8_1 blocks, in more chunks than are on their way at once."""
+    for form in decode_a16.forms(Scales(4, False, False, 128)):
+        for cluster in (1, 2):
+            name = f"q8_1-{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
+            yield name, functools.partial(_run_decode_q8_1, form, cluster)
+
+
+def _run_decode_q8_1(form: decode_a16.Form, cluster: int) -> None:
+    m, k = (3, 5)[cluster - 1], 1536 * cluster
+    packed, scales = q4_0_kernel.fragments(quantize_q4_0(torch.randn(ROWS - 1, k)).cuda())
+    blocks = quantize_q8_1(torch.randn(m, k)).cuda()
+    config = decode_a16.cut(m, 9, k, 4, 128, form, cluster, 1, SHARED, most_stages=2)
+    assert config is not None
+    y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)
+    options = {"config": config, "transposed": True}
+    x = dequantize_q8_1(blocks)
+    assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, **options), y)
+
+
+def _prefill() -> Launches:
+    """Tiles, alone, in pairs that share tokens and in pairs that share K; epilogues; scales and zeros; shared tiles."""
+    whole = functools.partial(prefill_a16.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
+    for tokens in (16, 64, 256):
+        yield f"prefill-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", whole(tokens))
+    yield (
+        "prefill-shared",
+        functools.partial(_run_prefill, VARIANTS[0], "none", prefill_a16.PrefillConfig(16, 3, 1, 1, 3)),
+    )
+    for tokens in (64, 256):
+        config = whole(tokens, multicast=True)
+        yield f"prefill-multicast-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", config)
+    for tokens in (32, 128):
+        config = whole(tokens, split=True)
+        yield f"prefill-split-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", config)
+    for epilogue in EPILOGUES:
+        if epilogue != "none":
+            yield f"prefill-{epilogue}", functools.partial(_run_prefill, VARIANTS[0], epilogue, whole(16))
+    for i in (2, 4, 5, 6):
+        yield f"prefill-variant{i}", functools.partial(_run_prefill, VARIANTS[i], "none", whole(32))
+
+
+def _run_prefill(variant: Variant, epilogue: str, config: prefill_a16.PrefillConfig) -> None:
+    case = Case(variant, epilogue, config.tokens + config.tokens // 2 + 1)
+    case.run(prefill_a16.linear, config)
+
+
+def _a8() -> Launches:
+    """Weights of 4 and 8 bits, sums promoted or not, with groups or one scale a row, alone and in pairs; a shared tile."""
+    for i in (0, 1, 3, 4, 6, 7, 8):
+        for multicast in (False, True):
+            config = linear_a8.A8Config(64 if multicast else 32, multicast, 1, 1, 0, 0)
+            name = f"a8-{'pair' if multicast else 'alone'}-variant{i}"
+            yield name, functools.partial(_run_a8, A8_VARIANTS[i], config)
+    yield "a8-shared", functools.partial(_run_a8, A8_VARIANTS[3], linear_a8.A8Config(32, False, 3, 1, 1, 3))
+
+
+def _run_a8(variant: linear_a8.A8Variant, config: linear_a8.A8Config) -> None:
+    m, n = config.tokens + config.tokens // 2 + 1, 2 * ROWS - 5
+    group = 128 if variant.grouped else FEATURES
+    operands, exact = a8_operands(variant, m, n, FEATURES, group)
+    options = {"lowest": variant.lowest, "promote": variant.promote, "config": config}
+    close(linear_a8.linear(*operands, n, group, variant.out, **options), exact)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
