@@ -93,6 +93,20 @@ def test_points_are_merged_in_order_and_replace_older_ones():
     assert ("dequant_blas", W4) in fresh.points
 
 
+def test_points_are_made_for_the_weights_that_are_looked_up(folders, monkeypatch):
+    made = []
+    monkeypatch.setattr(table, "Point", lambda m, us, cut: made.append(m) or Point(m, us, cut))
+    ship(folders, "h200", FULL)
+    assert next(lookup.measurements("decode_a16", 9, W4, H200.name, 132)).point == FULL.points["decode_a16", W4][1]
+    assert sorted(made) == [1, 16], "of FULL's five"
+    next(lookup.measurements("decode_a16", 1, W4, H200.name, 132))
+    assert len(made) == 2, "once"
+    parsed = parse(dump(FULL).encode())
+    assert parsed.points.get(("decode_a16", weight(8, -1, 64, 256))) is None
+    assert dict(parsed.points) == dict(FULL.points)
+    assert parsed != parse(dump(table_of(("decode_a16", W4, Point(1, 5.25)))).encode())
+
+
 def broken(**changes):
     found = json.loads(dump(FULL))
     for name, value in changes.items():

@@ -142,13 +142,14 @@ def user_path(device: str) -> Path:
 @functools.cache
 def source_digests() -> dict[str, str]:
     """Return a digest of the CUDA source of every kernel that can be in a table, comments and blanks apart."""
-    return {kernel: _digest(name) for kernel, name in SOURCES.items()}
+    read = functools.cache(_code)  # they share headers
+    return {kernel: _digest(name, read) for kernel, name in SOURCES.items()}
 
 
-def _digest(name: str) -> str:
+def _digest(name: str, read: Callable[[Path], tuple[bytes, list[Path]]] | None = None) -> str:
     import hashlib
 
-    from lq_kernels.jit.compiler import INCLUDE_FOLDER, SOURCE_FOLDER
+    from lq_kernels.jit.compiler import SOURCE_FOLDER
 
     digest, seen, waiting = hashlib.sha256(), set(), [SOURCE_FOLDER / f"{name}.cu"]
     while waiting:
@@ -156,11 +157,20 @@ def _digest(name: str) -> str:
         if path in seen:
             continue
         seen.add(path)
-        text = path.read_text(encoding="utf-8")
-        waiting += [INCLUDE_FOLDER / each for each in re.findall(r'#include\s+"(lq/[^"]+)"', text)]
-        code = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
-        digest.update(" ".join(code.split()).encode() + b"\0")
+        code, included = (read or _code)(path)
+        waiting += included
+        digest.update(code + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _code(path: Path) -> tuple[bytes, list[Path]]:
+    """Return a source without comments and superfluous blanks, and what it includes."""
+    from lq_kernels.jit.compiler import INCLUDE_FOLDER
+
+    text = path.read_text(encoding="utf-8")
+    code = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
+    included = [INCLUDE_FOLDER / each for each in re.findall(r'#include\s+"(lq/[^"]+)"', text)]
+    return " ".join(code.split()).encode(), included
 
 
 def _fresh(table: Table, name: str) -> Table:

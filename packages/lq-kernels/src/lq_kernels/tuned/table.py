@@ -18,7 +18,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -138,6 +138,8 @@ class Table:
     def without_stale(self, sources: Mapping[str, str]) -> "Table":
         """Return the table without the kernels whose digest is not that of ``sources``."""
         fresh = {kernel for kernel, digest in self.sources.items() if sources.get(kernel) == digest}
+        if len(fresh) == len(self.sources):
+            return self  # its points are not looked at
         points = {key: found for key, found in self.points.items() if key[0] in fresh}
         return Table(self.stamp, {kernel: self.sources[kernel] for kernel in sorted(fresh)}, points)
 
@@ -148,6 +150,40 @@ class Table:
         kept = {each.m: each for each in old} | {point.m: point}
         points = {**self.points, (kernel, weight): tuple(kept[m] for m in sorted(kept))}
         return Table(stamp, {**self.sources, kernel: digest}, points)
+
+
+_Columns: TypeAlias = tuple[list[int], list[float], dict[str, list[int]]]
+"""Tokens, microseconds and the values of each field of a cut, all as long."""
+
+
+class _Points(Mapping[tuple[str, Weight], tuple[Point, ...]]):
+    """The points of a file, made when a weight is looked up: there are thousands, and a process needs few weights'.
+
+    Objects that nobody asks for take longer than the rest of reading a table, and enough of them that Python looks for garbage.
+    """
+
+    def __init__(self, columns: Mapping[tuple[str, Weight], _Columns]) -> None:
+        self._columns = columns
+        self._made: dict[tuple[str, Weight], tuple[Point, ...]] = {}
+
+    def __getitem__(self, key: tuple[str, Weight]) -> tuple[Point, ...]:
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = _made(*self._columns[key])
+        return made
+
+    def __iter__(self) -> Iterator[tuple[str, Weight]]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+def _made(ms: list[int], times: list[float], cut: dict[str, list[int]]) -> tuple[Point, ...]:
+    names = sorted(cut)
+    rows = zip(*(cut[name] for name in names), strict=True) if names else [()] * len(ms)
+    cuts = (tuple(zip(names, row, strict=True)) for row in rows)
+    return tuple(Point(m, float(us), each) for m, us, each in zip(ms, times, cuts, strict=True))
 
 
 def cut_of(config: Any) -> Cut:
@@ -233,15 +269,15 @@ def parse(data: bytes) -> Table:
         _refuse("'sources' holds something else than digests")
     if not isinstance(entries, list) or len(entries) > MAX_ENTRIES:
         _refuse(f"'entries' is not a list of at most {MAX_ENTRIES}")
-    points: dict[tuple[str, Weight], tuple[Point, ...]] = {}
+    columns: dict[tuple[str, Weight], _Columns] = {}
     for entry in entries:
         key, value = _entry(entry)
-        if key in points:
+        if key in columns:
             _refuse(f"{key[0]} for {key[1]} is there twice")
         if key[0] not in sources:
             _refuse(f"{key[0]} has no digest")
-        points[key] = value
-    return Table(_stamp(found["stamp"]), dict(sources), points)
+        columns[key] = value
+    return Table(_stamp(found["stamp"]), dict(sources), _Points(columns))
 
 
 def _stamp(found: Any) -> Stamp:
@@ -253,7 +289,7 @@ def _stamp(found: Any) -> Stamp:
     return Stamp(**found)
 
 
-def _entry(found: Any) -> tuple[tuple[str, Weight], tuple[Point, ...]]:
+def _entry(found: Any) -> tuple[tuple[str, Weight], _Columns]:
     _keys(found, "kernel", *_WEIGHT, "m", "us", "cut")
     if found["kernel"] not in SOURCES:
         _refuse(f"no kernel is called {str(found['kernel'])[:40]!r}")
@@ -273,11 +309,7 @@ def _entry(found: Any) -> tuple[tuple[str, Weight], tuple[Point, ...]]:
     for name, values in cut.items():
         if not isinstance(values, list) or len(values) != len(ms) or not _are_integers(values, 0):
             _refuse(f"{name!r} of {weight} is not a list of as many integers as 'm'")
-    names = sorted(cut)
-    rows = zip(*(cut[name] for name in names), strict=True) if names else [()] * len(ms)
-    cuts = [tuple(zip(names, row, strict=True)) for row in rows]
-    points = tuple(Point(m, float(us), each) for m, us, each in zip(ms, times, cuts, strict=True))
-    return (found["kernel"], weight), points
+    return (found["kernel"], weight), (ms, times, cut)
 
 
 def _keys(found: Any, *names: str) -> None:
