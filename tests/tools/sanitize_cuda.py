@@ -202,7 +202,9 @@ def prefill(selection: Selection) -> int:
                 continue
             m = tokens + tokens // 2 + (1 if full else 0)
             case = Case(variant, epilogue, m, FEATURES if variant.groups or at % 2 else 1000, full)
-            for config in selection.cuts(prefill_cuts(tokens), lambda config: config.defines):
+            wide = variant.bits == 8 and variant.groups == 0 and tokens <= 128
+            cuts = (dataclasses.replace(config, wide=wide) for config in prefill_cuts(tokens))
+            for config in selection.cuts(cuts, lambda config: config.defines):
                 case.run(prefill_a16.linear, config)
                 runs += 1
     return runs
@@ -226,6 +228,9 @@ def prefill_cuts(tokens: int) -> Iterator[prefill_a16.PrefillConfig]:
     if tokens in prefill_a16.SPLIT_TOKENS:
         for ctas in (1, 4):
             yield prefill_a16.PrefillConfig(tokens, ctas, 1, 0, 0, split=True)
+    if tokens in (64, 128):
+        yield prefill_a16.PrefillConfig(tokens, 1, 1, 0, 0, multicast=True, rows=prefill_a16.TALL)
+        yield prefill_a16.PrefillConfig(tokens, 1, 1, 0, 0, split=True, rows=prefill_a16.TALL)
 
 
 def dequantize(selection: Selection) -> int:

@@ -7,13 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from lq_formats import CompileError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
-from lq_kernels.cuda.prefill_a16 import ROWS, THREADS, TOKENS, PrefillConfig, candidates, linear, prefill_config, ring
+from lq_kernels.cuda.prefill_a16 import (
+    ROWS,
+    TALL,
+    TOKENS,
+    PrefillConfig,
+    candidates,
+    cost,
+    forms,
+    linear,
+    prefill_config,
+    ring,
+)
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.jit import compiler
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [(VARIANTS[0], tokens) for tokens in TOKENS] + [(variant, 256) for variant in VARIANTS[2:]]
+WIDE = [
+    PrefillConfig(tokens, 1, 1, 0, 0, multicast=tokens in (64, 96), split=tokens in (32, 128), wide=True)
+    for tokens in (16, 32, 64, 96, 128)
+]
 
 
 def case_id(case):
@@ -35,7 +51,7 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_pa
     assert usage["prefill_a16"].spills == 0
     assert usage["prefill_a16"].stack == 0
     # What all threads have at launch pays for what the consumers take: with less, they would wait for registers forever.
-    assert usage["prefill_a16"].registers * THREADS >= 128 * 24 + 256 * 232
+    assert usage["prefill_a16"].registers * 384 >= 128 * 24 + 256 * 232
     # "Potential performance loss: wgmma.mma_async instructions are serialized".
     assert "C75" not in result.log
 
@@ -65,7 +81,67 @@ def test_pairs_share_tokens_without_spills(variant, tokens):
     assert "C75" not in result.log
 
 
+def compiled(variant, config):
+    defines = (*variant.defines, *config.defines)
+    result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
+    used = result.usage()["prefill_a16"]
+    assert (used.spills, used.stack) == (0, 0), defines
+    # What three or four warpgroups have at launch is what they take.
+    assert used.registers * config.threads >= 128 * 24 + 2 * config.rows * (232 if config.rows == ROWS else 160)
+    assert "C75" not in result.log
+    return result
+
+
+@pytest.mark.nvrtc
+@pytest.mark.parametrize(
+    ("number", "tokens", "pair"),
+    [
+        *((number, tokens, pair) for number in (0, 6) for tokens in (64, 128) for pair in ("multicast", "split")),
+        *((number, 128, "multicast") for number in (2, 4, 5, 10, 12)),
+    ],
+)
+def test_three_warpgroups_multiply_without_spills(number, tokens, pair):
+    config = PrefillConfig(tokens, 1, 1, 0, 0, rows=TALL, wide=number == 6, **{pair: True})
+    assert config.threads == 512
+    compiled(VARIANTS[number], config)
+
+
+@pytest.mark.nvrtc
+@pytest.mark.parametrize("config", WIDE, ids=lambda config: f"T{config.tokens}")
+def test_wide_steps_of_int8_multiply_in_groups_of_two(config, tmp_path):
+    result = compiled(VARIANTS[6], config)
+    triton = find_spec("triton")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
+    if tool is None or not tool.exists():
+        pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(result.cubin)
+    sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    assert sass.count("HGMMA") == 8
+    assert sass.count("WARPGROUP.ARRIVE") == 4
+
+
+@pytest.mark.nvrtc
+@pytest.mark.parametrize(
+    ("number", "config", "message"),
+    [
+        (0, PrefillConfig(192, 1, 1, 0, 0, rows=TALL), "three warpgroups have registers for 128 tokens"),
+        (6, PrefillConfig(192, 1, 1, 0, 0, wide=True), "steps of 128"),
+        (12, PrefillConfig(64, 1, 1, 0, 0, wide=True), "steps of 128"),
+    ],
+)
+def test_forms_that_the_source_is_not_written_for(number, config, message):
+    defines = (*VARIANTS[number].defines, *config.defines)
+    with pytest.raises(CompileError, match=message):
+        compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
+
+
 def test_shared_memory_fits_and_the_ring_is_deep_enough():
+    for config in WIDE:
+        for rows, split in ((ROWS, False), (ROWS, True), (TALL, False), (TALL, True)):
+            stages, shared = ring(config.tokens, 8, 0, split and config.tokens > 16, rows, wide=True)
+            assert stages >= 3
+            assert shared <= 232448
     for tokens in TOKENS:
         for bits, scale_bytes in ((4, 0), (4, 32), (4, 64), (4, 256), (4, 512), (8, 0)):
             stages, shared = ring(tokens, bits, scale_bytes)
@@ -76,7 +152,7 @@ def test_shared_memory_fits_and_the_ring_is_deep_enough():
 
 def pieces(config, m, n, k, bits):
     """Return (row tile, token tile, first K step, last) of every CTA in its order: what struct Work of the source yields."""
-    rows, tokens, steps = -(-n // ROWS), -(-m // config.tokens), -(-k * bits // 512)
+    rows, tokens, steps = -(-n // config.rows), -(-m // config.tokens), config.steps(k, bits)
     units, result = config.shared_tiles * steps, []
     for cta in range(config.ctas):
         mine = []
@@ -102,26 +178,28 @@ SHAPES = [
     (m, n, k)
     for m in (1, 17, 64, 65, 128, 1000, 4096)
     for n, k in ((8, 8), (4096, 4096), (14336, 4096), (4096, 14336), (4100, 1000))
-]
+] + [(m, n, 4096) for m in (96, 200, 256, 384, 512, 2048) for n in (5120, 6144)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
-    steps = -(-k * bits // 512)
-    for config in candidates(m, n, k, bits, 32, 132):
+@pytest.mark.parametrize(("bits", "scale_bytes"), [(4, 32), (8, 32), (8, 0)])
+def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits, scale_bytes):
+    sizes = (m, n, k, bits, scale_bytes, 132)
+    for config in candidates(*sizes):
         assert config.tokens in TOKENS
+        assert config.wide == (bits == 8 and scale_bytes == 0 and config.tokens <= 128)
+        steps = -(-k // 64) if bits == 8 and not config.wide else -(-k // 128)
         assert 1 <= config.workers <= config.ctas <= 132 or config.workers == 0 < config.ctas <= 132
         seen = {}
         for row, token, begin, end in pieces(config, m, n, k, bits):
             assert 0 <= begin < end <= steps, "a piece without a step"
             seen.setdefault((row, token), []).append((begin, end))
-        assert len(seen) == -(-n // ROWS) * -(-m // config.tokens)
+        assert len(seen) == -(-n // config.rows) * -(-m // config.tokens)
         for parts in seen.values():
             parts.sort()
             assert [begin for begin, _ in parts] == [0] + [end for _, end in parts[:-1]]
             assert parts[-1][1] == steps
-    assert prefill_config(m, n, k, bits, 32, 132) in set(candidates(m, n, k, bits, 32, 132))
+    assert prefill_config(*sizes) in set(candidates(*sizes))
 
 
 def test_cuts_follow_the_size():
@@ -134,6 +212,40 @@ def test_cuts_follow_the_size():
     assert large.tokens == 256, "the largest tile reads least"
     assert large.ctas * large.sharers == 132
     assert not prefill_config(64, 128, 4096, 4, 32, 132).multicast, "one tile of rows has no neighbour"
+
+
+@pytest.mark.parametrize(("bits", "scale_bytes"), [(4, 32), (8, 0)])
+@pytest.mark.parametrize(("n", "k"), [(2048, 2048), (3072, 2048), (4096, 4096), (6144, 4096), (5120, 8192), (64, 4096)])
+def test_rare_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
+    sizes = (n, k, bits, scale_bytes, 132)
+    known = {cut.defines for cut in forms(*sizes)}
+    rare = {cut.defines for cut in forms(*sizes) if cut.rows == TALL or cut.tokens == 176}
+    assert len(known - rare) <= 11
+    assert any("LQ_ROWS=192" in each for each in rare) == (n % 384 == 0)
+    asked = {cut.defines for m in (*range(1, 2100, 13), 4096, 8192) for cut in candidates(m, *sizes)}
+    assert asked <= known
+    # Each is the fastest by the model for some number of tokens.
+    chosen = {prefill_config(m, *sizes).defines for m in range(16, 2049, 16)}
+    assert rare <= chosen
+    for m in range(96, 2049, 96):
+        cuts = {cut.defines: cost(cut, m, n, k, bits, 132) for cut in candidates(m, *sizes)}
+        assert min(cuts.values()) <= min(value for defines, value in cuts.items() if defines not in rare)
+
+
+def test_tiles_fill_the_multiprocessors():
+    def busy(m, n, k):
+        cut = prefill_config(m, n, k, 4, 32, 132)
+        assert not cut.shared_tiles
+        return cut, cut.ctas * cut.pair
+
+    for m, n, k, tokens, rows in (
+        (384, 4096, 4096, 96, ROWS),
+        (384, 6144, 4096, 96, TALL),
+        (512, 6144, 4096, 128, TALL),
+    ):
+        assert busy(m, n, k) == (busy(m, n, k)[0], 128)
+        assert (busy(m, n, k)[0].tokens, busy(m, n, k)[0].rows) == (tokens, rows)
+    assert busy(512, 5120, 8192)[0].tokens == 176
 
 
 # ---- on a GPU ----
@@ -199,11 +311,13 @@ class Case:
         assert bool((error <= bound).all()), f"worst error is {(error / bound).max().item():.3g} times its bound"
 
 
-def config_of(tokens, m, n, shared_tiles=0, workers=0, ctas=100, raster=3, multicast=False):
-    tiles = -(-n // (ROWS * (1 + multicast))) * -(-m // tokens)
+def config_of(tokens, m, n, shared_tiles=0, workers=0, ctas=100, raster=3, multicast=False, rows=ROWS, wide=False):
+    tiles = -(-n // (rows * (1 + multicast))) * -(-m // tokens)
     shared_tiles = min(shared_tiles, tiles)
     ctas = max(min(ctas, tiles - shared_tiles), workers, 1)
-    return PrefillConfig(tokens, ctas, raster, shared_tiles, workers if shared_tiles else 0, multicast)
+    return PrefillConfig(
+        tokens, ctas, raster, shared_tiles, workers if shared_tiles else 0, multicast, False, rows, wide
+    )
 
 
 hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")]
@@ -258,6 +372,41 @@ class TestOnHopper:
                     config = config_of(tokens, m, n, shared_tiles, workers, multicast=True)
                     case.check(case.run(config))
                     assert torch.equal(case.run(config), case.run(config))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("multicast", [False, True])
+    @pytest.mark.parametrize("tokens", [64, 96, 128])
+    def test_tiles_of_three_warpgroups(self, tokens, multicast, bits):
+        group_size, scale = (128, BF16) if bits == 4 else (-1, FP32)
+        form = {"multicast": multicast, "rows": TALL, "wide": bits == 8}
+        for n in (2 * TALL, 3 * TALL - 40, 24):
+            for m in (tokens + tokens // 2 + 1, 1, 3 * tokens):
+                case = Case(m, n, 2176, bits, group_size, scale=scale, bias=True)
+                case.check(case.run(config_of(tokens, m, n, **form)))
+                case.check(case.run(config_of(tokens, m, n, ctas=1, **form)))
+                for shared_tiles, workers in ((1, 3), (2, 2), (4, 16)):
+                    config = config_of(tokens, m, n, shared_tiles, workers, **form)
+                    case.check(case.run(config))
+                    assert torch.equal(case.run(config), case.run(config))
+
+    @pytest.mark.parametrize("x", [BF16, FP16])
+    @pytest.mark.parametrize("multicast", [False, True])
+    @pytest.mark.parametrize("tokens", [16, 32, 64, 96, 128])
+    def test_wide_steps_of_int8(self, tokens, multicast, x):
+        for k in (8, 64, 72, 128, 136, 1000, 2112, 2176, 4160):  # a last step of one piece and of both, full and not
+            for m, n in ((tokens + 3, 2 * ROWS + 40), (1, 24), (2 * tokens, 4 * ROWS)):
+                case = Case(m, n, k, 8, -1, x, FP32, bias=True)
+                form = {"multicast": multicast, "wide": True}
+                case.check(case.run(config_of(tokens, m, n, **form)))
+                case.check(case.run(config_of(tokens, m, n, ctas=1, **form)))
+                if k > 1000:
+                    case.check(case.run(config_of(tokens, m, n, 2, 7, **form)))
+
+    def test_what_a_wide_step_leaves_in_its_ring_is_not_seen(self):
+        # The last step's second piece is of an earlier tile, or of an earlier kernel, and meets zeros alone.
+        case = Case(200, 1024, 64 * 9, 8, -1, scale=FP32)
+        for ctas in (1, 2, 100):
+            case.check(case.run(config_of(64, 200, 1024, ctas=ctas, wide=True)))
 
     @pytest.mark.parametrize(
         ("m", "n", "k"),

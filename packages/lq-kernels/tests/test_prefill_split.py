@@ -9,8 +9,8 @@ import pytest
 import torch
 from lq_formats import CompileError, ShapeError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
-from lq_kernels.cuda import invariant, prefill_a16
-from lq_kernels.cuda.prefill_a16 import ROWS, SPLIT_TOKENS, PrefillConfig, candidates, linear, ring
+from lq_kernels.cuda import invariant
+from lq_kernels.cuda.prefill_a16 import ROWS, SPLIT_TOKENS, TALL, PrefillConfig, candidates, linear, ring
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES
 from lq_kernels.gated import interleave_rows
@@ -20,9 +20,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H200 = 132
 
 
-def split(tokens, m, n, ctas=66, raster=3):
-    tiles = -(-n // ROWS) * -(-m // tokens)
-    return PrefillConfig(tokens, min(ctas, tiles), raster, 0, 0, split=True)
+def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False):
+    tiles = -(-n // rows) * -(-m // tokens)
+    return PrefillConfig(tokens, min(ctas, tiles), raster, 0, 0, split=True, rows=rows, wide=wide)
 
 
 # ---- without a GPU ----
@@ -48,7 +48,7 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
-    assert used.registers * prefill_a16.THREADS >= 128 * 24 + 256 * 232
+    assert used.registers * 384 >= 128 * 24 + 256 * 232
     assert "C75" not in result.log
     triton = find_spec("triton")
     tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
@@ -65,7 +65,7 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
 
 @pytest.mark.nvrtc
 def test_pairs_share_one_thing():
-    for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",)):
+    for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",), ("LQ_TOKENS=176",)):
         defines = (*VARIANTS[0].defines, *macros, "LQ_SPLIT=1")
         with pytest.raises(CompileError, match="pairs share K or tokens"):
             compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
@@ -165,7 +165,7 @@ class Case:
         self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, padded)
         self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
 
-    def run(self, tokens, ctas=66, raster=3):
+    def run(self, tokens, ctas=66, raster=3, tile_rows=ROWS, wide=False):
         rows = self.packed.shape[1] * 16
         poison = torch.full(self.exact.shape, torch.nan, device="cuda", dtype=FP32)
         del poison  # what the result will be allocated over
@@ -178,7 +178,7 @@ class Case:
             self.n,
             self.group,
             self.bits,
-            config=split(tokens, self.m, rows, ctas, raster),
+            config=split(tokens, self.m, rows, ctas, raster, tile_rows, wide),
             transposed=self.epilogue == "transposed",
             residual=self.residual,
             gated=self.epilogue == "silu_mul",
@@ -234,6 +234,22 @@ class TestOnHopper:
     def test_int4(self, tokens, group, zero, x, scale):
         case = Case(100, 264, 768, 4, group, x, scale, zero)
         case.check(case.run(tokens, 2))
+
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("rows", [ROWS, TALL])
+    @pytest.mark.parametrize("tokens", [32, 64, 96, 128])
+    def test_tall_tiles_and_wide_steps(self, tokens, rows, bits, epilogue):
+        group, scale = (128, BF16) if bits == 4 else (-1, FP32)
+        for m, n, k in (
+            (tokens + tokens // 2 + 3, 2 * TALL + 40, 2112),
+            (2 * tokens, 2 * TALL, 1152),
+            (tokens // 2, 24, 136),
+            (tokens + 1, TALL + 1, 256),
+        ):
+            case = Case(m, n, k, bits, group, scale=scale, epilogue=epilogue)
+            for ctas, raster in ((66, 1), (2, 2), (1, 3)):
+                case.check(case.run(tokens, ctas, raster, rows, bits == 8))
 
     @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
     def test_equal_bits_a_hundred_times(self, tokens):

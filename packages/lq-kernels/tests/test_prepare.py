@@ -98,7 +98,7 @@ def test_no_number_of_tokens_asks_for_what_was_not_compiled(form, launches):
                 module.linear(x[:m], packed, scale, zero, None, n, size, spec.bits, choice.config, **options)
         assert launches <= ready, m
     assert {name for name, _, _ in launches} == {"decode_a16", "prefill_a16"}
-    assert len(ready) <= 16, "no more than the kernel has forms of this weight"
+    assert len(ready) <= 19, "no more than the kernel has forms of this weight"
     assert {unit.source for unit in units(problem)} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
 
 

@@ -85,7 +85,7 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
 
 
 def _a16(problem: Problem) -> Iterator[Unit]:
-    from lq_kernels.cuda import decode_a16, prefill_a16
+    from lq_kernels.cuda import decode_a16, invariant, prefill_a16
 
     spec = problem.spec
     variant = Variant.of(
@@ -102,10 +102,9 @@ def _a16(problem: Problem) -> Iterator[Unit]:
         for form in reversed(decode_a16.forms(variant.scales)):
             yield Unit("decode_a16", (*variant.defines, *form.defines, *epilogue))
     if constraints.why_not_prefill(problem) is None:
-        # Every size of tile makes sense for as many tokens as it has, and pairs share K where there are few tiles.
         sizes = (problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
-        cuts = {cut.defines: cut for m in prefill_a16.TOKENS for cut in prefill_a16.candidates(m, *sizes)}
-        for cut in sorted(cuts.values(), key=lambda cut: (cut.tokens, cut.defines), reverse=True):
+        cuts = prefill_a16.forms(*sizes)
+        for cut in invariant.forms(cuts) if problem.batch_invariant else cuts:
             yield Unit("prefill_a16", (*variant.defines, *cut.defines, *epilogue))
     if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))

@@ -12,7 +12,7 @@ them than multiprocessors. With one part no tile is shared.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -93,11 +93,16 @@ def tokens_at_once(n: int, steps: int, parts: int) -> int:
     return 128 * max(1, min(units, partials))
 
 
+def forms(cuts: Iterable[PrefillConfig]) -> list[PrefillConfig]:
+    """Return those of prefill's cuts that this mode can have: K is cut into steps of one size, and rows into tiles of one."""
+    return [replace(config, wide=False) for config in cuts if not config.split and config.rows == ROWS]
+
+
 def _prefill_cuts(
     m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int, parts: int
 ) -> tuple[PrefillConfig, ...]:
     cuts = prefill_a16.candidates(m, n, k, bits, scale_bytes, sm_count)
-    whole = [config for config in cuts if not (config.shared_tiles or config.split)]
+    whole = forms(config for config in cuts if not config.shared_tiles)
     steps = -(-k // (512 // bits))
     return _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), steps, parts)
 

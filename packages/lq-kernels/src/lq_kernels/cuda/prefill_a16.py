@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,28 +19,40 @@ from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
 from lq_kernels.tuned.table import Weight
 
-TOKENS = (16, 32, 64, 128, 192, 256)
-"""Tokens of a tile, for which the source is written; a tile has 128 out features."""
+TOKENS = (16, 32, 64, 96, 128, 176, 192, 256)
+"""Tokens of a tile, for which the source is written."""
 ROWS = 128
-THREADS = 384
+"""Out features of a tile, usually."""
+TALL = 192
+"""Out features of a tile of three warpgroups, for weights whose rows fill pairs of them."""
 MULTICAST_FROM = 64
 """Tokens of a tile from which pairs of CTAs load them for each other, where a weight has rows for two."""
 
-SPLIT_TOKENS = (32, 64, 128)
+SPLIT_TOKENS = (32, 64, 96, 128)
 """Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
 
 _SHARED = 232448
 _MAX_STAGES = 16
 _BARRIERS = 3 * _MAX_STAGES * 8
-_FIXED = 2 * 32 * 144 + _BARRIERS + 16  # staging, barriers, a flag
 _MAX_TILES = 1 << 30
-_SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split")
+_WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
+_SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
 """Fields of a cut that a table's must have; the rest is order."""
 
-_PRODUCTS = {16: 108, 32: 101, 64: 87, 128: 137, 192: 203, 256: 268}
-"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200), none of 192."""
-_SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 128: 1.09}
+_RARE = ((176, ROWS), (64, TALL), (96, TALL), (128, TALL))
+"""Tokens and out features of tiles that fill the last multiprocessors for some weights, and are compiled for these alone."""
+_RARE_TOKENS, _RARE_WAVES, _RARE_GAIN = 2048, 3, 0.93
+"""Up to how many tokens, and tiles a CTA, they make sense, and how much of the other tiles' time they may take."""
+
+_PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 128: 137, 176: 187, 192: 203, 256: 268}
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200); 96 and 176 are
+between what was measured."""
+_NARROW, _WIDE = 1.19, 1.04
+"""... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features (which was not measured)."""
+_SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09}
 """... of pairs that share K, to these, as each CTA loads its own tokens."""
+_L2_BYTES = 4300.0
+"""A clock, to all multiprocessors: 128 CTAs that share K take 87 ns for 16 in features of int4 and 102 of int8 (128 tokens)."""
 _CLOCKS_A_US = 1750.0
 
 
@@ -58,6 +70,8 @@ class PrefillConfig:
             ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
         split: CTAs come in pairs that share the K of a tile and add up through distributed shared memory. ``ctas`` then
             counts pairs; no tile is shared otherwise, tokens are one of ``SPLIT_TOKENS``, and there are two K steps.
+        rows: Out features of a tile, ``ROWS`` or ``TALL``.
+        wide: int8 with one scale a row is taken in K steps of 128 in features, not 64; up to 128 tokens.
     """
 
     tokens: int
@@ -67,6 +81,13 @@ class PrefillConfig:
     workers: int
     multicast: bool = False
     split: bool = False
+    rows: int = ROWS
+    wide: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA: a warpgroup that loads, and one for 64 rows."""
+        return 128 + 2 * self.rows
 
     @property
     def sharers(self) -> int:
@@ -80,16 +101,23 @@ class PrefillConfig:
 
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """Return how many row tiles (or pairs) and token tiles there are."""
-        return -(-n // (ROWS * self.sharers)), -(-m // self.tokens)
+        return -(-n // (self.rows * self.sharers)), -(-m // self.tokens)
+
+    def steps(self, k: int, bits: int) -> int:
+        """Return how many K steps there are."""
+        return -(-k // (128 if self.wide else 512 // bits))
 
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
         pair = ("LQ_MULTICAST=1",) if self.multicast else ("LQ_SPLIT=1",) if self.split else ()
-        return (f"LQ_TOKENS={self.tokens}", *pair)
+        rows = () if self.rows == ROWS else (f"LQ_ROWS={self.rows}",)
+        return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()))
 
 
-def ring(tokens: int, bits: int, scale_bytes: int, split: bool = False) -> tuple[int, int]:
+def ring(
+    tokens: int, bits: int, scale_bytes: int, split: bool = False, rows: int = ROWS, wide: bool = False
+) -> tuple[int, int]:
     """Return the stages of a CTA's ring and the bytes of its shared memory.
 
     Args:
@@ -97,16 +125,19 @@ def ring(tokens: int, bits: int, scale_bytes: int, split: bool = False) -> tuple
         bits: 4 or 8.
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
         split: Whether a pair shares K, and sums of half a tile come in from the other CTA.
+        rows: Out features of a tile.
+        wide: Whether a K step of int8 is 128 in features.
     """
-    stage = tokens * (512 // bits) * 2 + ROWS // BLOCK_ROWS * (BLOCK_BYTES + scale_bytes)
-    # Results pass through the buffer for these; nine more barriers.
-    fixed = tokens // 2 * ROWS * 4 + _BARRIERS + 80 if split else _FIXED
-    stages = min(_MAX_STAGES, (_SHARED - fixed) // stage)
-    return stages, fixed + stages * stage
+    blocks, step = rows // BLOCK_ROWS, 128 if wide else 512 // bits
+    stage = tokens * step * 2 + blocks * (BLOCK_BYTES * step * bits // 512 + scale_bytes)
+    # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag.
+    fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 16
+    stages = min(_MAX_STAGES, (_SHARED - fixed - _BARRIERS) // stage)
+    return stages, fixed + _BARRIERS + stages * stage
 
 
 def _ring(config: PrefillConfig, bits: int, scale_bytes: int) -> tuple[int, int]:
-    return ring(config.tokens, bits, scale_bytes, config.split)
+    return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide)
 
 
 def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
@@ -179,18 +210,79 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
     """Yield every cut that makes sense; arguments and errors are those of :func:`prefill_config`."""
     if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
         raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
-    steps = -(-k // (512 // bits))
+    yield from _usual(m, n, k, bits, scale_bytes, sm_count)
+    if m <= _RARE_TOKENS:
+        paying = _paying(n, k, bits, scale_bytes, sm_count)
+        yield from (cut for cut in _rare(m, n, k, bits, scale_bytes, sm_count) if cut.defines in paying)
+
+
+def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
+    """Return a cut of every form (:attr:`PrefillConfig.defines`) that any number of tokens may ask for, the largest first.
+
+    Arguments are those of :func:`prefill_config`.
+    """
+    # Every size of tile makes sense for as many tokens as it has, and pairs share K where there are few tiles.
+    paying = _paying(n, k, bits, scale_bytes, sm_count)
+    cuts = {cut.defines: cut for m in TOKENS for cut in _usual(m, n, k, bits, scale_bytes, sm_count)} | dict(paying)
+    return tuple(sorted(cuts.values(), key=lambda cut: (cut.tokens * cut.rows, cut.defines), reverse=True))
+
+
+def _usual(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    rare = {tokens for tokens, rows in _RARE if rows == ROWS}
     for tokens in TOKENS:
+        wide = _is_wide(tokens, bits, scale_bytes)
         # Half-empty tiles only waste, and with two stages loads do not overlap products.
-        if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes)[0] < 3:
+        if (tokens > 16 and 2 * m <= tokens) or tokens in rare or ring(tokens, bits, scale_bytes, wide=wide)[0] < 3:
             continue
-        yield from _cuts(m, n, tokens, steps, bits, sm_count)
-        tiles, pairs = -(-n // ROWS) * -(-m // tokens), sm_count // 2
-        if tokens in SPLIT_TOKENS and steps > 1 and tiles <= 2 * pairs:
-            raster = _raster(m, n, tokens, ROWS, bits, pairs)
-            split = PrefillConfig(tokens, min(tiles, pairs), raster, 0, 0, split=True)
-            if _ring(split, bits, scale_bytes)[0] >= 3:
-                yield split
+        yield from _cuts(m, n, k, tokens, bits, sm_count, wide)
+        if tokens in SPLIT_TOKENS:
+            form = PrefillConfig(tokens, 0, 0, 0, 0, split=True, wide=wide)
+            yield from _split(m, n, k, form, bits, scale_bytes, sm_count)
+
+
+def _is_wide(tokens: int, bits: int, scale_bytes: int) -> bool:
+    return bits == 8 and scale_bytes == 0 and tokens <= _WIDE_TOKENS
+
+
+def _split(
+    m: int, n: int, k: int, form: PrefillConfig, bits: int, scale_bytes: int, sm_count: int
+) -> Iterator[PrefillConfig]:
+    tiles, pairs = math.prod(form.tiles(m, n)), sm_count // 2
+    if form.steps(k, bits) > 1 and tiles <= 2 * pairs and _ring(form, bits, scale_bytes)[0] >= 3:
+        yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, form.tokens, form.rows, bits, pairs))
+
+
+def _rare(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    pairs = sm_count // 2
+    for tokens, rows in _RARE:
+        # Tall tiles are for whole pairs of them, and have no registers for scales and zeros of groups of 32. A single tile of
+        # 176 tokens is hardly faster than one of 192.
+        tall = n % (2 * TALL) == 0 and 2 * m > tokens and scale_bytes <= 8 * BLOCK_ROWS
+        if not (tall if rows == TALL else n > ROWS and m > 192) or not pairs:
+            continue
+        wide = _is_wide(tokens, bits, scale_bytes)
+        form = PrefillConfig(tokens, 0, 0, 0, 0, multicast=True, rows=rows, wide=wide)
+        tiles = math.prod(form.tiles(m, n))
+        if tiles <= _RARE_WAVES * pairs and _ring(form, bits, scale_bytes)[0] >= 3:
+            yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, tokens, 2 * rows, bits, pairs))
+        if tokens in SPLIT_TOKENS:
+            yield from _split(m, n, k, replace(form, multicast=False, split=True), bits, scale_bytes, sm_count)
+
+
+@functools.lru_cache(maxsize=1024)
+def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
+    """Return the rare forms that the model would choose where their tiles are full, each with a cut."""
+    found: dict[tuple[str, ...], PrefillConfig] = {}
+    sizes = (n, k, bits)
+    sensible = [tokens for tokens, rows in _RARE if rows == ROWS or n % (2 * TALL) == 0]
+    for m in sorted({m for tokens in sensible for m in range(tokens, _RARE_TOKENS + 1, tokens)}):
+        rare = {cut: cost(cut, m, *sizes, sm_count) for cut in _rare(m, *sizes, scale_bytes, sm_count)}
+        if rare:
+            best = min(rare, key=rare.__getitem__)
+            usual = min(cost(cut, m, *sizes, sm_count) for cut in _usual(m, *sizes, scale_bytes, sm_count))
+            if rare[best] < _RARE_GAIN * usual:
+                found[best.defines] = best
+    return found
 
 
 def _raster(m: int, n: int, tokens: int, rows: int, bits: int, at_once: int) -> int:
@@ -201,13 +293,14 @@ def _raster(m: int, n: int, tokens: int, rows: int, bits: int, at_once: int) -> 
     return -(-row_tiles // max(1, round(row_tiles / height)))
 
 
-def _cuts(m: int, n: int, tokens: int, steps: int, bits: int, sm_count: int) -> Iterator[PrefillConfig]:
+def _cuts(m: int, n: int, k: int, tokens: int, bits: int, sm_count: int, wide: bool) -> Iterator[PrefillConfig]:
     multicast = tokens >= MULTICAST_FROM and n > ROWS and sm_count > 1
     rows, at_once = (2 * ROWS, sm_count // 2) if multicast else (ROWS, sm_count)
     tiles = -(-n // rows) * -(-m // tokens)
     raster = _raster(m, n, tokens, rows, bits, at_once)
-    yield PrefillConfig(tokens, min(tiles, at_once), raster, 0, 0, multicast)
-    rest = tiles % at_once
+    whole = PrefillConfig(tokens, min(tiles, at_once), raster, 0, 0, multicast, wide=wide)
+    yield whole
+    rest, steps = tiles % at_once, whole.steps(k, bits)
     for shared_tiles in {rest, rest + at_once} if tiles > at_once else {rest}:
         if not 0 < shared_tiles <= tiles:
             continue
@@ -215,37 +308,41 @@ def _cuts(m: int, n: int, tokens: int, steps: int, bits: int, sm_count: int) -> 
         for workers in {at_once, *(parts * shared_tiles for parts in (2, 3, 4, 6, 8, 12, 16))}:
             if shared_tiles < workers <= at_once and workers <= shared_tiles * steps:
                 ctas = max(workers, min(tiles - shared_tiles, at_once))
-                yield PrefillConfig(tokens, ctas, raster, shared_tiles, workers, multicast)
+                yield replace(whole, ctas=ctas, shared_tiles=shared_tiles, workers=workers)
         if shared_tiles > at_once:
-            yield PrefillConfig(tokens, at_once, raster, shared_tiles, at_once, multicast)
+            yield replace(whole, ctas=at_once, shared_tiles=shared_tiles, workers=at_once)
 
 
 def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
     """Return the clocks that a cut takes by a model.
 
-    Products go by the table above, more for int8, whose bytes are twice as many. A launch costs 4,300 clocks, storing a tile
-    20 a token. The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that
-    begins 2,500 clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange
-    sums in 470 clocks and 9 a token. Its first choice takes 2.2% longer than the fastest cut that the tuner found (int4 1.6%,
-    int8 3.4%), on average of 552 products of 16 to 256 tokens, and 38% at worst; most often it is the fastest.
+    Products go by the table above, more for int8, whose bytes are twice as many, and where L2 does not give what all CTAs
+    load. A launch costs 4,300 clocks, storing a tile 20 a token. The parts of a tile are written to L2 at 170 bytes a clock
+    and read back, one after the other, at 290; that begins 2,500 clocks late and 71 for each token, and later where runs do
+    not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token. Before tiles of 96 and 176 tokens and
+    of 192 rows, its first choice took 2.2% longer than the fastest cut that the tuner found (int4 1.6%, int8 3.4%), on
+    average of 552 products of 16 to 256 tokens, and 38% at worst; most often it was the fastest.
     """
-    steps = -(-k // (512 // bits))
+    steps = config.steps(k, bits)
     tiles = math.prod(config.tiles(m, n))
-    products = float(_PRODUCTS[config.tokens] * (32 // bits))
+    tall, ctas = config.rows / ROWS, min(config.ctas * config.pair, sm_count)
+    products = _PRODUCTS[config.tokens] * tall
     if bits == 8 and config.tokens <= 128:
-        products *= 1.19
-    stored = 20.0 * config.tokens
+        products *= _WIDE if config.wide else _NARROW
+    stored = 20.0 * config.tokens * tall
     if config.split:
-        steps, stored = -(-steps // 2), stored / 2 + 470 + 9 * config.tokens
+        steps, stored = -(-steps // 2), stored / 2 + (470 + 9 * config.tokens) * tall
         products *= _SPLIT_PRODUCTS[config.tokens]
+    products = max(products, (2 * bits * config.rows + 32 * config.tokens / config.sharers) * ctas / _L2_BYTES)
+    products *= 8 if config.wide else 32 // bits  # of a step
     clocks = -(-(tiles - config.shared_tiles) // config.ctas) * (steps * products + stored)
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0
         parts = config.workers / config.shared_tiles + uneven
         clocks += run * products + stored + 2500 + 71 * config.tokens + 6250 * uneven
-        clocks += config.tokens * ROWS * 4 * (1 / 170 + parts / 290)
-    weights = n * k * bits / 8 / (min(config.ctas * config.pair, sm_count) * 14.2)
+        clocks += config.tokens * config.rows * 4 * (1 / 170 + parts / 290)
+    weights = n * k * bits / 8 / (ctas * 14.2)
     return 4300 + max(clocks, weights)
 
 
@@ -347,15 +444,16 @@ def _prepare(
 ) -> _Plan:
     rows = blocks * BLOCK_ROWS if epilogue == "silu_mul" else n
     config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index))).config
-    if config.split and k * variant.bits <= 512:
-        raise ShapeError(f"K={k}: a pair shares two steps of {512 // variant.bits} or more; pass another config")
+    if config.split and config.steps(k, variant.bits) < 2:
+        step = 128 if config.wide else 512 // variant.bits
+        raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")
     stages, shared = _ring(config, variant.bits, variant.scale_bytes)
     launch = Launch(
         index,
         "prefill_a16",
         "prefill_a16",
         (config.ctas * config.pair, 1, 1),
-        THREADS,
+        config.threads,
         shared,
         10,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
@@ -364,5 +462,5 @@ def _prepare(
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
     )
     share = config.tokens // config.sharers
-    partials = 2 * config.workers * config.sharers * config.tokens * ROWS
+    partials = 2 * config.workers * config.sharers * config.tokens * config.rows
     return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.sharers)

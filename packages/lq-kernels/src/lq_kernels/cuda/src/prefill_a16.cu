@@ -1,14 +1,14 @@
 // Many tokens times a packed weight: y (m, n) = x (m, k) @ w (n, k).T for int4 and int8 weights in fragment order. Hopper.
 //
-// A tile is 128 out features by LQ_TOKENS tokens. Weights are the A operand of wgmma, from registers: what a lane reads from shared
-// memory is its fragment, unpacked by bit tricks while earlier products run. Tokens are the B operand, in shared memory. So a weight
-// is unpacked once for up to 256 tokens and never written to shared memory.
+// A tile is 128 out features (LQ_ROWS: or 192) by LQ_TOKENS tokens. Weights are the A operand of wgmma, from registers: what a lane
+// reads from shared memory is its fragment, unpacked by bit tricks while earlier products run. Tokens are the B operand, in shared
+// memory. So a weight is unpacked once for up to 256 tokens and never written to shared memory.
 //
-// - Warpgroup 0 loads a ring of stages: a K step (128 in features for int4, 64 for int8) of the tile's codes and scales (warp 0; bulk
-//   copies, which do not wait for the previous kernel) and of x (warp 1; a tensor map, which writes the 128-byte swizzle and zeros past
-//   the end of K; a last tile that is not full has a map of its own, with fewer rows).
-// - Warpgroups 1 and 2 multiply 64 out features each. The next stage's codes are read, and unpacked, while up to three groups of
-//   wgmmas are in flight.
+// - Warpgroup 0 loads a ring of stages: a K step (LQ_STEP: 128 in features for int4, 64 or 128 for int8) of the tile's codes and scales
+//   (warp 0; bulk copies, which do not wait for the previous kernel) and of x (warp 1; a tensor map, which writes the 128-byte swizzle
+//   and zeros past the end of K; a last tile that is not full has a map of its own, with fewer rows).
+// - The other warpgroups, two or three, multiply 64 out features each. The next stage's codes are read, and unpacked, while up to three
+//   groups of wgmmas are in flight.
 // - Stream-K: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the first `workers` CTAs, so
 //   that all end at once whatever the shape. The CTAs that have a part of a tile leave their sums in a workspace; the last to come
 //   adds them up, in the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
@@ -39,7 +39,8 @@
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a K step: 1, 2, 4; 0: one scale
-// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 128, 192, 256), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
+// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 96, 128, 176, 192, 256), LQ_ROWS (192, up to 128 tokens; 128),
+// LQ_STEP (128; 64 with 8 bits, where 128 takes one scale a row and up to 128 tokens), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
 // LQ_MULTICAST (0, 1) and LQ_SPLIT (0, 1).
@@ -59,7 +60,10 @@ using ScaleBits = Scale::Bits;
 constexpr int kBits = LQ_BITS;
 constexpr int kGroups = LQ_GROUPS;
 constexpr int kTokens = LQ_TOKENS;
-constexpr int kRows = 128;
+#ifndef LQ_ROWS
+#define LQ_ROWS 128
+#endif
+constexpr int kRows = LQ_ROWS;
 constexpr bool kZero = LQ_ZERO != 0;
 constexpr bool kMinimum = LQ_ZERO == 2;  // what is said of zeros is of minima
 constexpr bool kPerRow = kGroups == 0;
@@ -85,22 +89,30 @@ constexpr bool kMulticast = LQ_MULTICAST != 0;
 #define LQ_SPLIT 0
 #endif
 constexpr bool kSplit = LQ_SPLIT != 0;
-static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128), "pairs share K or tokens, and K of tiles that leave room");
+static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
+              "pairs share K or tokens, and K of tiles that leave room");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
 constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
 static_assert(kBits == 4 || !kZero, "8 bits: symmetric");
 static_assert(!kMinimum || !kPerRow, "minima: in groups");
+static_assert(kRows == 128 || (kRows == 192 && kTokens <= 128), "three warpgroups have registers for 128 tokens");
 
-constexpr int kConsumerWarps = kRows / 16;
+constexpr int kWarpgroups = kRows / 64;  // that multiply
+constexpr int kConsumerWarps = 4 * kWarpgroups;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kThreads = 128 + kConsumers;
 constexpr int kMaxStages = 16;
 constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
-constexpr int kStep = kBits == 4 ? 128 : 64;  // in features of a stage
+#ifndef LQ_STEP
+#define LQ_STEP (LQ_BITS == 4 ? 128 : 64)
+#endif
+constexpr int kStep = LQ_STEP;                // in features of a stage
+constexpr int kPieces = kStep * kBits / 512;  // of codes, each of blocks of 1024 bytes
+static_assert(kPieces == 1 || (kPieces == 2 && kPerRow && kTokens <= 128), "steps of 128 in features: no groups of int8, and few tokens");
 constexpr int kSlices = kStep / 16;
-constexpr int kBatch = kBits == 8 || kTokens > 128 ? 1 : 2;  // k16 steps in a group of wgmmas
+constexpr int kBatch = kStep == 64 || kTokens > 128 ? 1 : 2;  // k16 steps in a group of wgmmas
 constexpr int kBatches = kSlices / kBatch;                    // of a stage
 // Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of many tokens takes long enough alone.
 constexpr int kPending = kTokens > 128 ? 1 : 2;
@@ -110,19 +122,20 @@ constexpr int kXBytes = kStep / 64 * kBoxBytes;
 constexpr int kScaleBytes = 16 * static_cast<int>(sizeof(ScaleBits));  // of a block and group
 constexpr int kBlockScaleBytes = kGroups * kScaleBytes * (kZero ? 2 : 1);
 constexpr int kGroupBytes = kBlocks * kScaleBytes;                     // of a tile and group
-constexpr int kStage = kXBytes + kBlocks * kBlockBytes;
+constexpr int kPieceBytes = kBlocks * kBlockBytes;
+constexpr int kStage = kXBytes + kPieces * kPieceBytes;
 constexpr int kScaleStage = kGroups * kGroupBytes * (kZero ? 2 : 1);
 constexpr int kUnits = kTokens / 8;              // of tokens
 constexpr int kOwnTokens = kSplit ? kTokens / 2 : kTokens;  // of a tile, that a CTA adds up and stores
 constexpr int kOwnUnits = kOwnTokens / 8;
-constexpr int kChunk = kOwnTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
+constexpr int kChunk = kOwnTokens % 32 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
 constexpr int kWarpBox = kOwnUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
 constexpr int kBox = kConsumerWarps * kWarpBox;
 // Results pass through the inbox, each warpgroup's through its own part.
-constexpr int kStaging = kSplit ? kBox : 2 * kChunk * kPitch;
-static_assert(kStaging >= 2 * kChunk * kPitch, "the inbox has room for staging");
+constexpr int kStaging = kSplit ? kBox : kWarpgroups * kChunk * kPitch;
+static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for staging");
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
 constexpr bool kRest = kTokens == 256 && kBits == 4;
@@ -172,15 +185,18 @@ constexpr float kUnit = kFused ? 4294967296.0f : fragment_unit(X{});
 // A thread's codes and scales of a stage. A K step of 128 costs 72 instructions of unpacking (9 for 8 codes), 104 with zeros.
 struct Weights {
   static constexpr int kScales = kPerRow ? 1 : kGroups;
-  u32 words[8];
+  u32 words[8 * kPieces];
   u32 scale[kScales][2], offset[kScales][2];  // a weight is a code in its place times the one plus the other
 
   __device__ __forceinline__ void load(const u8* codes, const u8* scales) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 v = *reinterpret_cast<const uint4*>(codes + half * 512);
-      words[4 * half] = v.x, words[4 * half + 1] = v.y, words[4 * half + 2] = v.z, words[4 * half + 3] = v.w;
-    }
+    for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 v = *reinterpret_cast<const uint4*>(codes + piece * kPieceBytes + half * 512);
+        u32* const to = words + 8 * piece + 4 * half;
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const u8* const scale_at = scales + group * kGroupBytes;
@@ -308,10 +324,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           mbarrier_wait(empty + stage, parity);
           fence_async_proxy();
           if (elect_one()) {
-            mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
-            if (!kMulticast || here > 0)
-              bulk_copy(ring + stage * kStage + kXBytes, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes,
-                        here * kBlockBytes, full + stage, policy);
+            if constexpr (kPieces == 1) {
+              mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
+              if (!kMulticast || here > 0)
+                bulk_copy(ring + stage * kStage + kXBytes, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes,
+                          here * kBlockBytes, full + stage, policy);
+            } else {
+              // The last step may have one piece. What an earlier step left of the other is multiplied by zeros.
+              const int pieces = (2 * step + 1) * (kStep / 2) < static_cast<int>(k) ? 2 : 1;
+              mbarrier_arrive_expect(full + stage, here * pieces * kBlockBytes);
+              if (!kMulticast || here > 0)
+                for (int piece = 0; piece < pieces; ++piece)
+                  bulk_copy(ring + stage * kStage + kXBytes + piece * kPieceBytes,
+                            packed + (static_cast<i64>(2 * step + piece) * blocks + block) * kBlockBytes, here * kBlockBytes,
+                            full + stage, policy);
+            }
             if (!kPerRow && (!kMulticast || here > 0)) {
               const int group = kGroups > 1 ? step * kGroups : steps_per_group == 1 ? step : step / steps_per_group;
               u8* const to = scale_ring + stage * kScaleStage;
@@ -370,10 +397,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  increase_registers<232>();
+  increase_registers<kWarpgroups == 2 ? 232 : 160>();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
   const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
-  u8* const my_staging = staging + warpgroup * (kSplit ? kBox / 2 : kChunk * kPitch);
+  u8* const my_staging = staging + warpgroup * (kSplit ? kBox / kWarpgroups : kChunk * kPitch);
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
   const u8* const my_scales = scale_ring + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
@@ -499,13 +526,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kUnits; ++j) __stcg(mine + j * kConsumers, float4{acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]});
       __threadfence();
-      named_barrier(3, kConsumers);
+      named_barrier(1 + kWarpgroups, kConsumers);
       int* const counter = arrivals + work.tile * kSharers + rank;
       if (thread == 0) *arrived = add_acquire_release(counter, 1);
-      named_barrier(3, kConsumers);
+      named_barrier(1 + kWarpgroups, kConsumers);
       if (uniform(*arrived) < work.last - work.first) continue;
       if (thread == 0) *counter = 0;  // for the next launch
-      constexpr int kAtOnce = kUnits < 4 ? kUnits : 4, kWorkers = kTokens > 128 ? 2 : 4;  // loads in flight
+      constexpr int kAtOnce = kUnits % 4 ? 2 : 4, kWorkers = kTokens > 128 || kRows == 192 ? 2 : 4;  // loads in flight
 #pragma unroll
       for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
         float4 total[kAtOnce] = {};
