@@ -65,7 +65,7 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
 
 @pytest.mark.nvrtc
 def test_pairs_share_one_thing():
-    for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",), ("LQ_TOKENS=176",)):
+    for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",), ("LQ_TOKENS=192",)):
         defines = (*VARIANTS[0].defines, *macros, "LQ_SPLIT=1")
         with pytest.raises(CompileError, match="pairs share K or tokens"):
             compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)

@@ -19,7 +19,7 @@ from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
 from lq_kernels.tuned.table import Weight
 
-TOKENS = (16, 32, 64, 96, 128, 176, 192, 256)
+TOKENS = (16, 32, 64, 96, 128, 192, 256)
 """Tokens of a tile, for which the source is written."""
 ROWS = 128
 """Out features of a tile, usually."""
@@ -39,13 +39,13 @@ _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: 
 _SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
 """Fields of a cut that a table's must have; the rest is order."""
 
-_RARE = ((176, ROWS), (64, TALL), (96, TALL), (128, TALL))
-"""Tokens and out features of tiles that fill the last multiprocessors for some weights, and are compiled for these alone."""
-_RARE_TOKENS, _RARE_WAVES, _RARE_GAIN = 2048, 3, 0.93
+_TALL_TOKENS = (64, 96, 128)
+"""Tokens of tiles of ``TALL`` rows, which fill the last multiprocessors for some weights and are compiled for these alone."""
+_TALL_MOST_TOKENS, _TALL_WAVES, _TALL_GAIN = 2048, 3, 0.93
 """Up to how many tokens, and tiles a CTA, they make sense, and how much of the other tiles' time they may take."""
 
-_PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 128: 137, 176: 187, 192: 203, 256: 268}
-"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200); 96 and 176 are
+_PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 128: 137, 192: 203, 256: 268}
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200); 96 is
 between what was measured."""
 _NARROW, _WIDE = 1.19, 1.04
 """... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features (which was not measured)."""
@@ -211,9 +211,9 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
     if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
         raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
     yield from _usual(m, n, k, bits, scale_bytes, sm_count)
-    if m <= _RARE_TOKENS:
+    if m <= _TALL_MOST_TOKENS:
         paying = _paying(n, k, bits, scale_bytes, sm_count)
-        yield from (cut for cut in _rare(m, n, k, bits, scale_bytes, sm_count) if cut.defines in paying)
+        yield from (cut for cut in _tall(m, n, k, bits, scale_bytes, sm_count) if cut.defines in paying)
 
 
 def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
@@ -228,11 +228,10 @@ def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[P
 
 
 def _usual(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
-    rare = {tokens for tokens, rows in _RARE if rows == ROWS}
     for tokens in TOKENS:
         wide = _is_wide(tokens, bits, scale_bytes)
         # Half-empty tiles only waste, and with two stages loads do not overlap products.
-        if (tokens > 16 and 2 * m <= tokens) or tokens in rare or ring(tokens, bits, scale_bytes, wide=wide)[0] < 3:
+        if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes, wide=wide)[0] < 3:
             continue
         yield from _cuts(m, n, k, tokens, bits, sm_count, wide)
         if tokens in SPLIT_TOKENS:
@@ -252,35 +251,35 @@ def _split(
         yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, form.tokens, form.rows, bits, pairs))
 
 
-def _rare(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
     pairs = sm_count // 2
-    for tokens, rows in _RARE:
-        # Tall tiles are for whole pairs of them, and have no registers for scales and zeros of groups of 32. A single tile of
-        # 176 tokens is hardly faster than one of 192.
-        tall = n % (2 * TALL) == 0 and 2 * m > tokens and scale_bytes <= 8 * BLOCK_ROWS
-        if not (tall if rows == TALL else n > ROWS and m > 192) or not pairs:
+    # For whole pairs of tall tiles; there are no registers for scales and zeros of groups of 32.
+    if not pairs or n % (2 * TALL) or scale_bytes > 8 * BLOCK_ROWS:
+        return
+    for tokens in _TALL_TOKENS:
+        if 2 * m <= tokens:
             continue
         wide = _is_wide(tokens, bits, scale_bytes)
-        form = PrefillConfig(tokens, 0, 0, 0, 0, multicast=True, rows=rows, wide=wide)
+        form = PrefillConfig(tokens, 0, 0, 0, 0, multicast=True, rows=TALL, wide=wide)
         tiles = math.prod(form.tiles(m, n))
-        if tiles <= _RARE_WAVES * pairs and _ring(form, bits, scale_bytes)[0] >= 3:
-            yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, tokens, 2 * rows, bits, pairs))
+        if tiles <= _TALL_WAVES * pairs and _ring(form, bits, scale_bytes)[0] >= 3:
+            yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, tokens, 2 * TALL, bits, pairs))
         if tokens in SPLIT_TOKENS:
             yield from _split(m, n, k, replace(form, multicast=False, split=True), bits, scale_bytes, sm_count)
 
 
 @functools.lru_cache(maxsize=1024)
 def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
-    """Return the rare forms that the model would choose where their tiles are full, each with a cut."""
+    """Return the tall forms that the model would choose where their tiles are full, each with a cut."""
     found: dict[tuple[str, ...], PrefillConfig] = {}
     sizes = (n, k, bits)
-    sensible = [tokens for tokens, rows in _RARE if rows == ROWS or n % (2 * TALL) == 0]
-    for m in sorted({m for tokens in sensible for m in range(tokens, _RARE_TOKENS + 1, tokens)}):
-        rare = {cut: cost(cut, m, *sizes, sm_count) for cut in _rare(m, *sizes, scale_bytes, sm_count)}
-        if rare:
-            best = min(rare, key=rare.__getitem__)
+    sensible = () if n % (2 * TALL) else _TALL_TOKENS
+    for m in sorted({m for tokens in sensible for m in range(tokens, _TALL_MOST_TOKENS + 1, tokens)}):
+        tall = {cut: cost(cut, m, *sizes, sm_count) for cut in _tall(m, *sizes, scale_bytes, sm_count)}
+        if tall:
+            best = min(tall, key=tall.__getitem__)
             usual = min(cost(cut, m, *sizes, sm_count) for cut in _usual(m, *sizes, scale_bytes, sm_count))
-            if rare[best] < _RARE_GAIN * usual:
+            if tall[best] < _TALL_GAIN * usual:
                 found[best.defines] = best
     return found
 
@@ -319,8 +318,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     Products go by the table above, more for int8, whose bytes are twice as many, and where L2 does not give what all CTAs
     load. A launch costs 4,300 clocks, storing a tile 20 a token. The parts of a tile are written to L2 at 170 bytes a clock
     and read back, one after the other, at 290; that begins 2,500 clocks late and 71 for each token, and later where runs do
-    not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token. Before tiles of 96 and 176 tokens and
-    of 192 rows, its first choice took 2.2% longer than the fastest cut that the tuner found (int4 1.6%, int8 3.4%), on
+    not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token. Before tiles of 96 tokens and of
+    192 rows, its first choice took 2.2% longer than the fastest cut that the tuner found (int4 1.6%, int8 3.4%), on
     average of 552 products of 16 to 256 tokens, and 38% at worst; most often it was the fastest.
     """
     steps = config.steps(k, bits)

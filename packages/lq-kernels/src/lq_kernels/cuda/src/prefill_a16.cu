@@ -39,7 +39,7 @@
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a K step: 1, 2, 4; 0: one scale
-// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 96, 128, 176, 192, 256), LQ_ROWS (192, up to 128 tokens; 128),
+// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 96, 128, 192, 256), LQ_ROWS (192, up to 128 tokens; 128),
 // LQ_STEP (128; 64 with 8 bits, where 128 takes one scale a row and up to 128 tokens), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
@@ -653,13 +653,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       named_barrier(1 + warpgroup, 128);
-#pragma unroll
+#pragma unroll 1
       for (int i = thread % 128; i < kChunk * kParts; i += 128) {
         const int token = i / kParts, part = i % kParts;
-        if (chunk * kChunk + token < stored) {
-          const i64 feature = first_feature + part * 8;
-          store_eight(y + (token0 + chunk * kChunk + token) * n + feature,
-                      *reinterpret_cast<const uint4*>(my_staging + token * kPitch + part * 16), n - feature, whole);
+        const i64 feature = first_feature + part * 8;
+        if (chunk * kChunk + token >= stored) continue;
+        u16* const to = y + (token0 + chunk * kChunk + token) * n + feature;
+        const u8* const from = my_staging + token * kPitch + part * 16;
+        if (whole) {
+          if (feature < n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        } else {
+#pragma unroll 1
+          for (int j = 0; j < 8 && feature + j < n; ++j) to[j] = reinterpret_cast<const u16*>(from)[j];
         }
       }
     }
