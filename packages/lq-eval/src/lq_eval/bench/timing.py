@@ -22,6 +22,7 @@ from lq_eval.errors import last_line
 COLD_BYTES = 192 << 20
 MAX_COPIES = 128
 WARM_UP_S = 0.008
+_MOST_CYCLES_A_S = 2.5e9
 
 Call = Callable[[], object]
 _Name = TypeVar("_Name", bound=Hashable)
@@ -88,7 +89,8 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     """Time several ways of doing the same, each in a CUDA graph, and replay the graphs in turn.
 
     Replayed in turn they meet the same clocks and temperatures, so that ratios hold when the times themselves drift. Each
-    is replayed once before its clock starts: what the other one left behind is not its cost.
+    is replayed once before its clock starts: what the other one left behind is not its cost. The GPU waits until both
+    replays are queued, so that a processor that is slow to queue them is no part of the time.
 
     Args:
         competitors: For each of them its calls on different copies of the data.
@@ -100,10 +102,12 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     """
     graphs = [_capture(calls, max(1, math.ceil(min_calls / len(calls)))) for calls in competitors]
     _raise_clocks([graph for graph, _ in graphs])
+    queueing = [_queueing_s(graph) for graph, _ in graphs]
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(replays):
-        for (graph, count), found in zip(graphs, times, strict=True):
+        for (graph, count), seconds, found in zip(graphs, queueing, times, strict=True):
             start, stop = _event(), _event()
+            hold(4 * seconds)
             graph.replay()
             start.record()
             graph.replay()
@@ -111,6 +115,22 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
             torch.cuda.synchronize()
             found.append(start.elapsed_time(stop) * 1e3 / count)
     return [statistics.median(found) for found in times]
+
+
+def hold(seconds: float) -> None:
+    """Keep the GPU waiting at least so long, from when it has done what it was given."""
+    torch.cuda._sleep(int(seconds * _MOST_CYCLES_A_S))  # type: ignore[no-untyped-call]
+
+
+def _queueing_s(graph: torch.cuda.CUDAGraph) -> float:
+    """Return the seconds that the processor takes to queue a replay: the longest of three."""
+    longest = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        graph.replay()
+        longest = max(longest, time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return longest
 
 
 def _raise_clocks(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
