@@ -6,9 +6,14 @@ First without the sanitizer, so that no compilation happens under it, then with 
     compute-sanitizer --tool racecheck --kernel-name kns=decode_a16 --racecheck-num-workers 3 --report-api-errors no \
         --error-exitcode 1 python3 tests/tools/racecheck_cuda.py 'decode-direct-*'
 
-Kernels are compiled for racecheck (LQ_RACECHECK, see ``lq/hopper.cuh``): all lanes of a warp arrive where one does it for
-them, as racecheck follows no order from a lane through ``__syncwarp`` to the lane that arrives; --shipped compiles what is
-shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at, so of 8-bit weights it sees the epilogue.
+Kernels are compiled for racecheck (LQ_RACECHECK, see ``lq/hopper.cuh``): all threads arrive where one does it for others, as
+racecheck follows no order from a thread through ``__syncwarp`` or ``bar.sync`` to the one that arrives; and all warps wait at
+the first cluster barrier, without which decode of passes that its ring does not hold, and pairs of CTAs, did not end. --shipped
+compiles what is shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at: of 8-bit weights it sees the
+epilogue.
+
+In 25 of the 70 launches CTAs of a cluster arrive at each other's mbarriers: decode-*-cluster2 and -cluster4 (five passes: boxes
+are used again), prefill-multicast-* and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
 
 tests/tools/sanitize_cuda.py has more launches, for the other tools.
 """
@@ -34,6 +39,8 @@ from sanitize_cuda import FEATURES, ROWS, SHARED, Case, a8_operands, close, form
 Launches = Iterator[tuple[str, Callable[[], None]]]
 _SHORT = 512
 """In features: with two blocks of 16 rows a pass, five passes of a stage or more through a ring of two."""
+_TWO_PASSES = {"k": FEATURES, "slots": 8}
+"""Nine blocks in passes of eight and one, through a ring of two as well: boxes are used once, and nobody says they are free."""
 
 
 def main() -> None:
@@ -78,7 +85,7 @@ def launches() -> Launches:
 
 
 def _decode() -> Launches:
-    """Every form, alone and in clusters of two and four; every epilogue; every arrangement of scales and zeros."""
+    """Every form in five passes, alone and in clusters of two and four; every epilogue and arrangement of scales in two."""
     for form in forms_of(VARIANTS[0]):
         way = "direct" if form.token_tiles * form.warp_blocks <= 2 else "bulk"
         for cluster in (1, 2, 4):
@@ -86,22 +93,23 @@ def _decode() -> Launches:
             yield name, functools.partial(_run_decode, VARIANTS[0], "none", form, cluster)
     for epilogue in EPILOGUES:
         if epilogue != "none":
-            yield (
-                f"decode-{epilogue}",
-                functools.partial(_run_decode, VARIANTS[0], epilogue, forms_of(VARIANTS[0])[0], 2),
-            )
+            form = forms_of(VARIANTS[0])[0]
+            yield f"decode-{epilogue}", functools.partial(_run_decode, VARIANTS[0], epilogue, form, 2, **_TWO_PASSES)
     for i in (2, 4, 5, 6, 10):
         forms = forms_of(VARIANTS[i])
-        yield f"decode-variant{i}", functools.partial(_run_decode, VARIANTS[i], "none", forms[i % len(forms)], 2)
+        form = forms[i % len(forms)]
+        yield f"decode-variant{i}", functools.partial(_run_decode, VARIANTS[i], "none", form, 2, **_TWO_PASSES)
 
 
-def _run_decode(variant: Variant, epilogue: str, form: decode_a16.Form, cluster: int) -> None:
-    case = Case(variant, epilogue, 8 * form.token_tiles - 3, _SHORT)
+def _run_decode(
+    variant: Variant, epilogue: str, form: decode_a16.Form, cluster: int, k: int = _SHORT, slots: int = 2
+) -> None:
+    case = Case(variant, epilogue, 8 * form.token_tiles - 3, k)
     sums = decode_a16.sum_bytes(variant.scales)
     sizes = (case.m, case.blocks, case.k, variant.bits, variant.scale_bytes)
     config = decode_a16.cut(*sizes, form, cluster, 1, SHARED, sums, 2)
     assert config is not None
-    case.run(decode_a16.linear, dataclasses.replace(config, slots=2, stages=2, boxes=2, shared=SHARED))
+    case.run(decode_a16.linear, dataclasses.replace(config, slots=slots, stages=2, boxes=2, shared=SHARED))
 
 
 def _decode_q8_1() -> Launches:
@@ -125,9 +133,9 @@ def _run_decode_q8_1(form: decode_a16.Form, cluster: int) -> None:
 
 
 def _prefill() -> Launches:
-    """Tiles, alone, in pairs that share tokens and in pairs that share K; epilogues; scales and zeros; shared tiles."""
+    """Tiles, alone, in pairs that share tokens or K, also of 192 rows; epilogues; scales and zeros; shared tiles."""
     whole = functools.partial(prefill_a16.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
-    for tokens in (16, 64, 256):
+    for tokens in (16, 64, 96, 256):
         yield f"prefill-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", whole(tokens))
     yield (
         "prefill-shared",
@@ -139,6 +147,10 @@ def _prefill() -> Launches:
     for tokens in (32, 128):
         config = whole(tokens, split=True)
         yield f"prefill-split-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", config)
+    for way in ("multicast", "split"):
+        config = whole(64, rows=prefill_a16.TALL, **{way: True})
+        yield f"prefill-{way}-tall", functools.partial(_run_prefill, VARIANTS[0], "none", config)
+    yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", whole(64, wide=True))
     for epilogue in EPILOGUES:
         if epilogue != "none":
             yield f"prefill-{epilogue}", functools.partial(_run_prefill, VARIANTS[0], epilogue, whole(16))
