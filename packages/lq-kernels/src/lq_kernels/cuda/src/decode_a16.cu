@@ -242,14 +242,14 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       if constexpr (kTokensQ8_1)
         for (int i = 0; i < kChunks; ++i) mbarrier_init(x_ready + i, kArrivingLanes);
       for (int i = 0; i < 2; ++i) {
-        mbarrier_init(received + i, !kDirect ? 2 : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
+        mbarrier_init(received + i, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
         mbarrier_init(released + i, ranks * kArrivingLanes);
       }
     }
     mbarrier_init_fence();
   }
   __syncthreads();
-  cluster_arrive();
+  barriers_initialised();
   let_next_kernel_start();
 
   if (warp == kWarps) {
@@ -386,7 +386,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       }
       __syncwarp();
     }
-    cluster_wait();
+    wait_for_barriers_of_cluster();
     for (int pass = 0; pass + 1 < passes; ++pass) {
       finish(pass, lane, 32);
       __syncwarp();
@@ -667,7 +667,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const int box = pass % 2, owned_shift = now.log_slots + 4 - log_ranks, k_part = kWarpBlocks * warp >> now.log_slots;
     if (pass == 0) {
       wait_for_previous_kernel();  // long past; y is written from here on
-      cluster_wait();
+      wait_for_barriers_of_cluster();
     }
     if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
 #pragma unroll
@@ -704,8 +704,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     } else {
       fence_async_proxy();
       named_barrier(1, kConsumers);
+      if (kRacecheck) mbarrier_arrive(received + box);
       if (warp == 0 && elect_one()) {
-        mbarrier_arrive(received + box);
+        if (!kRacecheck) mbarrier_arrive(received + box);
         for (int owner = 0; owner < ranks; ++owner)
           if (owner != rank)
             bulk_copy_to_cluster(map_shared(inbox + box * kBuffer + rank * part_of_buffer, owner),
@@ -715,7 +716,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
   }
   if (passes == 0) {
-    cluster_wait();
+    wait_for_barriers_of_cluster();
     return;
   }
   finish(passes - 1, threadIdx.x, kConsumers);

@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  if constexpr (kMulticast) cluster_arrive();
+  if constexpr (kMulticast) barriers_initialised();
   let_next_kernel_start();
 
   if (warp < 4) {
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     } else if (warp == 1) {
       const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
       wait_for_previous_kernel();
-      if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
+      if constexpr (kMulticast) wait_for_barriers_of_cluster();
       while (work.advance()) {
         stage = uniform(stage), parity = uniform(parity);
         // Only tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.

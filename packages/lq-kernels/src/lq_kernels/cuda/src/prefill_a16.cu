@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  if constexpr (kPair > 1) cluster_arrive();
+  if constexpr (kPair > 1) barriers_initialised();
   let_next_kernel_start();
 
   if (warp < 4) {
@@ -360,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const bool few = m * k <= 4 << 20;
       const u64 policy = work.rows == 1 ? policy_evict_first() : few ? policy_evict_last() : policy_evict_normal();
       wait_for_previous_kernel();
-      if constexpr (kMulticast) cluster_wait();  // the other's barriers are initialised
+      if constexpr (kMulticast) wait_for_barriers_of_cluster();
       while (advance()) {
         stage = uniform(stage), parity = uniform(parity);
         // Of the last tile, only the tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
@@ -441,7 +441,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     if (lane < kArrivingLanes) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
   };
-  if constexpr (kSplit) cluster_wait();  // the other's barriers are initialised
+  if constexpr (kSplit) wait_for_barriers_of_cluster();
 
   while (advance()) {
     const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows;

@@ -19,10 +19,16 @@ __device__ __forceinline__ bool elect_one() {
   return chosen != 0;
 }
 
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
 // ---- mbarriers (8 bytes of shared memory each) ----
 
 // LQ_RACECHECK=1: built for compute-sanitizer's racecheck, which of what a warp has read or written orders by an mbarrier only what the
-// arriving thread itself did. So all lanes arrive where otherwise one does for its warp; and who waits sleeps, as every look is recorded.
+// arriving thread itself did. So all threads arrive where otherwise one does for others; and who waits sleeps, as every look is recorded.
 #ifndef LQ_RACECHECK
 #define LQ_RACECHECK 0
 #endif
@@ -45,8 +51,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) 
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// Arrive on the barrier at the same offset in CTA `rank` of the cluster; earlier writes of this thread become visible there.
+// Arrive on the barrier at the same offset in CTA `rank` of the cluster; earlier writes of this thread become visible there. (For racecheck
+// an arrival at the own CTA's barrier is a local one.)
 __device__ __forceinline__ void mbarrier_arrive_remote(u64* barrier, u32 rank) {
+  if (kRacecheck && rank == cluster_rank()) return mbarrier_arrive(barrier);
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
       "  mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)), "r"(rank) : "memory");
@@ -55,6 +63,7 @@ __device__ __forceinline__ void mbarrier_arrive_remote(u64* barrier, u32 rank) {
 // The same for a stage that has been read. Nothing was written, so nothing is ordered: mbarrier_arrive_remote waits for all earlier
 // memory operations.
 __device__ __forceinline__ void mbarrier_arrive_at(u64* barrier, u32 rank) {
+  if (kRacecheck && rank == cluster_rank()) return mbarrier_arrive(barrier);
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
@@ -132,12 +141,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
 
 // ---- clusters ----
 
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 __device__ __forceinline__ u32 cluster_size() {
   u32 size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -148,6 +151,21 @@ __device__ __forceinline__ u32 cluster_size() {
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// All warps say that their CTA's barriers are initialised; warps that use another CTA's wait for it, later. Under racecheck such a wait
+// seems to last until every warp of the CTA waits too or has ended, and a producer may do neither: there all wait at once, and a moment
+// more in case that was for their own CTA alone.
+__device__ __forceinline__ void barriers_initialised() {
+  cluster_arrive();
+  if constexpr (kRacecheck) {
+    cluster_wait();
+    asm volatile("nanosleep.u32 1000000;");
+  }
+}
+
+__device__ __forceinline__ void wait_for_barriers_of_cluster() {
+  if constexpr (!kRacecheck) cluster_wait();
+}
 
 // Address of a shared variable of this CTA in the shared memory of CTA `rank`.
 __device__ __forceinline__ u32 map_shared(u32 address, u32 rank) {
