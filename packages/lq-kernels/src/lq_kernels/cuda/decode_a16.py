@@ -4,6 +4,7 @@ Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -28,9 +29,9 @@ _SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
 _MAX_GRID_Y = 65535
 _PLACE = 0.7
-"""Part of the time of a block and K step that a slot without a block takes as well (:func:`cost`)."""
+"""Part of the time of a block and K step that a slot without a block takes as well (:func:`_slots`)."""
 _PASS = 18.0
-"""Time of a pass beside that."""
+"""Time of a pass beside that. Slots follow from a cut's other fields: with other values measured times would not hold."""
 Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
 """``NAME=VALUE`` of the macro with which tokens are Q8_1 blocks."""
 _Q8_1_BLOCK = 32
@@ -193,6 +194,9 @@ def candidates(
 ) -> Iterator[DecodeConfig]:
     """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
+    Of a cut that leaves room for more CTAs on a multiprocessor than it has, there is another that takes this room: those of the
+    next kernel would come early, and some multiprocessors would have two of them and others none.
+
     Args:
         m: Tokens.
         blocks: Blocks of 16 rows.
@@ -200,7 +204,8 @@ def candidates(
         bits: 4 or 8.
         scales: Of the variant.
         sm_count: Multiprocessors.
-        alike: Fields by name; only cuts that have those of ``_SAME`` are yielded. None for all.
+        alike: Fields by name; only cuts that have those of ``_SAME`` are yielded, and none that takes more room than it
+            needs. None for all.
     """
     sums, stage = sum_bytes(scales), _stage_bytes(scales.bytes)
     only = None if alike is None else tuple(alike.get(name, -1) for name in _SAME)
@@ -213,7 +218,7 @@ def candidates(
         for per_sm in (2, 1) if warp_blocks == 1 else (ctas,):
             for cluster in (1, 2, 4, 8):
                 once = _clusters(sm_count, cluster)
-                if not once or per_sm > ctas or (per_sm == 2 and blocks <= once):
+                if once < 1 or per_sm > ctas or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
                 for clusters in _grids(blocks, once * per_sm):
                     if only and (cluster, clusters) != only[3:5]:
@@ -222,12 +227,18 @@ def candidates(
                     largest = cut(*sizes, _SHARED[per_sm], sums, most_stages)
                     if largest is None:
                         continue
-                    if not only or largest.stages == only[5]:
-                        yield largest
-                    for stages in range(largest.stages - 1, 1, -1):
-                        if not only or stages == only[5]:
-                            size = largest.shared - (largest.stages - stages) * stage
-                            yield replace(largest, stages=stages, shared=size)
+                    for stages in (largest.stages, *range(largest.stages - 1, 1, -1)):
+                        size = largest.shared - (largest.stages - stages) * stage
+                        found = replace(largest, stages=stages, shared=size)
+                        if not only:
+                            yield from dict.fromkeys((found, _filling(found, per_sm)))
+                        elif stages == only[5]:
+                            yield found
+
+
+def _filling(config: DecodeConfig, per_sm: int) -> DecodeConfig:
+    """Return the cut with so much shared memory that no more than ``per_sm`` of its CTAs fit a multiprocessor."""
+    return replace(config, shared=max(config.shared, _SHARED[per_sm + 1] + 1024))
 
 
 def _grids(blocks: int, at_once: int) -> tuple[int, ...]:
@@ -250,39 +261,53 @@ def _stages(token_tiles: int, bits: int) -> int:
 
 
 def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
-    """Return a time in units of a KB of codes on a multiprocessor (H200).
+    """Return a time in microseconds (H200), less what every cut of a product takes.
 
-    Fitted to 4272 cuts of 65 products, before warps had two blocks. Its first choice takes 5.4% longer than the fastest cut
-    that the tuner found, on average of 410 products of 1 to 16 tokens, and 51% at worst; half of them at most 2.3%. Slots
-    without a block cost most of what others do; one CTA a multiprocessor hides less latency than two, even less where the next
-    kernel's does not fit beside it.
+    Fitted to 5364 cuts of 29 products (21 of int4 in groups of 128, 8 of int8) with 1 to 32 tokens, weights not in a cache,
+    launch behind launch. Its first choice takes 2.2% longer than the fastest timed, on average of the 232, and 18% at
+    worst, on products that were left out of the fit as well; the best of its first 8 0.1%, 4% at worst. Scales' bytes are
+    not in it: int4 in other groups, and with zeros, was not timed.
+
+    What takes time, in the order of the sum:
+
+    - Blocks and K steps of the multiprocessor with most CTAs: 5.2 ns, and 2.9 ns a tile of tokens for 128 in features. Where
+      more CTAs fit than run, those of the next kernel come early and take places unevenly: as if there were 0.53 CTAs more for
+      each, or 1.5 where the grid leaves multiprocessors free. So a cut that takes more shared memory may be faster.
+    - Stages of a CTA, which a warp goes through one by one even if slots are empty: 180 ns for steps of 128 in features.
+    - Stages that wait for room in the ring: 570 ns for each time around.
+    - Passes: 430 ns for each CTA of a multiprocessor and 230 ns for 8 tokens whose sums are sent, 310 ns more where warps have
+      two blocks.
+    - x from L2: 26 ns a KB for each CTA of a multiprocessor, less in larger tiles.
+    - Stages that the next kernel cannot fill meanwhile, because its CTAs do not fit beside: 240 ns.
+    - A tile of tokens: 270 ns. Clusters of 8 that share multiprocessors, which may not spread evenly: 400 ns.
     """
-    per_sm = 1 if config.clusters <= _clusters(sm_count, config.cluster) else 2
-    step = 512 // bits
-    steps = -(-k // step)
+    tokens = -(-m // (8 * config.token_tiles))
+    steps = -(-k // (512 // bits))
     share = -(-steps // config.cluster)
     rows = -(-blocks // config.clusters)
-    passes, places = _passes(rows, config.slots, config.warp_blocks)
+    passes, _ = _passes(rows, config.slots, config.warp_blocks)
     needed = _stage_count(rows, share, config.slots, config.warp_blocks)
-    enough = _stages(config.token_tiles, bits)
-    x = min(m, 8 * config.token_tiles) * share * step * 2 / 1024
-    alone = 1.23 if config.shared <= _SHARED[2] else 1.34
-    if config.warp_blocks == 2:
-        alone *= 0.86
-    work = ((1 - _PLACE) * rows + _PLACE * places) * share * (alone if per_sm == 1 else per_sm)
-    starved = max(0, enough - config.stages) if config.stages < needed else 0
-    tokens = -(-m // (8 * config.token_tiles))
-    # Two blocks of a warp are read of faster, by fewer warps at first and at last.
-    pairs = 0.0 if config.warp_blocks == 1 else 35.0 if per_sm == 1 else 5.0
-    return tokens * (
-        pairs
-        + work * (1 + 0.35 * (config.token_tiles - 1) + 0.087 * starved)
-        + _PASS * passes * per_sm
-        + 6.0 * (per_sm - 1)
-        + 0.55 * config.cluster
-        + 9.0 * config.token_tiles
-        + 0.97 * x * per_sm
-        + 2.0 * max(0, config.stages - enough)
+    here = min(m, 8 * config.token_tiles)
+    tiles = here / 8
+    features = 4 / bits  # of a step, in 128
+
+    per_sm = -(-config.clusters * tokens // max(1, _clusters(sm_count, config.cluster)))
+    load = config.cluster * config.clusters * tokens / sm_count  # the average, of which per_sm is the most
+    # Of what is compiled for one CTA of a multiprocessor registers do for two.
+    room = min(next((ctas for ctas in (3, 2) if config.shared <= _SHARED[ctas]), 1), max(2, config.ctas))
+    at_once = min(per_sm, config.ctas, room)
+    more = 0.0 if room <= per_sm else 1.5 if load < per_sm else 0.53 * per_sm
+    beside = min(1.0, (room - at_once) / at_once)  # part of the next kernel's CTAs that find room
+    rounds = -(-per_sm // min(config.ctas, room))
+
+    return (
+        (per_sm + more) * rows * share * (0.0052 + 0.0029 * config.token_tiles * features)
+        + rounds * (0.18 * needed * features + 0.57 * max(0, needed - config.stages) / config.stages)
+        + passes * (0.43 * load + (0.23 + 0.31 * (config.warp_blocks - 1)) * tiles)
+        + 0.026 * here * share * features / 4 * load / math.sqrt(config.token_tiles)
+        + 0.24 * (1 - beside) * min(needed, config.stages) * min(load, config.ctas, room)
+        + 0.27 * config.token_tiles
+        + (0.4 if config.cluster == 8 and per_sm > 1 else 0.0)
     )
 
 
@@ -444,7 +469,7 @@ def alone(config: DecodeConfig, m: int, sm_count: int) -> DecodeConfig:
     clusters = config.clusters * -(-m // (8 * config.token_tiles))
     if clusters > _clusters(sm_count, config.cluster):
         return config
-    return replace(config, shared=max(config.shared, _SHARED[2] + 1024))
+    return _filling(config, 1)
 
 
 @functools.lru_cache(maxsize=4096)
