@@ -635,6 +635,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       if constexpr (kWarpSteps == 2) {
         if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_sums + kTokenSums * kTokens * 4, x_at);
       }
+      if constexpr (kRacecheck) fence_async_proxy();
       __syncwarp();
       if (lane < kArrivingLanes) mbarrier_arrive(used);
       if (++at == stages_here) break;

@@ -223,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u32 parity = 0;
 
   const auto release = [&](int stage) {
+    if constexpr (kRacecheck) fence_async_proxy();
     if constexpr (kMulticast && kRacecheck) {
       for (int sharer = 0; sharer < kSharers; ++sharer) mbarrier_arrive_at(empty + stage, sharer);
     } else if constexpr (kMulticast) {

@@ -28,7 +28,8 @@ __device__ __forceinline__ u32 cluster_rank() {
 // ---- mbarriers (8 bytes of shared memory each) ----
 
 // LQ_RACECHECK=1: built for compute-sanitizer's racecheck, which of what a warp has read or written orders by an mbarrier only what the
-// arriving thread itself did. So all threads arrive where otherwise one does for others; and who waits sleeps, as every look is recorded.
+// arriving thread itself did, and wants a proxy fence of who has read, where the one of who fills again does (fence_async_proxy). So all
+// threads arrive where otherwise one does for others, behind a fence; and who waits sleeps, as every look is recorded.
 #ifndef LQ_RACECHECK
 #define LQ_RACECHECK 0
 #endif
