@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 import torch
 from lq_formats import quantize_q4_0, quantize_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
-from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
@@ -102,29 +102,29 @@ def _decode() -> Launches:
 
 
 def _run_decode(
-    variant: Variant, epilogue: str, form: decode_a16.Form, cluster: int, k: int = _SHORT, slots: int = 2
+    variant: Variant, epilogue: str, form: decode_cuts.Form, cluster: int, k: int = _SHORT, slots: int = 2
 ) -> None:
     case = Case(variant, epilogue, 8 * form.token_tiles - 3, k)
-    sums = decode_a16.sum_bytes(variant.scales)
+    sums = decode_cuts.sum_bytes(variant.scales)
     sizes = (case.m, case.blocks, case.k, variant.bits, variant.scale_bytes)
-    config = decode_a16.cut(*sizes, form, cluster, 1, SHARED, sums, 2)
+    config = decode_cuts.cut(*sizes, form, cluster, 1, SHARED, sums, 2)
     assert config is not None
     case.run(decode_a16.linear, dataclasses.replace(config, slots=slots, stages=2, boxes=2, shared=SHARED))
 
 
 def _decode_q8_1() -> Launches:
     """Tokens in Q8_1 blocks, in more chunks than are on their way at once."""
-    for form in decode_a16.forms(Scales(4, False, False, 128)):
+    for form in decode_cuts.forms(Scales(4, False, False, 128)):
         for cluster in (1, 2):
             name = f"q8_1-{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
             yield name, functools.partial(_run_decode_q8_1, form, cluster)
 
 
-def _run_decode_q8_1(form: decode_a16.Form, cluster: int) -> None:
+def _run_decode_q8_1(form: decode_cuts.Form, cluster: int) -> None:
     m, k = (3, 5)[cluster - 1], 1536 * cluster
     packed, scales = q4_0_kernel.fragments(quantize_q4_0(torch.randn(ROWS - 1, k)).cuda())
     blocks = quantize_q8_1(torch.randn(m, k)).cuda()
-    config = decode_a16.cut(m, 9, k, 4, 128, form, cluster, 1, SHARED, most_stages=2)
+    config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, 1, SHARED, most_stages=2)
     assert config is not None
     y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)
     options = {"config": config, "transposed": True}

@@ -42,7 +42,7 @@ from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, FRAGMENT_INT4,
 from lq_formats.layouts.fragment import BLOCK_BYTES
 from lq_kernels import gemm_q4_0_q8_1, interleave_rows, quantize_activation_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
-from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16
 from lq_kernels.cuda import dequantize_fragment as fragment
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1 as dequantize_q8_1_cuda
 from lq_kernels.cuda.quantize_tokens import quantize_tokens
@@ -162,28 +162,28 @@ def decode(selection: Selection) -> int:
             if not selection.takes():
                 continue
             case = Case(variant, epilogue, m, k, full=(at + m) % 2 == 0)
-            for config in selection.cuts(decode_cuts(case, form), lambda config: config.cluster > 1):
+            for config in selection.cuts(cuts_of(case, form), lambda config: config.cluster > 1):
                 case.run(decode_a16.linear, config)
                 runs += 1
     return runs
 
 
-def forms_of(variant: Variant) -> tuple[decode_a16.Form, ...]:
-    return decode_a16.forms(variant.scales)
+def forms_of(variant: Variant) -> tuple[decode_cuts.Form, ...]:
+    return decode_cuts.forms(variant.scales)
 
 
-def decode_cuts(case: Case, form: decode_a16.Form) -> Iterator[decode_a16.DecodeConfig]:
+def cuts_of(case: Case, form: decode_cuts.Form) -> Iterator[decode_cuts.DecodeConfig]:
     bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
-    sums = decode_a16.sum_bytes(case.variant.scales)
+    sums = decode_cuts.sum_bytes(case.variant.scales)
     for cluster in (1, 2, 4, 8):
         for clusters in (1, 2, 4, 5, case.blocks):  # two passes of eight slots, one, then one of four, two and one
             sizes = (case.m, case.blocks, case.k, bits, scale_bytes, form, cluster, clusters)
-            whole = decode_a16.cut(*sizes, SHARED, sums)
+            whole = decode_cuts.cut(*sizes, SHARED, sums)
             if whole is None:
                 continue
             if whole.stages > 2:
                 spare = (whole.stages - 2) * 16 * (BLOCK_BYTES + scale_bytes)
-                wrapping = decode_a16.cut(*sizes, whole.shared - spare, sums)
+                wrapping = decode_cuts.cut(*sizes, whole.shared - spare, sums)
                 assert wrapping is not None
                 yield wrapping
             yield whole
@@ -370,9 +370,9 @@ def decode_q8_1(selection: Selection) -> int:
                 continue
             blocks = quantize_q8_1(torch.randn(m, k)).cuda()
             x = dequantize_q8_1_cuda(blocks)
-            for form in decode_a16.forms(Scales(4, False, False, 128)):
+            for form in decode_cuts.forms(Scales(4, False, False, 128)):
                 for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
-                    config = decode_a16.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED)
+                    config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED)
                     if config is None:
                         continue
                     y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)

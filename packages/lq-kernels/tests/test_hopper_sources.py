@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from lq_formats import CompileError
-from lq_kernels.cuda import decode_a16
-from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, alone, candidates, cost, cut, forms, sum_bytes
+from lq_kernels.cuda import decode_cuts
+from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES
+from lq_kernels.cuda.decode_cuts import alone, candidates, cost, cut, forms, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit import compiler
@@ -137,7 +138,7 @@ def test_cuts_alike_are_all_cuts_with_these_fields(m, scales):
     assert any(config.shared in taken for config in candidates(*sizes))
     for config in every:
         same = [
-            each for each in every if all(getattr(each, name) == getattr(config, name) for name in decode_a16._SAME)
+            each for each in every if all(getattr(each, name) == getattr(config, name) for name in decode_cuts.SAME)
         ]
         assert list(candidates(*sizes, asdict(config))) == same
     assert list(candidates(*sizes, asdict(replace(every[0], stages=17)))) == []
@@ -173,16 +174,16 @@ def test_zeros_of_x_s_dtype_need_no_sums():
 @pytest.mark.parametrize("share", [1, 14, 32, 112])
 def test_passes_cover_the_rows_and_leave_few_slots_empty(warp_blocks, share):
     for rows in range(1, 130):
-        slots = decode_a16._slots(rows, share, warp_blocks)
-        passes, places = decode_a16._passes(rows, slots, warp_blocks)
+        slots = decode_cuts._slots(rows, share, warp_blocks)
+        passes, places = decode_cuts._passes(rows, slots, warp_blocks)
         assert (passes - 1) * slots < rows <= places <= passes * slots
         last = places - (passes - 1) * slots
         assert last in (1, 2, 4, 8, 16)
         assert last == warp_blocks or rows - (passes - 1) * slots > last / 2
-        stages = decode_a16._stage_count(rows, share, slots, warp_blocks)
+        stages = decode_cuts._stage_count(rows, share, slots, warp_blocks)
         assert stages * 16 >= places * share > (stages - passes) * 16
-    assert decode_a16._slots(17, 32, 2) == 16  # 16 and 2, not three times 8
-    assert decode_a16._passes(17, 16, 2) == (2, 18)
+    assert decode_cuts._slots(17, 32, 2) == 16  # 16 and 2, not three times 8
+    assert decode_cuts._passes(17, 16, 2) == (2, 18)
 
 
 @pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 40])

@@ -7,7 +7,7 @@ import torch
 from lq_formats import QuantSpec, ShapeError, dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_kernels import Arch, Problem, gemm_q4_0_q8_1, kernel_names, q4_0, q4_0_linear, quantize_activation_q8_1
 from lq_kernels.catalog import KERNELS
-from lq_kernels.cuda import decode_a16
+from lq_kernels.cuda import decode_a16, decode_cuts
 from lq_kernels.cuda import quantize_q8_1 as quantizer
 from lq_kernels.cuda.variant import Scales
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
@@ -309,7 +309,7 @@ def test_blocks_are_made_bf16_in_the_kernel_to_the_bit(seed, kind):
         for n in (1, draw.randint(2, 3), draw.randint(4, 8), draw.randint(9, 16), draw.randint(17, 32)):
             a = activations(kind, n, k).cuda()
             x = quantizer.dequantize_q8_1(a)
-            cuts = list(decode_a16.candidates(n, packed.shape[1], k, 4, Scales(4, False, False, 128), 132))
+            cuts = list(decode_cuts.candidates(n, packed.shape[1], k, 4, Scales(4, False, False, 128), 132))
             for config in draw.sample(cuts, min(len(cuts), 6)):
                 two = decode_a16.linear(x, packed, scales, None, None, m, 32, 4, config, transposed=True)
                 one = decode_a16.linear_q8_1(a, packed, scales, m, config)

@@ -21,7 +21,7 @@ from lq_kernels import (
     preshuffled_gated_linear,
     preshuffled_linear,
 )
-from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16
 from lq_kernels.cuda.quantize_tokens import quantize_tokens
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
@@ -385,7 +385,7 @@ def launchable(module, form, problem, processors):
         found = prefill_a16.candidates(m, rows, k, form.bits, variant.scale_bytes, processors)
         return [cut for cut in found if cut.tokens == form.tile]
     tokens = max(m, 4 * form.tile + 1)  # tiles that are not needed make sense too
-    found = decode_a16.candidates(tokens, -(-rows // 16), k, form.bits, variant.scales, processors)
+    found = decode_cuts.candidates(tokens, -(-rows // 16), k, form.bits, variant.scales, processors)
     return [cut for cut in found if cut.token_tiles == form.tile]
 
 

@@ -85,7 +85,7 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
 
 
 def _a16(problem: Problem) -> Iterator[Unit]:
-    from lq_kernels.cuda import decode_a16, invariant, prefill_a16
+    from lq_kernels.cuda import decode_cuts, invariant, prefill_a16
 
     spec = problem.spec
     variant = Variant.of(
@@ -99,7 +99,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
     )
     epilogue = EPILOGUES["silu_mul" if problem.op == "preshuffled_gated" else "none"]
     if constraints.why_not_fragment(problem) is None:
-        for form in reversed(decode_a16.forms(variant.scales)):
+        for form in reversed(decode_cuts.forms(variant.scales)):
             yield Unit("decode_a16", (*variant.defines, *form.defines, *epilogue))
     if constraints.why_not_prefill(problem) is None:
         sizes = (problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))

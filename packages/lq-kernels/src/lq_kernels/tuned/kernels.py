@@ -8,7 +8,7 @@ import torch
 from lq_formats import SpecError
 from lq_formats.layouts.fragment import BLOCK_ROWS
 
-from lq_kernels.cuda import decode_a16, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_cuts, linear_a8, prefill_a16
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.prepare import Unit
 from lq_kernels.tuned.table import Cut, Weight, cut_of
@@ -91,8 +91,8 @@ class _Decode:
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         blocks, sizes = weight.n // BLOCK_ROWS, (weight.k, weight.bits)
-        cuts = decode_a16.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count)
-        return sorted(cuts, key=lambda config: decode_a16.cost(config, m, blocks, *sizes, sm_count))
+        cuts = decode_cuts.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count)
+        return sorted(cuts, key=lambda config: decode_cuts.cost(config, m, blocks, *sizes, sm_count))
 
     def unit(self, weight: Weight, config: Any) -> Unit:
         return Unit("decode_a16", (*variant_of(weight).defines, *config.defines))
