@@ -229,7 +229,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
   const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
-  const int total = (passes - 1) * full_pass.stages(steps) + last_pass.stages(steps);  // stages of all passes; unless there are none
+  const int total = (passes - 1) * full_pass.stages(steps) + last_pass.stages(steps);  // stages of all passes, 0 of no blocks
   const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
   if (warp == kWarps) {
