@@ -146,11 +146,6 @@ struct Int {
   static constexpr int value = kValue;
 };
 
-template <typename A, typename B>
-constexpr bool kSame = false;
-template <typename A>
-constexpr bool kSame<A, A> = true;
-
 // Numbers of rows g and g + 8.
 __device__ __forceinline__ float2 load_two(const u8* from) {
   const ScaleBits* const bits = reinterpret_cast<const ScaleBits*>(from);
@@ -654,6 +649,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       named_barrier(1 + warpgroup, 128);
+      // Rolled: unrolled, these loops were half of what a tile takes to compile.
 #pragma unroll 1
       for (int i = thread % 128; i < kChunk * kParts; i += 128) {
         const int token = i / kParts, part = i % kParts;
