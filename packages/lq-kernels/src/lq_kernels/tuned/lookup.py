@@ -146,7 +146,17 @@ def source_digests() -> dict[str, str]:
     return {kernel: _digest(name, read) for kernel, name in SOURCES.items()}
 
 
-def _digest(name: str, read: Callable[[Path], tuple[bytes, list[Path]]] | None = None) -> str:
+def _code(path: Path) -> tuple[bytes, list[Path]]:
+    """Return a source without comments and superfluous blanks, and what it includes."""
+    from lq_kernels.jit.compiler import INCLUDE_FOLDER
+
+    text = path.read_text(encoding="utf-8")
+    code = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
+    included = [INCLUDE_FOLDER / each for each in re.findall(r'#include\s+"(lq/[^"]+)"', text)]
+    return " ".join(code.split()).encode(), included
+
+
+def _digest(name: str, read: Callable[[Path], tuple[bytes, list[Path]]] = _code) -> str:
     import hashlib
 
     from lq_kernels.jit.compiler import SOURCE_FOLDER
@@ -157,20 +167,10 @@ def _digest(name: str, read: Callable[[Path], tuple[bytes, list[Path]]] | None =
         if path in seen:
             continue
         seen.add(path)
-        code, included = (read or _code)(path)
+        code, included = read(path)
         waiting += included
         digest.update(code + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _code(path: Path) -> tuple[bytes, list[Path]]:
-    """Return a source without comments and superfluous blanks, and what it includes."""
-    from lq_kernels.jit.compiler import INCLUDE_FOLDER
-
-    text = path.read_text(encoding="utf-8")
-    code = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
-    included = [INCLUDE_FOLDER / each for each in re.findall(r'#include\s+"(lq/[^"]+)"', text)]
-    return " ".join(code.split()).encode(), included
 
 
 def _fresh(table: Table, name: str) -> Table:
