@@ -3,6 +3,7 @@
 What a cut means to the kernel, the header of ``src/decode_a16.cu`` says.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -139,6 +140,7 @@ def cut(
     return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size)
 
 
+@functools.lru_cache(maxsize=1024)
 def _passes(rows: int, slots: int, warp_blocks: int) -> tuple[int, int]:
     """Return how many passes there are and the slots of all: the last has no more than the next power of two."""
     full = (rows - 1) // slots
@@ -149,6 +151,7 @@ def _last_slots(rows: int, warp_blocks: int) -> int:
     return max(warp_blocks, 1 << (rows - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=1024)
 def _slots(rows: int, share: int, warp_blocks: int) -> int:
     """Return the slots of a pass with which a CTA is done first, by the model: few stay empty, and passes are few."""
 
@@ -159,6 +162,7 @@ def _slots(rows: int, share: int, warp_blocks: int) -> int:
     return min((warp_blocks * slots for slots in (1, 2, 4, 8)), key=time)
 
 
+@functools.lru_cache(maxsize=1024)
 def _stage_count(rows: int, share: int, slots: int, warp_blocks: int) -> int:
     """Return how many stages a CTA fills in all."""
     full = (rows - 1) // slots
@@ -215,17 +219,19 @@ def candidates(
                     if largest is None:
                         continue
                     for stages in (largest.stages, *range(largest.stages - 1, 1, -1)):
+                        if only and stages != only[5]:
+                            continue
                         size = largest.shared - (largest.stages - stages) * stage
                         found = replace(largest, stages=stages, shared=size)
-                        if not only:
-                            yield from dict.fromkeys((found, _filling(found, per_sm)))
-                        elif stages == only[5]:
-                            yield found
+                        yield found
+                        if not only and (filling := _filling(found, per_sm)) is not found:
+                            yield filling
 
 
 def _filling(config: DecodeConfig, per_sm: int) -> DecodeConfig:
-    """Return the cut with so much shared memory that no more than ``per_sm`` of its CTAs fit a multiprocessor."""
-    return replace(config, shared=max(config.shared, SHARED[per_sm + 1] + 1024))
+    """Return the cut with so much shared memory that no more than ``per_sm`` of its CTAs fit a multiprocessor; itself, if it has."""
+    least = SHARED[per_sm + 1] + 1024
+    return config if config.shared >= least else replace(config, shared=least)
 
 
 def _grids(blocks: int, at_once: int) -> tuple[int, ...]:
