@@ -229,7 +229,7 @@ def candidates(
 
 
 def _filling(config: DecodeConfig, per_sm: int) -> DecodeConfig:
-    """Return the cut with so much shared memory that no more than ``per_sm`` of its CTAs fit a multiprocessor; itself, if it has."""
+    """Return the cut, with so much shared memory that no more than ``per_sm`` of its CTAs fit a multiprocessor."""
     least = SHARED[per_sm + 1] + 1024
     return config if config.shared >= least else replace(config, shared=least)
 
