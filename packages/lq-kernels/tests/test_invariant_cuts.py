@@ -89,6 +89,20 @@ def test_every_tile_of_8_bit_tokens_is_cut_alike_at_every_number_of_tokens(n, k,
     assert len(found.pop()) == parts
 
 
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 4096), (3072, 2048)])
+@pytest.mark.parametrize(("bits", "scale_bytes"), [(4, 32), (8, 0)])
+def test_all_tiles_have_as_many_rows_and_all_steps_are_of_one_size(n, k, bits, scale_bytes):
+    """No tall tiles, and int8 in the steps that every size of tile can have; what is compiled is what is asked for."""
+    sizes = (n, k, bits, scale_bytes, 132)
+    asked = [invariant.prefill_config(m, *sizes) for m in MS]
+    assert {(cut.rows, cut.wide, cut.split) for cut in asked} == {(prefill_a16.ROWS, False, False)}
+    usual = prefill_a16.forms(*sizes)
+    assert {cut.defines for cut in asked} <= {cut.defines for cut in invariant.forms(usual)}
+    assert any(cut.split for cut in usual)
+    assert any(cut.wide for cut in usual) == (bits == 8)
+    assert any(cut.rows != prefill_a16.ROWS for cut in usual) == (n % 384 == 0)
+
+
 def test_the_usual_cuts_are_not_alike():
     """What is asked of the cuts above is not so of those that the kernel takes by itself."""
     usual = [prefill_a16.prefill_config(m, 4096, 14336, 4, 32, 132) for m in (64, 4096)]

@@ -1,5 +1,6 @@
 """The prefill kernel: its cuts and its code without a GPU, its results on one."""
 
+import math
 import re
 import subprocess
 from importlib.util import find_spec
@@ -227,24 +228,26 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
     # Each is the fastest by the model for some number of tokens.
     chosen = {prefill_config(m, *sizes).defines for m in range(16, 2049, 16)}
     assert tall <= chosen
-    for m in range(96, 2049, 96):
-        cuts = {cut.defines: cost(cut, m, n, k, bits, 132) for cut in candidates(m, *sizes)}
-        assert min(cuts.values()) <= min(value for defines, value in cuts.items() if defines not in tall)
+    # For some number of tokens it gains 7%: nothing is compiled for less. Many tokens fill the machine with any tile.
+    gains = dict.fromkeys(tall, 1.0)
+    for m in {m for step in (64, 96) for m in range(step, 2049, step)}:
+        times = {}
+        for cut in candidates(m, *sizes):
+            times[cut.defines] = min(times.get(cut.defines, math.inf), cost(cut, m, n, k, bits, 132))
+        usual = min(us for form, us in times.items() if form not in tall)
+        gains |= {form: min(gains[form], times[form] / usual) for form in tall & times.keys()}
+    assert all(gain < 0.93 for gain in gains.values())
+    assert not {cut.defines for cut in candidates(2049, *sizes)} & tall
 
 
-def test_tiles_fill_the_multiprocessors():
-    def busy(m, n, k):
-        cut = prefill_config(m, n, k, 4, 32, 132)
-        assert not cut.shared_tiles
-        return cut, cut.ctas * cut.pair
-
-    for m, n, k, tokens, rows in (
-        (384, 4096, 4096, 96, ROWS),
-        (384, 6144, 4096, 96, TALL),
-        (512, 6144, 4096, 128, TALL),
-    ):
-        assert busy(m, n, k) == (busy(m, n, k)[0], 128)
-        assert (busy(m, n, k)[0].tokens, busy(m, n, k)[0].rows) == (tokens, rows)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tokens", "rows"),
+    [(384, 4096, 4096, 96, ROWS), (384, 6144, 4096, 96, TALL), (512, 6144, 4096, 128, TALL)],
+)
+def test_tiles_fill_the_multiprocessors(m, n, k, tokens, rows):
+    cut = prefill_config(m, n, k, 4, 32, 132)
+    assert (cut.tokens, cut.rows, cut.shared_tiles) == (tokens, rows, 0)
+    assert cut.ctas * cut.pair == 128
 
 
 # ---- on a GPU ----
