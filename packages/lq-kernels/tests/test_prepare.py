@@ -102,6 +102,19 @@ def test_no_number_of_tokens_asks_for_what_was_not_compiled(form, launches):
     assert {unit.source for unit in units(problem)} == {"decode_a16", "prefill_a16", "dequantize_fragment"}
 
 
+@pytest.mark.parametrize("out_features", [3070, 3072])
+def test_nor_does_a_gated_product_whose_rows_are_padded(out_features, launches):
+    """Tall tiles are for weights whose rows fill pairs of them: for 6144 gates and ups, not for 6140 in as many rows."""
+    spec, k = QuantSpec(4, "group", 128, True, BF16), 4096
+    ready = compiled(Problem("preshuffled_gated", 1, 2 * out_features, k, spec, BF16, H200))
+    packed, scale, _ = fragment(4, 6144, k, 128, BF16, False)
+    for m in range(40, 1200, 8):
+        prefill_a16.linear(torch.empty(m, k, dtype=BF16), packed, scale, None, None, out_features, 128, 4, gated=True)
+    tall = {"LQ_ROWS=192" in defines for _, _, defines in launches}
+    assert tall == ({False, True} if out_features == 3072 else {False})
+    assert launches <= ready
+
+
 @pytest.mark.parametrize("activation", ["int8", "fp8"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nor_for_8_bit_tokens(bits, activation, launches):

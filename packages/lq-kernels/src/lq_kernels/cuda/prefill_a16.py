@@ -441,7 +441,7 @@ def _prepare(
     config: PrefillConfig | None,
     epilogue: str,
 ) -> _Plan:
-    rows = blocks * BLOCK_ROWS if epilogue == "silu_mul" else n
+    rows = 2 * n if epilogue == "silu_mul" else n
     config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index))).config
     if config.split and config.steps(k, variant.bits) < 2:
         step = 128 if config.wide else 512 // variant.bits
