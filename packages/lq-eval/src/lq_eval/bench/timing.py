@@ -23,6 +23,7 @@ COLD_BYTES = 192 << 20
 MAX_COPIES = 128
 WARM_UP_S = 0.008
 _MOST_CYCLES_A_S = 2.5e9
+"""More than a GPU's clock has: what it waits in cycles is no shorter than was asked for."""
 
 Call = Callable[[], object]
 _Name = TypeVar("_Name", bound=Hashable)
@@ -107,7 +108,7 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     for _ in range(replays):
         for (graph, count), seconds, found in zip(graphs, queueing, times, strict=True):
             start, stop = _event(), _event()
-            hold(4 * seconds)
+            _hold(4 * seconds)
             graph.replay()
             start.record()
             graph.replay()
@@ -117,7 +118,7 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     return [statistics.median(found) for found in times]
 
 
-def hold(seconds: float) -> None:
+def _hold(seconds: float) -> None:
     """Keep the GPU waiting at least so long, from when it has done what it was given."""
     torch.cuda._sleep(int(seconds * _MOST_CYCLES_A_S))  # type: ignore[no-untyped-call]
 

@@ -83,6 +83,9 @@ def linear(
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
+    Sums are fp32, and scales multiply them as they are. Codes less zeros of x's dtype are rounded to it, which changes nothing
+    where zeros are integers; other zeros, and minima, multiply fp32 sums of x.
+
     Args:
         x: ``(M, K)`` bf16 or fp16, K a multiple of 8.
         packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).

@@ -315,8 +315,8 @@ def _cuts(m: int, n: int, k: int, tokens: int, bits: int, sm_count: int, wide: b
 def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
     """Return the clocks that a cut takes by a model.
 
-    Products go by the table above, more for int8, whose bytes are twice as many, and where L2 does not give what all CTAs
-    load. A launch costs 4,300 clocks, storing a tile 20 a token. The parts of a tile are written to L2 at 170 bytes a clock
+    Products go by the tables above: more for int8, in steps of 64 most of all, and where L2 does not give what all CTAs load. A
+    launch costs 4,300 clocks, storing a tile 20 a token. The parts of a tile are written to L2 at 170 bytes a clock
     and read back, one after the other, at 290; that begins 2,500 clocks late and 71 for each token, and later where runs do
     not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token. Its first choice took 1.6%
     (int4) and 4.1% (int8) longer than the fastest of 16 that the tuner timed, on average of 1190 products of 1 to 2048

@@ -11,8 +11,9 @@
 //   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
 //   Few warps a scheduler hide little latency, so codes are loaded half a stage ahead. A warp has two K steps of a block in a
 //   stage, or a step of two blocks (LQ_WARP_BLOCKS), which halves what it reads of x: with 16 tokens that is four times as many bytes
-//   as codes. Zeros of x's type take the place of 8 where codes are unpacked, at no instruction more. Others, and minima, multiply sums
-//   of x, which are the same for all rows: each is computed once, when its chunk of x has come.
+//   as codes. Zeros of x's type take the place of 8 where codes are unpacked, at no instruction more: exactly where they are integers,
+//   else u - zero is rounded once. Others, and minima, multiply sums of x, which are the same for all rows: each is computed once, when its
+//   chunk of x has come.
 // - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
 //   threads themselves for up to two tiles of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
