@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lq_formats import QuantSpec
+from lq_formats import QuantSpec, ShapeError
 from lq_kernels import Arch, Problem
 
 
@@ -14,6 +14,12 @@ def test_problems_are_values():
     assert len({make(), make()}) == 1
     assert make().group_size == 32
     assert str(make()) == "int4 m=3 n=64 k=256 g=32 asym float16 on cpu"
+
+
+@pytest.mark.parametrize("sizes", [(0, 64, 256), (3, 0, 256), (3, 64, -1)])
+def test_an_empty_product_is_no_problem(sizes):
+    with pytest.raises(ShapeError, match="expected at least 1 each"):
+        Problem("int8", *sizes, QuantSpec(8, "row"), torch.float16, Arch("cpu"))
 
 
 def test_a_row_is_one_group():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from lq_formats import QuantSpec
+from lq_formats import QuantSpec, ShapeError
 
 Op: TypeAlias = Literal[
     "int4",
@@ -74,6 +74,9 @@ class Problem:
         arch: Where it runs.
         activation: What x is quantized to, ``"int8"`` or ``"fp8"``; empty where it is not.
         batch_invariant: Whether no row of the result may depend on the others (:class:`lq_kernels.batch_invariant`).
+
+    Raises:
+        ShapeError: If a size is less than 1: an empty product needs no kernel.
     """
 
     op: Op
@@ -85,6 +88,12 @@ class Problem:
     arch: Arch
     activation: str = ""
     batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.m < 1 or self.n < 1 or self.k < 1:
+            raise ShapeError(
+                f"m={self.m}, n={self.n}, k={self.k}: expected at least 1 each; an empty product needs no kernel"
+            )
 
     @property
     def group_size(self) -> int:
