@@ -1,9 +1,6 @@
 """The kernel for 8-bit tokens: its cuts and its code without a GPU, its results on one."""
 
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +41,7 @@ def case_id(case):
 
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_the_kernel_compiles_to_8_bit_wgmma_without_spills(case, tmp_path):
+def test_the_kernel_compiles_to_8_bit_wgmma_without_spills(case, disassemble):
     variant, tokens, multicast = case
     defines = (*variant.defines, *A8Config(tokens, multicast, 1, 1, 0, 0).defines)
     result = compiler.compile_source(compiler.source("linear_a8"), "sm_90a", "linear_a8", defines)
@@ -56,13 +53,7 @@ def test_the_kernel_compiles_to_8_bit_wgmma_without_spills(case, tmp_path):
     # "Potential performance loss: wgmma.mma_async instructions are serialized".
     assert "C75" not in result.log
 
-    triton = find_spec("triton")
-    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
-    if tool is None or not tool.exists():
-        pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(result.cubin)
-    sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    sass = disassemble(result.cubin)
     kind = (
         rf"IGMMA\.64x{tokens}x32\.S8\.S8"
         if variant.activation == "int8"

@@ -2,9 +2,6 @@
 
 import math
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +40,7 @@ def case_id(case):
 
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_path):
+def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, disassemble):
     variant, tokens = case
     defines = (*variant.defines, f"LQ_TOKENS={tokens}")
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
@@ -56,13 +53,7 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, tmp_pa
     # "Potential performance loss: wgmma.mma_async instructions are serialized".
     assert "C75" not in result.log
 
-    triton = find_spec("triton")
-    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
-    if tool is None or not tool.exists():
-        pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(result.cubin)
-    sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    sass = disassemble(result.cubin)
     kind = "BF16" if variant.x == BF16 else "F32"
     products = re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)
     assert kind in products[0]
@@ -109,15 +100,9 @@ def test_three_warpgroups_multiply_without_spills(number, tokens, pair):
 
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("config", WIDE, ids=lambda config: f"T{config.tokens}")
-def test_wide_steps_of_int8_multiply_in_groups_of_two(config, tmp_path):
+def test_wide_steps_of_int8_multiply_in_groups_of_two(config, disassemble):
     result = compiled(VARIANTS[6], config)
-    triton = find_spec("triton")
-    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
-    if tool is None or not tool.exists():
-        pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(result.cubin)
-    sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    sass = disassemble(result.cubin)
     assert sass.count("HGMMA") == 8
     assert sass.count("WARPGROUP.ARRIVE") == 4
 

@@ -10,15 +10,7 @@ def fix_columns(
 ) -> None:
     """Round ``free`` column by column and move each error on to the columns behind.
 
-    Args:
-        free: ``(columns, N)``, at most 128 columns; becomes the errors over the factor's diagonal, what all later
-            columns must make up for.
-        codes: ``(columns, N)``, written.
-        scales: ``(G, N)``.
-        zeros: ``(G, N)``.
-        groups: ``(columns,) int64``, the group of each column.
-        factor: ``(columns, columns)``, upper triangular.
-        max_code: The largest code.
+    Arguments are those of :func:`lq_kernels.triton.columns.fix_columns`, of any device and floating dtype.
     """
     if why_not_columns(free.device, free.dtype) is None:
         from lq_kernels.triton import columns as triton_columns
@@ -36,13 +28,7 @@ def fix_columns(
 def improve_columns(gradient: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor, max_code: int) -> None:
     """Make each code in turn the best one for all others.
 
-    Args:
-        gradient: ``(columns, N)``, at most 128 columns: half the slope of the output error; becomes the change of the
-            values.
-        codes: ``(columns, N)``, changed in place.
-        scale: ``(N,)``.
-        hessian: ``(columns, columns)``, symmetric.
-        max_code: The largest code.
+    Arguments are those of :func:`lq_kernels.triton.columns.improve_columns`, of any device and floating dtype.
     """
     if why_not_columns(gradient.device, gradient.dtype) is None:
         from lq_kernels.triton import columns as triton_columns
