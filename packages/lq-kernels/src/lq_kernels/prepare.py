@@ -45,7 +45,7 @@ class Unit:
 def units(problem: Problem, *, lowest: bool = True) -> tuple[Unit, ...]:
     """Return every CUDA compilation that a weight's products may ask for, at any number of tokens.
 
-    Which of them are asked for depends on the tokens and on the tables (the layers of a LLaMA-3-8B ask for all but one, or all);
+    Which of them are asked for depends on tokens and tables (the layers of a LLaMA-3-8B ask for all, or all but one);
     together they take little longer than the longest where there are as many processors. Triton's kernels are not among them.
 
     Args:
