@@ -113,7 +113,10 @@ constexpr int kPieces = kStep * kBits / 512;  // of codes, each of blocks of 102
 static_assert(kPieces == 1 || (kPieces == 2 && kPerRow && kTokens <= 128), "steps of 128 in features: no groups of int8, and few tokens");
 constexpr int kSlices = kStep / 16;
 constexpr int kBatch = kStep == 64 || kTokens > 128 ? 1 : 2;  // k16 steps in a group of wgmmas
-constexpr int kBatches = kSlices / kBatch;                    // of a stage
+// Tiles of many tokens are compiled longest, and of that each of their wgmmas, with 137 operands, 40 ms: the loop's body is half a stage.
+constexpr int kHalves = kTokens > 128 && kStep == 128 ? 2 : 1;
+constexpr int kBatches = kSlices / kBatch / kHalves;                         // of the loop's body
+constexpr int kBodyGroups = kGroups < kHalves ? kGroups : kGroups / kHalves;  // ... whose scales are in registers
 // Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of many tokens takes long enough alone.
 constexpr int kPending = kTokens > 128 ? 1 : 2;
 constexpr int kSets = 2 * kPending;
@@ -129,6 +132,13 @@ constexpr int kUnits = kTokens / 8;              // of tokens
 constexpr int kOwnTokens = kSplit ? kTokens / 2 : kTokens;  // of a tile, that a CTA adds up and stores
 constexpr int kOwnUnits = kOwnTokens / 8;
 constexpr int kChunk = kOwnTokens % 32 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
+// Units and parts that are read at once where parts are added up.
+constexpr int kAtOnce = kUnits % 4 ? 2 : 4;
+constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 ? 2 : 4;
+// ... and all chunks leave through the same instructions, where parts are added up too. Only what is in registers is told apart.
+constexpr bool kRolled = kTokens > 128;
+static_assert(!kRolled || kChunk == 8 * kAtOnce, "a chunk is added up at once");
+constexpr int kChunks = kOwnTokens / kChunk;
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
 constexpr int kWarpBox = kOwnUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
@@ -177,23 +187,32 @@ __device__ __forceinline__ T offset_of(T zeros, T scales) {
 constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero;
 constexpr float kUnit = kFused ? 4294967296.0f : fragment_unit(X{});
 
-// A thread's codes and scales of a stage. A K step of 128 costs 72 instructions of unpacking (9 for 8 codes), 104 with zeros.
+// A thread's codes and scales of a stage, or of half of one. A K step of 128 costs 72 instructions of unpacking (9 for 8 codes), 104 with
+// zeros.
 struct Weights {
-  static constexpr int kScales = kPerRow ? 1 : kGroups;
-  u32 words[8 * kPieces];
+  static constexpr int kScales = kPerRow ? 1 : kBodyGroups;
+  u32 words[8 * kPieces / kHalves];
   u32 scale[kScales][2], offset[kScales][2];  // a weight is a code in its place times the one plus the other
 
   __device__ __forceinline__ void load(const u8* codes, const u8* scales) {
+    load_codes(codes);
+    load_scales(scales);
+  }
+
+  __device__ __forceinline__ void load_codes(const u8* codes) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2 / kHalves; ++half) {
         const uint4 v = *reinterpret_cast<const uint4*>(codes + piece * kPieceBytes + half * 512);
         u32* const to = words + 8 * piece + 4 * half;
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
       }
+  }
+
+  __device__ __forceinline__ void load_scales(const u8* scales) {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < kBodyGroups; ++group) {
       const u8* const scale_at = scales + group * kGroupBytes;
       const u8* const zero_at = scale_at + kGroups * kGroupBytes;
       if constexpr (kSame<X, Scale>) {
@@ -216,9 +235,9 @@ struct Weights {
     }
   }
 
-  // The A fragment of k16 step `slice`.
+  // The A fragment of k16 step `slice` of what was loaded.
   __device__ __forceinline__ void fragment(u32 (&a)[4], int slice) const {
-    const int group = kPerRow ? 0 : slice * kGroups / kSlices;
+    const int group = kPerRow ? 0 : slice * kBodyGroups / (kBatches * kBatch);
     if constexpr (kBits == 8 && kFused)
       int8_places(a, words[2 * slice], words[2 * slice + 1]);
     else if constexpr (kBits == 8)
@@ -468,35 +487,45 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     int last = stage;
 #pragma unroll 1
     for (int step = work.begin; step < work.end; ++step) {
-      const u64 tokens = first_descriptor + static_cast<u32>(stage * (kStage / 16));
+      u64 tokens = first_descriptor + static_cast<u32>(stage * (kStage / 16));
       const int before = last;
       const u32 rest_parity = kRest ? parity : 0;
       last = stage;
+#pragma unroll 1
+      for (int half = 0;; ++half) {
 #pragma unroll
-      for (int batch = 0; batch < kBatches; ++batch) {
+        for (int batch = 0; batch < kBatches; ++batch) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) weights.fragment(a[batch % kSets][i], batch * kBatch + i);
-        if (kRest && batch == kBatches / 2) mbarrier_wait(rest + last, rest_parity);
-        wgmma_fence();
+          for (int i = 0; i < kBatch; ++i) weights.fragment(a[batch % kSets][i], batch * kBatch + i);
+          wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int slice = batch * kBatch + i;
-          Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], tokens + (slice / 4 * kBoxBytes + slice % 4 * 32) / 16);
-        }
-        wgmma_commit();
-        if (batch == kBatches - 1) {
-          // All lanes have read what they unpack of `last`, and one will release it for all. Here that is a NOP; in release(), which
-          // a condition guards, up to 48 instructions more.
-          __syncwarp();
-          if (++stage == stages) stage = 0, parity ^= 1;
-          if (step + 1 < work.end) {
-            mbarrier_wait(full + stage, parity);
-            weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+          for (int i = 0; i < kBatch; ++i) {
+            const int slice = batch * kBatch + i;
+            Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], tokens + (slice / 4 * kBoxBytes + slice % 4 * 32) / 16);
           }
+          wgmma_commit();
+          if (batch == kBatches - 1) {
+            if (half + 1 < kHalves) {
+              if constexpr (kRest) mbarrier_wait(rest + last, rest_parity);
+              weights.load_codes(my_codes + last * kStage + 512);
+              if constexpr (kGroups > 1) weights.load_scales(my_scales + last * kScaleStage + kBodyGroups * kGroupBytes);
+              tokens += kBoxBytes / 16;
+            } else {
+              // All lanes have read what they unpack of `last`, and one will release it for all. Here that is a NOP; in release(), which
+              // a condition guards, up to 48 instructions more.
+              __syncwarp();
+              if (++stage == stages) stage = 0, parity ^= 1;
+              if (step + 1 < work.end) {
+                mbarrier_wait(full + stage, parity);
+                weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+              }
+            }
+          }
+          wgmma_wait<kPending>();
+          // Of the stage before, no wgmma is in flight.
+          if (batch == kPending - 1 && half == 0 && step > work.begin) release(before);
         }
-        wgmma_wait<kPending>();
-        // Of the stage before, no wgmma is in flight.
-        if (batch == kPending - 1 && step > work.begin) release(before);
+        if (half + 1 == kHalves) break;
       }
     }
     wgmma_wait<0>();
@@ -511,13 +540,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         exchange(Int<1>{}, acc);
       if (!keep_inbox) acknowledge();
     }
-    if (!kSplit && work.first < work.last) {
+    const bool in_parts = !kSplit && work.first < work.last;
+    bool cut = false;  // the first worker has a tile before this one
+    const auto part_of = [&](int worker) {
+      const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kSharers + rank;
+      return partials + part * (kUnits * kConsumers) + thread;
+    };
+    // The sums of some units, in the order of K.
+    const auto add_up = [&](float4(&total)[kAtOnce], int j0) {
+#pragma unroll 1
+      for (int worker = work.first; worker <= work.last; worker += kWorkers) {
+        float4 more[kWorkers][kAtOnce] = {};
+#pragma unroll
+        for (int w = 0; w < kWorkers; ++w)
+          if (worker + w <= work.last) {
+            const float4* const from = part_of(worker + w) + j0 * kConsumers;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) more[w][j] = __ldcg(from + j * kConsumers);
+          }
+#pragma unroll
+        for (int w = 0; w < kWorkers; ++w)
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j)
+            total[j].x += more[w][j].x, total[j].y += more[w][j].y, total[j].z += more[w][j].z, total[j].w += more[w][j].w;
+      }
+    };
+    if (in_parts) {
+      cut = work.start(work.first) < work.tile * work.steps;
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
-      const bool cut = work.start(work.first) < work.tile * work.steps;  // the first worker has a tile before this one
-      const auto part_of = [&](int worker) {
-        const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kSharers + rank;
-        return partials + part * (kUnits * kConsumers) + thread;
-      };
       float4* const mine = part_of(cta);
 #pragma unroll
       for (int j = 0; j < kUnits; ++j) __stcg(mine + j * kConsumers, float4{acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]});
@@ -528,32 +578,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       named_barrier(1 + kWarpgroups, kConsumers);
       if (uniform(*arrived) < work.last - work.first) continue;
       if (thread == 0) *counter = 0;  // for the next launch
-      constexpr int kAtOnce = kUnits % 4 ? 2 : 4, kWorkers = kTokens > 128 || kRows == 192 ? 2 : 4;  // loads in flight
+      if constexpr (!kRolled)
 #pragma unroll
-      for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
-        float4 total[kAtOnce] = {};
-#pragma unroll 1
-        for (int worker = work.first; worker <= work.last; worker += kWorkers) {
-          float4 more[kWorkers][kAtOnce] = {};
+        for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
+          float4 total[kAtOnce] = {};
+          add_up(total, j0);
 #pragma unroll
-          for (int w = 0; w < kWorkers; ++w)
-            if (worker + w <= work.last) {
-              const float4* const from = part_of(worker + w) + j0 * kConsumers;
-#pragma unroll
-              for (int j = 0; j < kAtOnce; ++j) more[w][j] = __ldcg(from + j * kConsumers);
-            }
-#pragma unroll
-          for (int w = 0; w < kWorkers; ++w)
-#pragma unroll
-            for (int j = 0; j < kAtOnce; ++j)
-              total[j].x += more[w][j].x, total[j].y += more[w][j].y, total[j].z += more[w][j].z, total[j].w += more[w][j].w;
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int at = 4 * (j0 + j);
+            acc[at] = total[j].x, acc[at + 1] = total[j].y, acc[at + 2] = total[j].z, acc[at + 3] = total[j].w;
+          }
         }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const int at = 4 * (j0 + j);
-          acc[at] = total[j].x, acc[at + 1] = total[j].y, acc[at + 2] = total[j].z, acc[at + 3] = total[j].w;
-        }
-      }
     }
 
     // Out: so many tokens at a time through shared memory, so that a warpgroup's 64 results of a token are one piece of 128 bytes (a
@@ -567,23 +602,47 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     const i64 first_feature = (row0 + warpgroup * 64) / kFeatureRows;
     const int stored = static_cast<int>(m - token0 < kOwnTokens ? m - token0 : kOwnTokens);
+    // Results of a chunk before its epilogue, where chunks are rolled.
+    const auto take = [&](float(&to)[kChunk / 2], int chunk) {
+      const auto scale = [&](int i, float sum) { to[i] = fmaf(sum, row_scale[i / 2 % 2], offset[i / 2 % 2]); };
+      if (in_parts) {
+        float4 total[kAtOnce] = {};
+        add_up(total, chunk * kAtOnce);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          scale(4 * j, total[j].x), scale(4 * j + 1, total[j].y), scale(4 * j + 2, total[j].z), scale(4 * j + 3, total[j].w);
+      } else {
+#pragma unroll
+        for (int each = 0; each < kChunks; ++each)
+          if (each == chunk)
+#pragma unroll
+            for (int i = 0; i < kChunk / 2; ++i) scale(i, acc[each * (kChunk / 2) + i]);
+      }
+    };
+    const auto scaled = [&](float sum, int r) { return kRolled ? sum : fmaf(sum, row_scale[r], offset[r]); };
     if constexpr (kTransposed) {
       // Eight tokens of a row are 32 bytes.
       float* const to = reinterpret_cast<float*>(y);
+      constexpr int kTurnUnits = kRolled ? kChunk / 8 : kOwnUnits;
+#pragma unroll 1
+      for (int turn = 0; turn < kOwnUnits / kTurnUnits; ++turn) {
+        float rolled[kChunk / 2];
+        if constexpr (kRolled) take(rolled, turn);
+        const float* const sums = kRolled ? rolled : acc;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const i64 row = row0 + block * 16 + g + 8 * r;
+        for (int r = 0; r < 2; ++r) {
+          const i64 row = row0 + block * 16 + g + 8 * r;
 #pragma unroll
-        for (int unit = 0; unit < kOwnUnits; ++unit) {
-          const int token = unit * 8 + lane % 4 * 2;
-          float* const at = to + row * m + token0 + token;
-          const float2 pair = {fmaf(acc[4 * unit + 2 * r], row_scale[r], offset[r]),
-                               fmaf(acc[4 * unit + 2 * r + 1], row_scale[r], offset[r])};
-          if (row < n && token + 1 < stored && m % 2 == 0) {
-            *reinterpret_cast<float2*>(at) = pair;
-          } else if (row < n) {
-            if (token < stored) at[0] = pair.x;
-            if (token + 1 < stored) at[1] = pair.y;
+          for (int unit = 0; unit < kTurnUnits; ++unit) {
+            const int token = (turn * kTurnUnits + unit) * 8 + lane % 4 * 2;
+            float* const at = to + row * m + token0 + token;
+            const float2 pair = {scaled(sums[4 * unit + 2 * r], r), scaled(sums[4 * unit + 2 * r + 1], r)};
+            if (row < n && token + 1 < stored && m % 2 == 0) {
+              *reinterpret_cast<float2*>(at) = pair;
+            } else if (row < n) {
+              if (token < stored) at[0] = pair.x;
+              if (token + 1 < stored) at[1] = pair.y;
+            }
           }
         }
       }
@@ -602,9 +661,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     if constexpr (kResidual) fetch(0);
-#pragma unroll
-    for (int chunk = 0; chunk < kOwnTokens / kChunk; ++chunk) {
+#pragma unroll (kRolled ? 1 : kChunks)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
       if (chunk * kChunk >= stored) break;
+      float rolled[kChunk / 2];
+      if constexpr (kRolled) take(rolled, chunk);
       named_barrier(1 + warpgroup, 128);
       if constexpr (kResidual) {
 #pragma unroll
@@ -617,7 +678,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
 #pragma unroll
       for (int pair = 0; pair < kChunk / 16; ++pair) {
-        const float* const sums = acc + (chunk * kChunk + pair * 16) / 2;
+        const float* const sums = kRolled ? rolled + pair * 8 : acc + (chunk * kChunk + pair * 16) / 2;
         const int token = pair * 16 + (kGated ? lane / 8 % 2 : lane / 16) * 8 + lane % 8;
         const u32 address = shared_address(my_staging) + token * kPitch;
         if constexpr (kGated) {
@@ -628,7 +689,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             float result[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-              result[j] = silu_multiply(fmaf(gate[j], row_scale[0], offset[0]), fmaf(gate[j + 2], row_scale[1], offset[1]));
+              result[j] = silu_multiply(scaled(gate[j], 0), scaled(gate[j + 2], 1));
             r[i] = from_floats(X{}, result[0], result[1]);
           }
           store_matrix_x2_transposed(address + block % 4 * 16, r);
@@ -638,7 +699,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           if constexpr (kResidual) load_matrix_x4_transposed(r, to);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            float2 result = {fmaf(sums[2 * i], row_scale[i % 2], offset[i % 2]), fmaf(sums[2 * i + 1], row_scale[i % 2], offset[i % 2])};
+            float2 result = {scaled(sums[2 * i], i % 2), scaled(sums[2 * i + 1], i % 2)};
             if constexpr (kResidual) {
               const float2 more = to_floats(X{}, r[i]);
               result.x += more.x, result.y += more.y;
