@@ -130,8 +130,9 @@ def ring(
     """
     blocks, step = rows // BLOCK_ROWS, 128 if wide else 512 // bits
     stage = tokens * step * 2 + blocks * (BLOCK_BYTES * step * bits // 512 + scale_bytes)
-    # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag.
-    fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 16
+    # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag and two
+    # barriers.
+    fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 24
     stages = min(_MAX_STAGES, (_SHARED - fixed - _BARRIERS) // stage)
     return stages, fixed + _BARRIERS + stages * stage
 
@@ -404,6 +405,8 @@ def linear(
         space = workspace(x.device, plan.partials, plan.counters)
         partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
     x_map = tensor_map(x, min(plan.share, m), 64)
+    # Rows that the copy engine does not take leave without it.
+    aside = (tensor_map(y, plan.aside, 64) if out_features % 8 == 0 else x_map,) if plan.aside else ()
     plan.launch(
         x_map,
         tensor_map(x, plan.tail, 64) if plan.tail < plan.share < m else x_map,
@@ -415,18 +418,20 @@ def linear(
         y.data_ptr(),
         partials,
         arrivals,
+        *aside,
     )
     return y
 
 
 class _Plan(NamedTuple):
-    """A launch, the tokens that a CTA loads of a tile and of the last, and the workspace that it wants."""
+    """A launch, the tokens that a CTA loads of a tile and of the last, the workspace, and the tokens of a bulk store, or 0."""
 
     launch: Launch
     share: int
     tail: int
     partials: int
     counters: int
+    aside: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -447,6 +452,10 @@ def _prepare(
         step = 128 if config.wide else 512 // variant.bits
         raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")
     stages, shared = _ring(config, variant.bits, variant.scale_bytes)
+    # As LQ_ASIDE in the source.
+    aside = (
+        min(config.tokens, m) if config.tokens > 128 and variant.bits == 4 and epilogue in ("none", "silu_mul") else 0
+    )
     launch = Launch(
         index,
         "prefill_a16",
@@ -454,7 +463,7 @@ def _prepare(
         (config.ctas * config.pair, 1, 1),
         config.threads,
         shared,
-        10,
+        10 + bool(aside),
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
         cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
@@ -462,4 +471,4 @@ def _prepare(
     )
     share = config.tokens // config.sharers
     partials = 2 * config.workers * config.sharers * config.tokens * config.rows
-    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.sharers)
+    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.sharers, aside)

@@ -18,6 +18,9 @@
 // - LQ_SPLIT: two CTAs share the K of a tile, half each, and add up through distributed shared memory: each sends the other its sums of
 //   half of the tokens, and stores the rest. Tiles are taken whole, by one pair after the other. For few tiles, whose parts would
 //   otherwise pass through the workspace.
+// - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk,
+//   while the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows. Tiles that were shared, and y that the copy
+//   engine cannot take, leave as before.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
@@ -45,6 +48,7 @@
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
 // LQ_MULTICAST (0, 1) and LQ_SPLIT (0, 1).
 
+#include "lq/bulk_store.cuh"
 #include "lq/epilogue.cuh"
 #include "lq/stream_k.cuh"
 #include "lq/wgmma.cuh"
@@ -89,6 +93,9 @@ constexpr bool kMulticast = LQ_MULTICAST != 0;
 #define LQ_SPLIT 0
 #endif
 constexpr bool kSplit = LQ_SPLIT != 0;
+// As in prefill_a16.py, which passes a map of y.
+#define LQ_ASIDE (LQ_TOKENS > 128 && LQ_BITS == 4 && !LQ_TRANSPOSED && !LQ_RESIDUAL)
+constexpr bool kAside = LQ_ASIDE != 0;
 static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
               "pairs share K or tokens, and K of tiles that leave room");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
@@ -149,6 +156,8 @@ static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
 constexpr bool kRest = kTokens == 256 && kBits == 4;
+constexpr int kOutBoxes = 2 / kFeatureRows;  // of y, of 64 out features
+static_assert(!kAside || (kRows == 128 && kOutBoxes * kBoxBytes <= kXBytes), "a stage has room for a tile's results");
 static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
 
 template <int kValue>
@@ -275,7 +284,11 @@ __device__ __forceinline__ uint4 load_eight(const u16* from, i64 left, bool whol
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     prefill_a16(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map, const u8* packed, const u8* scales,
-                const u8* zeros, const u16* bias, const u16* residual, u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k,
+                const u8* zeros, const u16* bias, const u16* residual, u16* y, float4* partials, int* arrivals,
+#if LQ_ASIDE
+                const __grid_constant__ TensorMap y_map,
+#endif
+                i64 m, i64 n, i64 k,
                 i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
@@ -285,6 +298,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
+  u64* const written = empty + kMaxStages + 1;          // a tile's results are in the ring
+  u64* const taken = written + 1;                       // ... and on their way
   u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox; instead of `arrived`
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
@@ -304,6 +319,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return true;
   };
 
+  const auto is_whole = [&] { return n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0; };
+  const auto aside = [&] { return kAside && is_whole() && work.first == work.last; };
+
   if (warp == 1) {
     if (lane < stages) {
       mbarrier_init(full + lane, 2);
@@ -314,6 +332,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if (lane < kConsumerWarps) mbarrier_init(received + lane, 1);
       if (lane == 0) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
     }
+#if LQ_ASIDE
+    if (lane == 0) mbarrier_init(written, kConsumerWarps * kArrivingLanes), mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
+#endif
     if (lane == 0) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
     mbarrier_init_fence();
   }
@@ -368,6 +389,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
+        if (aside()) {
+          mbarrier_wait(empty + stage, parity);
+          if (elect_one()) mbarrier_arrive(full + stage);
+          __syncwarp();
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
       }
     } else if (warp == 1) {
       // Few tokens are read again and again while weights stream through L2: 0 to 15% for up to 256 tokens.
@@ -400,6 +427,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
+        if (aside()) {
+          mbarrier_wait(empty + stage, parity);
+          if (elect_one()) {
+            mbarrier_arrive(full + stage);
+            if constexpr (kRest) mbarrier_arrive(rest + stage);
+          }
+          __syncwarp();
+          if (++stage == stages) stage = 0, parity ^= 1;
+        }
       }
       // A CTA whose barriers the other still arrives at must not go.
       if constexpr (kMulticast)
@@ -408,12 +444,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           if (++stage == stages) stage = 0, parity ^= 1;
         }
     }
+#if LQ_ASIDE
+    else if (warp == 2 && is_whole()) {
+      u32 turn = 0;
+      wait_for_previous_kernel();
+      while (advance()) {
+        stage = (stage + work.end - work.begin) % stages;
+        if (!aside()) continue;
+        mbarrier_wait(written, turn);
+        if (lane == 0) {
+          const int feature = (work.row * kSharers + rank) * (kRows / kFeatureRows);
+#pragma unroll
+          for (int box = 0; box < kOutBoxes; ++box)
+            if (feature + box * 64 < n)
+              tensor_store_2d(&y_map, feature + box * 64, work.token * kTokens, ring + stage * kStage + box * kBoxBytes);
+          bulk_stores_read();
+          mbarrier_arrive(taken);
+        }
+        __syncwarp();
+        // The stage is free: what the consumers of a stage of x and codes say themselves.
+#pragma unroll 1
+        for (int i = lane; i < kSharers * kConsumerWarps * kArrivingLanes; i += 32) {
+          if constexpr (kMulticast)
+            mbarrier_arrive_at(empty + stage, i % kSharers);
+          else
+            mbarrier_arrive(empty + stage);
+        }
+        turn ^= 1;
+        if (++stage == stages) stage = 0;
+      }
+    }
+#endif
     return;
   }
 
   increase_registers<kWarpgroups == 2 ? 232 : 160>();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
-  const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
+  const bool whole = is_whole();
   u8* const my_staging = staging + warpgroup * (kSplit ? kBox / kWarpgroups : kChunk * kPitch);
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
   const u8* const my_scales = scale_ring + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
@@ -648,6 +715,59 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
       continue;
     }
+    // Sixteen tokens of a warp's rows to shared memory: each lane has the address of eight results, of part my_part() of token my_token().
+    const auto my_token = [&] { return (kGated ? lane / 8 % 2 : lane / 16) * 8 + lane % 8; };
+    const auto my_part = [&] { return kGated ? block % 4 : block % 4 * 2 + lane / 8 % 2; };
+    const auto leave = [&](const float* sums, u32 to) {
+      if constexpr (kGated) {
+        u32 r[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* const gate = sums + 4 * i;
+          float result[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            result[j] = silu_multiply(scaled(gate[j], 0), scaled(gate[j + 2], 1));
+          r[i] = from_floats(X{}, result[0], result[1]);
+        }
+        store_matrix_x2_transposed(to, r);
+      } else {
+        u32 r[4];
+        if constexpr (kResidual) load_matrix_x4_transposed(r, to);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float2 result = {scaled(sums[2 * i], i % 2), scaled(sums[2 * i + 1], i % 2)};
+          if constexpr (kResidual) {
+            const float2 more = to_floats(X{}, r[i]);
+            result.x += more.x, result.y += more.y;
+          }
+          r[i] = from_floats(X{}, result.x, result.y);
+        }
+        store_matrix_x4_transposed(to, r);
+      }
+    };
+    if constexpr (kAside) {
+      if (aside()) {
+        mbarrier_wait(full + stage, parity);
+        mbarrier_wait(taken, turn ^ 1);
+        // In the swizzle of 128 bytes, in which the map of y takes it; gates and ups of both warpgroups make one box.
+        const int column = (kGated ? warpgroup * 4 + my_part() : my_part()) ^ lane % 8;
+        const u32 to = shared_address(ring + stage * kStage + (kGated ? 0 : warpgroup * kBoxBytes)) + my_token() * 128 + column * 16;
+#pragma unroll
+        for (int pair = 0; pair < kTokens / 16; ++pair) {
+          float sums[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sums[i] = fmaf(acc[8 * pair + i], row_scale[i / 2 % 2], offset[i / 2 % 2]);
+          leave(sums, to + pair * 16 * 128);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane < kArrivingLanes) mbarrier_arrive(written);
+        turn ^= 1;
+        if (++stage == stages) stage = 0, parity ^= 1;
+        continue;
+      }
+    }
     // The residual comes in through shared memory as the results go out, a chunk ahead.
     constexpr int kCopies = kChunk * 8 / 128;  // of 8 results, by a thread
     const bool aligned = whole && (!kResidual || reinterpret_cast<u64>(residual) % 16 == 0);
@@ -679,35 +799,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int pair = 0; pair < kChunk / 16; ++pair) {
         const float* const sums = kRolled ? rolled + pair * 8 : acc + (chunk * kChunk + pair * 16) / 2;
-        const int token = pair * 16 + (kGated ? lane / 8 % 2 : lane / 16) * 8 + lane % 8;
-        const u32 address = shared_address(my_staging) + token * kPitch;
-        if constexpr (kGated) {
-          u32 r[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float* const gate = sums + 4 * i;
-            float result[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-              result[j] = silu_multiply(scaled(gate[j], 0), scaled(gate[j + 2], 1));
-            r[i] = from_floats(X{}, result[0], result[1]);
-          }
-          store_matrix_x2_transposed(address + block % 4 * 16, r);
-        } else {
-          const u32 to = address + (block % 4 * 16 + lane / 8 % 2 * 8) * 2;
-          u32 r[4];
-          if constexpr (kResidual) load_matrix_x4_transposed(r, to);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float2 result = {scaled(sums[2 * i], i % 2), scaled(sums[2 * i + 1], i % 2)};
-            if constexpr (kResidual) {
-              const float2 more = to_floats(X{}, r[i]);
-              result.x += more.x, result.y += more.y;
-            }
-            r[i] = from_floats(X{}, result.x, result.y);
-          }
-          store_matrix_x4_transposed(to, r);
-        }
+        const int token = pair * 16 + my_token();
+        leave(sums, shared_address(my_staging) + token * kPitch + my_part() * 16);
       }
       named_barrier(1 + warpgroup, 128);
       // Rolled: unrolled, these loops were half of what a tile takes to compile.
