@@ -45,6 +45,7 @@ from lq_kernels import q4_0 as q4_0_kernel
 from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16
 from lq_kernels.cuda import dequantize_fragment as fragment
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1 as dequantize_q8_1_cuda
+from lq_kernels.cuda.quantize_q8_1 import round_q8_1
 from lq_kernels.cuda.quantize_tokens import quantize_tokens
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
@@ -332,7 +333,7 @@ def q4_0(selection: Selection) -> int:
 
 
 def q8_1(selection: Selection) -> int:
-    """The quantizer of activations to Q8_1."""
+    """The quantizers of activations to Q8_1, and to what it stands for."""
     runs = 0
     for _, columns, k in Q4_0_SHAPES:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -340,6 +341,7 @@ def q8_1(selection: Selection) -> int:
                 continue
             x = torch.randn(columns, k).to(dtype)
             assert torch.equal(quantize_activation_q8_1(x.cuda()).cpu(), quantize_q8_1(x))
+            assert torch.equal(round_q8_1(x.cuda()).cpu(), dequantize_q8_1(quantize_q8_1(x)).to(torch.bfloat16))
             runs += 1
     return runs
 

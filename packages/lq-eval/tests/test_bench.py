@@ -185,6 +185,7 @@ def test_ggml_rows_hold_every_step():
     assert [row.m for row in rows] == [1, 4]
     assert rows[1].gflops == pytest.approx(2 * 32 * 64 * 4 / 2.0 / 1e3)
     assert rows[0].to_dict()["speedup"] == 1
+    assert rows[0].steps_us == rows[0].total_us == 2.0
 
 
 @pytest.mark.parametrize("ggml_type", GGML_PLANES)

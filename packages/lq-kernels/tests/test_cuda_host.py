@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lq_formats import quantize_q4_0, quantize_q8_1
+from lq_formats import dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_kernels.cuda import gemm_q4_0_q8_1 as gemm_launcher
 from lq_kernels.cuda import quantize_q8_1 as quantize_launcher
 from lq_kernels.cuda.sources import SOURCES
@@ -170,10 +170,31 @@ def test_the_quantizer_writes_the_defined_bytes(host, dtype, shape):
     assert torch.equal(quantize_launcher.quantize_q8_1(x), quantize_q8_1(x, check=False))
 
 
-def test_the_quantizer_takes_views(host):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rounding_gives_what_the_blocks_stand_for(host, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(11, 1056) * torch.tensor([1.0, 1e-6, 1e-39, 1e30, 0.0, 1e4, 1e-30, 3e8, 1.0, 1.0, 1.0])[:, None]
+    if dtype == torch.float16:
+        x = x.clamp(-6e4, 6e4)
+    x[0, :32] = torch.arange(-254, -222).float() / 2
+    x[8:, 40] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    x = x.to(dtype)
+    expected = dequantize_q8_1(quantize_q8_1(x, check=False)).to(torch.bfloat16)
+    found = quantize_launcher.round_q8_1(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected[:7].isfinite().all() == (dtype == torch.float16)  # 1e30 overflows an fp16 scale
+    assert not expected[8:, 32:64].isfinite().any()
+    assert host.kernels == [f"round_q8_1_{str(dtype).removeprefix('torch.')}"]
+
+
+def test_the_quantizers_take_views(host):
     x = torch.randn(6, 200)
     for view in (x[:, 8:136], x[::2, 1:65], x.view(2, 3, 200)[:, 1, 3:163], x.flatten()[5:69]):
-        assert torch.equal(quantize_launcher.quantize_q8_1(view), quantize_q8_1(view.contiguous()))
+        blocks = quantize_q8_1(view.contiguous())
+        assert torch.equal(quantize_launcher.quantize_q8_1(view), blocks)
+        assert torch.equal(quantize_launcher.round_q8_1(view), dequantize_q8_1(blocks).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

@@ -88,6 +88,7 @@ def products(n, k, group, dtype, device):
                 blocks, lq_kernels.quantize_activation_q8_1(x), n, x.shape[0], k
             ).T.contiguous(),
         )
+        yield "q4_0_q8_1-at-once", lambda x: lq_kernels.quantize_gemm_q4_0_q8_1(blocks, x).T.contiguous()
     if k % 256 == 0:
         planes = ggml_planes("q4_k").pack(ggml_format("q4_k").quantize(torch.randn(n, k, device=device)))
         yield "ggml", lambda x: lq_kernels.ggml_linear(x, planes, ggml_type="q4_k", bias=bias)

@@ -5,9 +5,18 @@ import random
 import pytest
 import torch
 from lq_formats import QuantSpec, ShapeError, dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
-from lq_kernels import Arch, Problem, gemm_q4_0_q8_1, kernel_names, q4_0, q4_0_linear, quantize_activation_q8_1
+from lq_kernels import (
+    Arch,
+    Problem,
+    gemm_q4_0_q8_1,
+    kernel_names,
+    q4_0,
+    q4_0_linear,
+    quantize_activation_q8_1,
+    quantize_gemm_q4_0_q8_1,
+)
 from lq_kernels.catalog import KERNELS
-from lq_kernels.cuda import decode_a16, decode_cuts
+from lq_kernels.cuda import decode_a16, decode_cuts, prefill_a16
 from lq_kernels.cuda import quantize_q8_1 as quantizer
 from lq_kernels.cuda.variant import Scales
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
@@ -146,6 +155,61 @@ def test_the_fused_quantizer_writes_the_same_bytes(dtype):
     )
 
 
+def extreme(n, k, dtype):
+    """Return n tokens: random ones, ties, and of every size that d has; where there are 9, three with numbers that are none."""
+    x = torch.randn(n, k) * torch.tensor([1.0, 1e-6, 0.0, 1e2, 1e-30, 1.0])[torch.arange(n) % 6, None]
+    x[0] = torch.randint(-254, 255, (k,)) / 2
+    x[0, ::32] = -127.0
+    if n > 8:
+        x[[2, 5, 8], [3, 33, 63]] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("kernel", [None, *kernel_names("q4_0_q8_1")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_one_call_are_the_bits_of_two(device, dtype, kernel):
+    if (kernel or "").startswith("cuda") and device == "cpu":
+        pytest.skip("the CUDA kernels need a GPU")
+    if kernel in ("cuda-decode", "cuda-prefill") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(0)
+    for m, k in ((40, 96), (33, 256), (500, 4096)) if device == "cuda" else ((40, 96), (33, 256)):
+        w = quantize_q4_0(torch.randn(m, k)).to(device)
+        for n in (1, 2, 9, 17, 40, 130) if device == "cuda" else (1, 2, 9):
+            x = extreme(n, k, dtype).to(device)
+            two = gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel=kernel)
+            one = quantize_gemm_q4_0_q8_1(w, x, kernel=kernel)
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True, msg=f"M={m} N={n} K={k}")
+            assert torch.isfinite(one).all(dim=0).tolist() == [n < 9 or token not in (2, 5, 8) for token in range(n)]
+            strided = torch.empty(n, 2 * k, dtype=dtype, device=device)[:, 1 : k + 1].copy_(x)
+            torch.testing.assert_close(
+                quantize_gemm_q4_0_q8_1(w, strided, kernel=kernel), one, rtol=0, atol=0, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_one_call_any_leading_dimensions_gradient_opcheck_and_compile(device):
+    w = quantize_q4_0(torch.randn(40, 256)).to(device)
+    x = torch.randn(2, 3, 256, device=device, requires_grad=True)
+    y = quantize_gemm_q4_0_q8_1(w, x)
+    assert torch.equal(y, quantize_gemm_q4_0_q8_1(w, x.detach().view(6, 256)))
+    assert y.shape == (40, 6)
+    assert y.dtype == torch.float32
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad.view(6, 256), grad.t() @ dequantize_q4_0(w), rtol=1e-4, atol=1e-4)
+    assert quantize_gemm_q4_0_q8_1(w, x[:0]).shape == (40, 0)
+    assert quantize_gemm_q4_0_q8_1(w[:0], x).shape == (0, 6)
+    torch.library.opcheck(
+        torch.ops.lq.quantize_gemm_q4_0_q8_1.default, (w, x.detach().view(6, 256).requires_grad_(), "")
+    )
+    compiled = torch.compile(lambda x: quantize_gemm_q4_0_q8_1(w, x), fullgraph=True, backend="aot_eager")
+    for n in (3, 4):
+        x = torch.randn(n, 256, device=device)
+        assert torch.equal(compiled(x), quantize_gemm_q4_0_q8_1(w, x))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_activations_do_not_look_finite(device, value):
@@ -271,6 +335,29 @@ def test_decode_reads_blocks_of_few_tokens_itself_where_bulk_copies_can(k, launc
         assert (plan.us == of_bf16.us) == reads
 
 
+@pytest.mark.parametrize("name", ["cuda-decode", "cuda-prefill"])
+def test_floats_take_two_launches(name, launches, monkeypatch):
+    monkeypatch.setattr(torch.ops.lq, "quantize_q8_1", None)
+    monkeypatch.setattr(
+        prefill_a16, "linear", lambda x, *_, transposed: launches.append(("prefill_a16", x.dtype, transposed))
+    )
+    product = next(kernel for kernel in KERNELS if (kernel.op, kernel.name) == ("q4_0_q8_1", name))
+    w = quantize_q4_0(torch.randn(200, 4096))
+    for n in (1, 2, 16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            product.run(w, torch.randn(n, 4096).to(dtype))
+            (first, *_), (second, defines, last) = launches
+            assert (first, second) == ("quantize_q8_1", name.removeprefix("cuda-") + "_a16")
+            if name == "cuda-decode":  # bf16 tokens, and a CTA for each multiprocessor
+                assert "LQ_X=Bf16" in defines
+                assert "LQ_TRANSPOSED=1" in defines
+                assert "LQ_TOKENS_Q8_1=1" not in defines
+                assert 2 * (last + 1024) > 228 << 10
+            else:
+                assert (defines, last) == (torch.bfloat16, True)
+            launches.clear()
+
+
 def test_blocks_that_bulk_copies_cannot_bring_are_refused(launches):
     packed, scales = q4_0.fragments(quantize_q4_0(torch.randn(16, 192)))
     with pytest.raises(ShapeError, match="needs K divisible by 128, got 192"):
@@ -350,9 +437,11 @@ def test_decode_right_behind_the_quantizer_waits_for_it():
         expected = [gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel="cuda-decode").clone() for x in xs]
         torch.cuda.synchronize()
         again = [gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel="cuda-decode") for x in xs]
+        at_once = [quantize_gemm_q4_0_q8_1(w, x, kernel="cuda-decode") for x in xs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = [gemm_q4_0_q8_1(w, quantize_activation_q8_1(x), m, n, k, kernel="cuda-decode") for x in xs]
+            captured_at_once = [quantize_gemm_q4_0_q8_1(w, x, kernel="cuda-decode") for x in xs]
         graph.replay()
-        for found in (again, captured):
+        for found in (again, at_once, captured, captured_at_once):
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -12,6 +12,7 @@ from lq_kernels import (
     matmul_bf16_i4,
     q4_0_linear,
     quantize_activation_q8_1,
+    quantize_gemm_q4_0_q8_1,
 )
 
 N, K, GROUP = 16, 64, 32
@@ -108,6 +109,9 @@ BAD = {
     "q4_0-linear-bias-shape": (lambda: q4_0_linear(X, W4, bias=S8[:3]), ShapeError, r"expected \(16,\)"),
     "q4_0-linear-bias-dtype": (lambda: q4_0_linear(X, W4, bias=S8.half()), DTypeError, "bias has dtype torch.float16"),
     "q4_0-linear-bias-device": (lambda: q4_0_linear(X, W4, bias=meta(S8)), DeviceError, "bias is on meta"),
+    "in-one-call-double": (lambda: quantize_gemm_q4_0_q8_1(W4, X.double()), DTypeError, "x has dtype torch.float64"),
+    "in-one-call-swapped": (lambda: quantize_gemm_q4_0_q8_1(X, W4), DTypeError, "x has dtype torch.uint8"),
+    "in-one-call-k": (lambda: quantize_gemm_q4_0_q8_1(W4, X[:, :32]), ShapeError, "x with 32 in features needs"),
     "q8_1-rank": (lambda: quantize_activation_q8_1(torch.tensor(1.0)), ShapeError, r"x has shape \(\)"),
     "q8_1-no-in-features": (lambda: quantize_activation_q8_1(X[:, :0]), ShapeError, r"x has shape \(2, 0\)"),
     "q8_1-double": (lambda: quantize_activation_q8_1(X.double()), DTypeError, "x has dtype torch.float64"),

@@ -213,15 +213,25 @@ def cold_table(rows: Iterable[ColdRow], title: str) -> Table:
 
 def ggml_table(rows: Iterable[GGMLRow], title: str) -> Table:
     """Return the table of ``lq-eval bench ggml``."""
-    columns = ("tokens", "quantize us", "product us", "total us", "linear us", "GFLOPS", "dense us", "speedup")
-    table = _table(
-        title, columns, "total: activations to Q8_1 and product; linear: q4_0_linear; dense: F.linear", left=0
+    columns = (
+        "tokens",
+        "quantize us",
+        "product us",
+        "steps us",
+        "total us",
+        "linear us",
+        "GFLOPS",
+        "dense us",
+        "speedup",
     )
+    caption = "steps: activations to Q8_1, then product; total: both in one call; linear: q4_0_linear; dense: F.linear"
+    table = _table(title, columns, caption, left=0)
     for row in rows:
         table.add_row(
             str(row.m),
             f"{row.quantize_us:.1f}",
             f"{row.gemm_us:.1f}",
+            f"{row.steps_us:.1f}",
             f"{row.total_us:.1f}",
             f"{row.linear_us:.1f}",
             f"{row.gflops:,.0f}",

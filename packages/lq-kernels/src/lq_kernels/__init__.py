@@ -23,6 +23,7 @@ from lq_kernels.linear import (
     matmul_bf16_i4,
     q4_0_linear,
     quantize_activation_q8_1,
+    quantize_gemm_q4_0_q8_1,
 )
 from lq_kernels.minima import minima_dequantize, minima_linear
 from lq_kernels.preshuffled import (
@@ -73,6 +74,7 @@ __all__ = [
     "preshuffled_linear",
     "q4_0_linear",
     "quantize_activation_q8_1",
+    "quantize_gemm_q4_0_q8_1",
     "quantize_tokens",
     "reads_fragments",
     "restore_int4",

@@ -198,6 +198,31 @@ def gemm_q4_0_q8_1(
     return y
 
 
+def quantize_gemm_q4_0_q8_1(weight_q: Tensor, x: Tensor, *, kernel: str | None = None) -> Tensor:
+    """Quantize activations to Q8_1 and multiply: to the bit what the two steps give, without the blocks between them.
+
+    The two steps are ``gemm_q4_0_q8_1(weight_q, quantize_activation_q8_1(x), M, N, K)``. On Hopper a kernel makes bf16 of x,
+    what its blocks would stand for, and the product follows: a launch less. Differentiable in ``x``, as :func:`q4_0_linear`
+    is.
+
+    Args:
+        weight_q: ``(M, K // 32, 18) uint8`` Q4_0 blocks.
+        x: ``(..., K)`` fp16, bf16 or fp32: N tokens.
+        kernel: Force a kernel of :func:`gemm_q4_0_q8_1` by name.
+
+    Returns:
+        ``(M, N) float32``.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
+        NoKernelError: If the forced kernel cannot run this problem.
+    """
+    k = _check_q4_0(x, weight_q)
+    check_devices(x, weight_q=weight_q)
+    y: Tensor = torch.ops.lq.quantize_gemm_q4_0_q8_1(weight_q.contiguous(), x.reshape(-1, k), ask(kernel))
+    return y
+
+
 def quantize_activation_q8_1(x: Tensor) -> Tensor:
     """Quantize activations to Q8_1 blocks, in one fused kernel on an NVIDIA GPU.
 
@@ -242,16 +267,22 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
     direct = kernel is None and invisible(x)
     if direct and (y := recall(x, weight_q, (), ())) is not None:
         return y if bias is None else _add_bias(y, x, bias)
-    k = check_activations(x)
-    if weight_q.dtype != torch.uint8:
-        raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
-    if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:
-        raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: x with {k} in features needs (M, {k} / 32, 18)")
+    k = _check_q4_0(x, weight_q)
     check_devices(x, weight_q=weight_q, bias=bias)
     y = torch.ops.lq.q4_0_linear(x.reshape(-1, k), weight_q, ask(kernel))
     if direct:
         remember("q4_0", (weight_q,), (), weight_q.shape[0], k, Q4_0_SPEC, x.dtype)
     return _finish(y, x, bias)
+
+
+def _check_q4_0(x: Tensor, weight_q: Tensor) -> int:
+    """Return x's in features; raise unless ``weight_q`` holds Q4_0 blocks of as many."""
+    k = check_activations(x)
+    if weight_q.dtype != torch.uint8:
+        raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
+    if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:
+        raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: x with {k} in features needs (M, {k} / 32, 18)")
+    return k
 
 
 def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -56,6 +56,7 @@ _LIBRARY.define(
     "SymInt in_features, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define("gemm_q4_0_q8_1(Tensor weight_q, Tensor activation_q, str kernel) -> Tensor")
+_LIBRARY.define("quantize_gemm_q4_0_q8_1(Tensor weight_q, Tensor x, str kernel) -> Tensor")
 _LIBRARY.define("q4_0_linear(Tensor x, Tensor weight_q, str kernel) -> Tensor")
 _LIBRARY.define("quantize_q8_1(Tensor x) -> Tensor")
 _LIBRARY.define("quantize_tokens(Tensor x, str activation) -> (Tensor, Tensor)")
@@ -186,13 +187,14 @@ def _minima_linear(
     return _chosen(problem, kernel).run(x, packed, scale, minimum, bias, out_features, group_size)
 
 
-def _gemm_q4_0_q8_1(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
+def _gemm_q4_0_q8_1(weight_q: Tensor, activation: Tensor, kernel: str) -> Tensor:
+    """Multiply with Q8_1 blocks, or with floats as if they had been quantized to them: by the same kernel."""
     n, blocks, _ = weight_q.shape
-    m = activation_q.shape[0]
+    m = activation.shape[0]
     if m == 0 or n == 0:
         return torch.empty((n, m), dtype=torch.float32, device=weight_q.device)
     problem = Problem("q4_0_q8_1", m, n, blocks * 32, Q4_0_SPEC, torch.float32, Arch.of(weight_q.device))
-    return _chosen(problem, kernel).run(weight_q, activation_q)
+    return _chosen(problem, kernel).run(weight_q, activation)
 
 
 def _q4_0_linear(x: Tensor, weight_q: Tensor, kernel: str) -> Tensor:
@@ -261,6 +263,7 @@ for _name, _implementation in (
     ("minima_linear", _minima_linear),
     ("minima_dequantize", dequant_blas.minima_dequantize),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
+    ("quantize_gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("q4_0_linear", _q4_0_linear),
     ("quantize_q8_1", _quantize_q8_1),
     ("quantize_tokens", _quantize_tokens),
@@ -368,9 +371,10 @@ def _(
     return packed.new_empty((out_features, in_features), dtype=dtype)
 
 
+@torch.library.register_fake("lq::quantize_gemm_q4_0_q8_1", lib=_LIBRARY)
 @torch.library.register_fake("lq::gemm_q4_0_q8_1", lib=_LIBRARY)
-def _(weight_q: Tensor, activation_q: Tensor, kernel: str) -> Tensor:
-    return weight_q.new_empty((weight_q.shape[0], activation_q.shape[0]), dtype=torch.float32)
+def _(weight_q: Tensor, activation: Tensor, kernel: str) -> Tensor:
+    return weight_q.new_empty((weight_q.shape[0], activation.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("lq::q4_0_linear", lib=_LIBRARY)
@@ -538,8 +542,22 @@ def _q4_0_backward(ctx, grad):
     return grad @ dequantize_q4_0(weight_q, ctx.dtype), None, None
 
 
+def _quantize_gemm_setup(ctx, inputs, output) -> None:
+    weight_q, x, _ = inputs
+    ctx.save_for_backward(weight_q)
+    ctx.dtype = x.dtype
+
+
+def _quantize_gemm_backward(ctx, grad):
+    (weight_q,) = ctx.saved_tensors
+    return None, grad.t().to(ctx.dtype) @ dequantize_q4_0(weight_q, ctx.dtype), None
+
+
 # Straight through, where activations are rounded to 8 bits.
 torch.library.register_autograd("lq::q4_0_linear", _q4_0_backward, setup_context=_q4_0_setup, lib=_LIBRARY)
+torch.library.register_autograd(
+    "lq::quantize_gemm_q4_0_q8_1", _quantize_gemm_backward, setup_context=_quantize_gemm_setup, lib=_LIBRARY
+)
 
 
 def _int8_dynamic_setup(ctx, inputs, output) -> None:

@@ -73,16 +73,19 @@ class OnQ4_0:  # noqa: N801
         linear, n = self._linear(), weight_q.shape[0]
         return lambda x: linear(x, packed, scales, None, None, n, BLOCK, 4)
 
-    def of_blocks(self, weight_q: Tensor, activation_q: Tensor) -> Tensor:
-        """Return the ``(N, M) float32`` product with Q8_1 blocks, which become bf16: in the kernel or in one of their own."""
-        from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
+    def of_q8_1(self, weight_q: Tensor, activation: Tensor) -> Tensor:
+        """Return the ``(N, M) float32`` product with Q8_1 blocks, or with activations rounded to what theirs would stand for.
 
-        (packed, scales), n = fragments(weight_q), weight_q.shape[0]
+        Blocks become bf16 in the kernel or in one of their own, and floats in one, without blocks between: to the same bits.
+        """
+        from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1, round_q8_1
+
+        (packed, scales), n, blocks = fragments(weight_q), weight_q.shape[0], holds_blocks(activation)
         y: Tensor
-        if self.reads_blocks(activation_q.shape[0], activation_q.shape[1] * BLOCK):
-            y = self._imported().linear_q8_1(activation_q, packed, scales, n)
+        if blocks and self.reads_blocks(activation.shape[0], activation.shape[1] * BLOCK):
+            y = self._imported().linear_q8_1(activation, packed, scales, n)
         else:
-            x = dequantize_q8_1(activation_q)
+            x = dequantize_q8_1(activation) if blocks else round_q8_1(activation)
             y = self._linear()(x, packed, scales, None, None, n, BLOCK, 4, transposed=True)
         return y
 
@@ -152,6 +155,20 @@ def row_slices(rows: int, columns: int) -> Iterator[slice]:
     """Return slices of whole blocks of 16 rows, which bound the memory that repacking takes."""
     step = max(_CHUNK // columns // 16, 1) * 16
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def holds_blocks(activation: Tensor) -> bool:
+    """Return whether activations are Q8_1 blocks, and not floats."""
+    return activation.dtype == torch.uint8
+
+
+def quantizing(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a product of Q4_0 and Q8_1 blocks as one that takes floats in place of the latter, too."""
+
+    def run(weight_q: Tensor, activation: Tensor) -> Tensor:
+        return product(weight_q, activation if holds_blocks(activation) else torch.ops.lq.quantize_q8_1(activation))
+
+    return run
 
 
 def quantized(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

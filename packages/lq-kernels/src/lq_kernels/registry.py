@@ -32,7 +32,7 @@ class Kernel:
         run: The launcher. int4: ``(x, qweight, scale, zero, group_size)``; int8: ``(x, qweight, scale)``; preshuffled:
             ``(x, packed, scale, zero, bias, out_features, group_size, bits, residual=None)``; preshuffled_gated: the same
             without a residual; preshuffled_minima: ``(x, packed, scale, minimum, bias, out_features, group_size)``;
-            q4_0_q8_1: ``(weight_q, activation_q)``; dynamic activations: see
+            q4_0_q8_1: ``(weight_q, activation)``, Q8_1 blocks or floats ``(M, K)``; dynamic activations: see
             :mod:`lq_kernels.dynamic_kernels`.
             All tensors valid and not empty.
         plan: For a kernel that has cuts or measurements: what ``predict_us`` is taken from.

@@ -1,4 +1,4 @@
-"""Q4_0 weights times Q8_1 activations, step by step: quantization of the activations, product, both; and a layer's call.
+"""Q4_0 weights times Q8_1 activations: quantization, product, one after the other, both in one call; and a layer's call.
 
 The default size (4096 out, 14336 in features, 1 to 512 tokens) is the down projection of an 8B LLaMA, for which the
 documentation has llama.cpp's figures. The dense product beside it is float16.
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lq_kernels import gemm_q4_0_q8_1, q4_0_linear, quantize_activation_q8_1
+from lq_kernels import gemm_q4_0_q8_1, q4_0_linear, quantize_activation_q8_1, quantize_gemm_q4_0_q8_1
 from torch import Tensor
 
 from lq_eval.bench.operands import random_q4_0
@@ -28,7 +28,8 @@ class GGMLRow:
         m: Tokens (ggml's N).
         quantize_us: Activations float16 to Q8_1.
         gemm_us: The product alone, float32 result.
-        total_us: Both, timed together.
+        steps_us: Both, one after the other, timed together.
+        total_us: Both in one call, ``quantize_gemm_q4_0_q8_1``: the same bits.
         linear_us: ``q4_0_linear`` on bfloat16 activations, as a layer calls it: no visible Q8_1.
         gflops: ``2 * n * k * m`` over the total time, in 1e9 per second.
         dense_us: ``F.linear`` in float16.
@@ -39,6 +40,7 @@ class GGMLRow:
     m: int
     quantize_us: float
     gemm_us: float
+    steps_us: float
     total_us: float
     linear_us: float
     gflops: float
@@ -85,7 +87,7 @@ def run_ggml(
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     count = copies(n * k * dtype.itemsize, cold_bytes)
     dense = [torch.randn(n, k, device=device, dtype=dtype) for _ in range(count)]
-    budget = 0.5 if math.isinf(seconds) else seconds / (8 * max(1, len(ms)))
+    budget = 0.5 if math.isinf(seconds) else seconds / (10 * max(1, len(ms)))
     for m in ms:
         if time.monotonic() > deadline:
             return
@@ -93,7 +95,8 @@ def run_ggml(
         blocks = quantize_activation_q8_1(x)
         quantize: list[Call] = [lambda x=x: quantize_activation_q8_1(x)]  # type: ignore[misc]
         products = [_product(weight, blocks, n, m, k, kernel) for weight in packed]
-        totals = [_total(weight, x, n, m, k, kernel) for weight in packed]
+        steps = [_steps(weight, x, n, m, k, kernel) for weight in packed]
+        totals = [_total(weight, x, kernel) for weight in packed]
         layers = [_layer(weight, x.to(torch.bfloat16)) for weight in packed]
         xd = x.to(dtype)
         linears: list[Call] = [lambda w=w, x=xd: torch.nn.functional.linear(x, w) for w in dense]  # type: ignore[misc]
@@ -104,6 +107,7 @@ def run_ggml(
             m=m,
             quantize_us=time_us(quantize, device, budget_s=budget),
             gemm_us=time_us(products, device, budget_s=budget),
+            steps_us=time_us(steps, device, budget_s=budget),
             total_us=total_us,
             linear_us=time_us(layers, device, budget_s=budget),
             gflops=2 * n * k * m / total_us / 1e3,
@@ -115,8 +119,12 @@ def _product(weight: Tensor, blocks: Tensor, n: int, m: int, k: int, kernel: str
     return lambda: gemm_q4_0_q8_1(weight, blocks, n, m, k, kernel=kernel)
 
 
-def _total(weight: Tensor, x: Tensor, n: int, m: int, k: int, kernel: str | None) -> Call:
+def _steps(weight: Tensor, x: Tensor, n: int, m: int, k: int, kernel: str | None) -> Call:
     return lambda: gemm_q4_0_q8_1(weight, quantize_activation_q8_1(x), n, m, k, kernel=kernel)
+
+
+def _total(weight: Tensor, x: Tensor, kernel: str | None) -> Call:
+    return lambda: quantize_gemm_q4_0_q8_1(weight, x, kernel=kernel)
 
 
 def _layer(weight: Tensor, x: Tensor) -> Call:

@@ -14,7 +14,9 @@ SOURCES = MappingProxyType(
         "gemm_q4_0_q8_1": tuple(
             f"gemm_q4_0_q8_1_c{tiles}{suffix}" for suffix in ("", "_unaligned") for tiles in COLUMN_TILES
         ),
-        "quantize_q8_1": tuple(f"quantize_q8_1_{dtype}" for dtype in ("float32", "float16", "bfloat16")),
+        "quantize_q8_1": tuple(
+            f"{what}_q8_1_{dtype}" for what in ("quantize", "round") for dtype in ("float32", "float16", "bfloat16")
+        ),
     }
 )
 
