@@ -362,7 +362,7 @@ def from_q8_1(selection: Selection) -> int:
 
 
 def decode_q8_1(selection: Selection) -> int:
-    """Tokens in Q8_1 blocks: the bits of tokens that were made bf16 before."""
+    """Tokens in Q8_1 blocks, and to be rounded to what these stand for: the bits of tokens that were made bf16 before."""
     runs = 0
     for k in (128, FEATURES, 4096):
         w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()
@@ -370,7 +370,8 @@ def decode_q8_1(selection: Selection) -> int:
         for m in (1, 3, 4, 8, 9, 16, 17):
             if not selection.takes():
                 continue
-            blocks = quantize_q8_1(torch.randn(m, k)).cuda()
+            given = torch.randn(m, k).to((torch.bfloat16, torch.float16)[m % 2])
+            blocks = quantize_q8_1(given).cuda()
             x = dequantize_q8_1_cuda(blocks)
             for form in decode_cuts.forms(Scales(4, False, False, 128)):
                 for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
@@ -378,6 +379,7 @@ def decode_q8_1(selection: Selection) -> int:
                     if config is None:
                         continue
                     y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)
+                    assert torch.equal(decode_a16.linear_rounding(given.cuda(), packed, scales, ROWS - 1, config), y)
                     options = {"config": config, "transposed": True}
                     assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, **options), y)
                     runs += 1

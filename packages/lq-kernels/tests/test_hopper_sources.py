@@ -8,7 +8,7 @@ import pytest
 import torch
 from lq_formats import CompileError
 from lq_kernels.cuda import decode_cuts
-from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES
+from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, ROUNDED_DEFINES
 from lq_kernels.cuda.decode_cuts import alone, candidates, cost, cut, forms, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
@@ -69,6 +69,22 @@ def test_decode_of_q8_1_blocks_compiles_without_spills(disassemble, form):
     # Nobody waits for a conversion but on its mbarrier.
     assert sass.count(" BAR.") == of_bf16.count(" BAR.") > 0
     assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
+
+
+@pytest.mark.nvrtc
+@pytest.mark.parametrize("form", forms(Q4_0))
+@pytest.mark.parametrize("dtype", ROUNDED_DEFINES, ids=str)
+def test_decode_that_rounds_tokens_compiles_without_spills(dtype, form, disassemble):
+    q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
+    tail = (*form.defines, *EPILOGUES["transposed"])
+    result = build("decode_a16", (*q4_0.defines, *tail, *ROUNDED_DEFINES[dtype]))
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8
+    sass = disassemble(result.cubin)
+    assert sass.count("FADD.RZ") == 2 * 2 * 32  # of a block, where d is a number and where it is none
+    of_bf16 = disassemble(build("decode_a16", (*q4_0.defines, *tail)).cubin)
+    assert sass.count(" BAR.") == of_bf16.count(" BAR.") > 0  # nobody waits for another warp but on its mbarrier
 
 
 @pytest.mark.nvrtc

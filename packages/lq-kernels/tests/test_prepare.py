@@ -163,6 +163,9 @@ def test_nor_for_q4_0_times_q8_1(k, launches, monkeypatch):
     for m in range(1, 300, 7):
         if k % 128 == 0 and m == 1:
             decode_a16.linear_q8_1(torch.empty(m, k // 32, 36, dtype=torch.uint8), packed, scale, n)
+        if m <= 8:
+            for dtype in (BF16, FP16):
+                decode_a16.linear_rounding(torch.empty(m, k, dtype=dtype), packed, scale, n)
         for module in (decode_a16, prefill_a16):
             choice = module.choice_of(Problem("preshuffled", m, n, k, spec, BF16, H200))
             operands = (torch.empty(m, k, dtype=BF16), packed, scale, None, None, n, 32, 4)

@@ -161,7 +161,7 @@ def extreme(n, k, dtype):
     x[0] = torch.randint(-254, 255, (k,)) / 2
     x[0, ::32] = -127.0
     if n > 8:
-        x[[2, 5, 8], [3, 33, 63]] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+        x[[2, 5, 8], [3, 33 % k, 63 % k]] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     return x.to(dtype)
 
 
@@ -336,7 +336,7 @@ def test_decode_reads_blocks_of_few_tokens_itself_where_bulk_copies_can(k, launc
 
 
 @pytest.mark.parametrize("name", ["cuda-decode", "cuda-prefill"])
-def test_floats_take_two_launches(name, launches, monkeypatch):
+def test_floats_take_two_launches_and_few_of_16_bits_one(name, launches, monkeypatch):
     monkeypatch.setattr(torch.ops.lq, "quantize_q8_1", None)
     monkeypatch.setattr(
         prefill_a16, "linear", lambda x, *_, transposed: launches.append(("prefill_a16", x.dtype, transposed))
@@ -346,6 +346,12 @@ def test_floats_take_two_launches(name, launches, monkeypatch):
     for n in (1, 2, 16):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             product.run(w, torch.randn(n, 4096).to(dtype))
+            if name == "cuda-decode" and n <= 2 and dtype != torch.float32:
+                ((kernel, defines, _),) = launches
+                assert kernel == "decode_a16"
+                assert {"LQ_X=Bf16", f"LQ_ROUNDED={'Bf16' if dtype == torch.bfloat16 else 'Fp16'}"} <= set(defines)
+                launches.clear()
+                continue
             (first, *_), (second, defines, last) = launches
             assert (first, second) == ("quantize_q8_1", name.removeprefix("cuda-") + "_a16")
             if name == "cuda-decode":  # bf16 tokens, and a CTA for each multiprocessor
@@ -403,6 +409,34 @@ def test_blocks_are_made_bf16_in_the_kernel_to_the_bit(seed, kind):
                 label = f"M={m} N={n} K={k} {config}"
                 torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True, msg=label)
                 assert bool(torch.isfinite(one).all()) == (kind != "extreme"), label
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_are_rounded_in_the_kernel_to_the_bit(seed, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    for k in (32, 256, 32 * draw.randint(3, 80), 128 * draw.randint(21, 112)):
+        m = draw.choice([16 * draw.randint(1, 40), draw.randint(1, 700)])
+        packed, scales = q4_0.fragments(quantize_q4_0(torch.randn(m, k)).cuda())
+        groups = Scales(4, False, False, 128) if k > 32 else Scales(0, False, False, 0)
+        for n in (1, draw.randint(2, 3), draw.randint(4, 8), draw.randint(9, 16)):
+            x = extreme(n, k, dtype).cuda()
+            if seed % 2:  # any bits at all
+                x = torch.randint(-(2**15), 2**15, (n, k), dtype=torch.int16, device="cuda").view(dtype)
+            rounded = quantizer.round_q8_1(x)
+            blocks = quantize_activation_q8_1(x)
+            torch.testing.assert_close(rounded, quantizer.dequantize_q8_1(blocks), rtol=0, atol=0, equal_nan=True)
+            cuts = list(decode_cuts.candidates(n, packed.shape[1], k, 4, groups, 132))
+            for config in draw.sample(cuts, min(len(cuts), 6)):
+                two = decode_a16.linear(rounded, packed, scales, None, None, m, 32, 4, config, transposed=True)
+                one = decode_a16.linear_rounding(x, packed, scales, m, config)
+                label = f"M={m} N={n} K={k} {config}"
+                torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True, msg=label)
 
 
 @pytest.mark.gpu

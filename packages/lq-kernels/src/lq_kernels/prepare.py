@@ -75,12 +75,13 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
     tokens = replace(problem, op="int4", spec=q4_0.spec(problem.k), dtype=torch.bfloat16)
     if constraints.why_not_fragment(tokens) is not None:
         return
-    direct = decode_a16.Q8_1_DEFINES if decode_a16.why_not_q8_1(problem.k) is None else ()
+    direct = [decode_a16.Q8_1_DEFINES] if decode_a16.why_not_q8_1(problem.k) is None else []
     for unit in _a16(tokens):
         if unit.source != "dequantize_fragment":
             yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"]))
-            if direct and "LQ_TILES=1" in unit.defines:  # more tokens are made bf16 in a launch
-                yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *direct))
+            if unit.source == "decode_a16" and "LQ_TILES=1" in unit.defines:  # more tokens are made bf16 in a launch
+                for tail in (*direct, *decode_a16.ROUNDED_DEFINES.values()):
+                    yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *tail))
     yield Unit("dequantize_q8_1")
 
 

@@ -29,6 +29,14 @@ _MOST_READ = 1
 
 On an H200, 4096x14336, quantizer included: 1 token 11.9 us, 13.5 in a launch more; 4 tokens 17.9 us, 14.0 in a launch more.
 """
+_MOST_ROUNDED = 4
+"""Tokens of 16 bits that the kernel makes Q8_1's numbers of itself, at most: every CTA does so with its part of them ..."""
+_ROUNDING_WEIGHT = 2**24
+"""... where the weight has no more numbers than so. A larger one still fills the ring while a launch quantizes.
+
+On an H200, a launch and two: 4096x4096, 1 to 4 tokens, 4.8 / 5.0 / 5.4 / 5.7 us and 6.1 / 6.2 / 6.3 / 6.4; 14336x4096, 1 token, 12.0
+and 11.5; 4096x14336, 1, 2 and 4 tokens, 11.5 / 12.5 / 13.9 and 11.7 / 12.3 / 12.7.
+"""
 _CHUNK = 2**24  # elements that are repacked at a time, a byte each and a few copies
 
 
@@ -58,7 +66,8 @@ class OnQ4_0:  # noqa: N801
             plan: The kernel's plan for an int4 problem.
             why_not: Why it cannot run one, or None.
             function: The function.
-            reads_q8_1: Whether the module has a ``linear_q8_1`` too, which reads Q8_1 blocks itself, and ``why_not_q8_1``.
+            reads_q8_1: Whether the module has a ``linear_q8_1`` too, which reads Q8_1 blocks itself, and ``why_not_q8_1``; and
+                a ``linear_rounding``, which makes Q8_1's numbers of x.
         """
         self._module, self._function, self._plan, self._why_not = module, function, plan, why_not
         self._reads_q8_1 = reads_q8_1
@@ -76,7 +85,7 @@ class OnQ4_0:  # noqa: N801
     def of_q8_1(self, weight_q: Tensor, activation: Tensor) -> Tensor:
         """Return the ``(N, M) float32`` product with Q8_1 blocks, or with activations rounded to what theirs would stand for.
 
-        Blocks become bf16 in the kernel or in one of their own, and floats in one, without blocks between: to the same bits.
+        Either becomes bf16 in the kernel or in one of its own, floats without blocks between: to the same bits.
         """
         from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1, round_q8_1
 
@@ -84,6 +93,8 @@ class OnQ4_0:  # noqa: N801
         y: Tensor
         if blocks and self.reads_blocks(activation.shape[0], activation.shape[1] * BLOCK):
             y = self._imported().linear_q8_1(activation, packed, scales, n)
+        elif not blocks and self.rounds(activation, n):
+            y = self._imported().linear_rounding(activation, packed, scales, n)
         else:
             x = dequantize_q8_1(activation) if blocks else round_q8_1(activation)
             y = self._linear()(x, packed, scales, None, None, n, BLOCK, 4, transposed=True)
@@ -92,6 +103,12 @@ class OnQ4_0:  # noqa: N801
     def reads_blocks(self, m: int, k: int) -> bool:
         """Return whether the kernel reads Q8_1 blocks of ``m`` tokens and ``k`` in features itself."""
         return self._reads_q8_1 and m <= _MOST_READ and self._imported().why_not_q8_1(k) is None
+
+    def rounds(self, x: Tensor, n: int) -> bool:
+        """Return whether the kernel rounds activations ``(M, K)`` to Q8_1's numbers itself, for ``n`` out features."""
+        m, k = x.shape
+        few = m <= _MOST_ROUNDED and n * k <= _ROUNDING_WEIGHT
+        return self._reads_q8_1 and few and x.dtype in (torch.bfloat16, torch.float16)
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why it cannot run a problem of either kind."""

@@ -22,6 +22,8 @@ from lq_kernels.tuned.table import Weight
 THREADS = 320
 Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
 """``NAME=VALUE`` of the macro with which tokens are Q8_1 blocks."""
+ROUNDED_DEFINES = {torch.bfloat16: ("LQ_ROUNDED=Bf16",), torch.float16: ("LQ_ROUNDED=Fp16",)}
+"""... with which tokens of a dtype are made what their Q8_1 blocks would stand for."""
 _Q8_1_BLOCK = 32
 
 
@@ -164,11 +166,37 @@ def linear_q8_1(
     if blocks.data_ptr() % 16:
         blocks = blocks.clone()
     variant = Variant.of(torch.bfloat16, scale.dtype, 4, _Q8_1_BLOCK, k, False)
-    launch = _prepare(
-        blocks.get_device(), m, out_features, k, packed.shape[1], _Q8_1_BLOCK, variant, config, "transposed", True
-    )
+    sizes = (blocks.get_device(), m, out_features, k, packed.shape[1], _Q8_1_BLOCK)
+    launch = _prepare(*sizes, variant, config, "transposed", Q8_1_DEFINES)
     y = blocks.new_empty((out_features, m), dtype=torch.float32)
     launch(blocks.data_ptr(), packed.data_ptr(), scale.data_ptr(), 0, 0, 0, y.data_ptr())
+    return y
+
+
+def linear_rounding(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, config: DecodeConfig | None = None
+) -> Tensor:
+    """Return :func:`linear_q8_1` of what x is in Q8_1 blocks, in one launch and to the same bits.
+
+    Args:
+        x: ``(M, K)`` bf16 or fp16, not empty, K a multiple of 32.
+        packed: As for :func:`linear`, and so are the others.
+        scale: ``(groups, rows)``.
+        out_features: Rows of the weight.
+        config: How to cut, for tuning; by default :func:`choice`.
+
+    Raises:
+        ShapeError: If the tokens do not fit shared memory or the grid.
+    """
+    m, k = x.shape
+    if x.stride() != (k, 1) or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    variant = Variant.of(torch.bfloat16, scale.dtype, 4, _Q8_1_BLOCK, k, False)
+    tail = ROUNDED_DEFINES[x.dtype]
+    sizes = (x.get_device(), m, out_features, k, packed.shape[1], _Q8_1_BLOCK)
+    launch = _prepare(*sizes, variant, config, "transposed", tail, quantized=False)
+    y = x.new_empty((out_features, m), dtype=torch.float32)
+    launch(x.data_ptr(), packed.data_ptr(), scale.data_ptr(), 0, 0, 0, y.data_ptr())
     return y
 
 
@@ -183,13 +211,14 @@ def _prepare(
     variant: Variant,
     config: DecodeConfig | None,
     epilogue: str,
-    q8_1: bool = False,
+    tokens: tuple[str, ...] = (),
+    quantized: bool = True,
 ) -> Launch:
     if config is None and (chosen := _choice(m, blocks, k, variant, _arch(index))):
         config = chosen.config
     if config is None:
         raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
-    if epilogue == "transposed":  # tokens come from a quantizer of theirs
+    if epilogue == "transposed" and quantized:  # tokens come from a quantizer of theirs
         config = alone(config, m, _arch(index).sm_count)
     return Launch(
         index,
@@ -202,7 +231,7 @@ def _prepare(
         (m, n, k, blocks, group_size, config.slots, config.stages, config.boxes, config.pitch),
         cluster=config.cluster,
         dependent=True,
-        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue], *(Q8_1_DEFINES if q8_1 else ())),
+        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue], *tokens),
     )
 
 

@@ -30,8 +30,9 @@
 // tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32
 // (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a
 // gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n
-// for ups; 0) and LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`, which the warp that brings them makes d q in X where
-// they lie, a chunk ahead of the products; k is a multiple of 128; 0).
+// for ups; 0), LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`, which the warp that brings them makes d q in X where
+// they lie, a chunk ahead of the products; k is a multiple of 128; 0); and with LQ_ROUNDED (Bf16, Fp16) where x, of that type, is to be
+// what its Q8_1 blocks would stand for: the warps that multiply make it that where it lies, before they do; k is a multiple of 32.
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -78,16 +79,25 @@ constexpr int kWarpBlocks = LQ_WARP_BLOCKS, kWarpSteps = 2 / kWarpBlocks;  // of
 #define LQ_TOKENS_Q8_1 0
 #endif
 constexpr bool kTokensQ8_1 = LQ_TOKENS_Q8_1 != 0;
+#ifdef LQ_ROUNDED
+constexpr bool kRounded = true;
+using Given = LQ_ROUNDED;
+#else
+constexpr bool kRounded = false;
+using Given = X;
+#endif
+constexpr bool kConverted = kTokensQ8_1 || kRounded;  // x becomes X in shared memory
+static_assert(!kRounded || (!kTokensQ8_1 && !kSums), "tokens come as one thing, and nobody adds them up when they have come");
 static_assert(!kTokensQ8_1 || kBits == 4, "bulk copies take whole multiples of 16 bytes: a K step of 128 is 144 bytes of Q8_1");
 
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brings x and is the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
 constexpr int kMaxStages = 16;
-constexpr int kChunks = kSums ? 4 : kTokensQ8_1 ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
+constexpr int kChunks = kSums ? 4 : kConverted ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
 constexpr int kChunksAhead = 4;                             // of Q8_1, on their way while one becomes 16 bits
 constexpr int kHeader = 512;                                // bytes, of mbarriers
-static_assert((2 * kMaxStages + (kTokensQ8_1 ? 2 : 1) * kChunks + 4) * static_cast<int>(sizeof(u64)) <= kHeader, "mbarriers do not fit");
+static_assert((2 * kMaxStages + (kConverted ? 2 : 1) * kChunks + 4) * static_cast<int>(sizeof(u64)) <= kHeader, "mbarriers do not fit");
 constexpr int kBlockRows = 16;
 constexpr int kBlockBytes = 1024;                // of codes in a K step
 constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
@@ -200,9 +210,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u64* full = reinterpret_cast<u64*>(shared);
   u64* empty = full + kMaxStages;
   u64* x_full = empty + kMaxStages;
-  u64* x_ready = kTokensQ8_1 ? x_full + kChunks : x_full;  // in 16 bits
-  u64* received = x_ready + kChunks;                       // two: a pass's sums are in the inbox
-  u64* released = received + 2;                            // two: every CTA has read them
+  u64* x_ready = kConverted ? x_full + kChunks : x_full;  // in X
+  u64* received = x_ready + kChunks;                      // two: a pass's sums are in the inbox
+  u64* released = received + 2;                           // two: every CTA has read them
   u8* ring = shared + kHeader;
   const int stages = static_cast<int>(p.stages);
 
@@ -240,7 +250,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
     if (lane == 0) {
       for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
-      if constexpr (kTokensQ8_1)
+      if constexpr (kConverted)
         for (int i = 0; i < kChunks; ++i) mbarrier_init(x_ready + i, kArrivingLanes);
       for (int i = 0; i < 2; ++i) {
         mbarrier_init(received + i, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
@@ -479,6 +489,16 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     load_words();
   };
 
+  if constexpr (kRounded) {
+#pragma unroll 1
+    for (int chunk = warp; chunk * chunk_k < k_here; chunk += kWarps) {
+      const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
+      mbarrier_wait(x_full + chunk, 0);
+      round_q8_1<Given, X>(tokens, static_cast<int>(p.pitch), m, from / 32, to / 32);
+      __syncwarp();
+      if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
+    }
+  }
   if (passes > 0) {
     enter(pass_of(0));
     mbarrier_wait(full, 0);

@@ -1,9 +1,14 @@
-// Tokens in Q8_1 blocks, `half d; half s; int8 q[32]`, to 16 bits in shared memory.
+// Tokens in Q8_1 blocks, `half d; half s; int8 q[32]`, to 16 bits in shared memory; and tokens of 16 bits to what their blocks would be.
 #pragma once
 
 #include "lq/dequantize.cuh"
 
 namespace lq {
+
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
 
 // Four int8 of a word to d q, a product that is exact until it is rounded to 16 bits. A byte less its sign, put into the mantissa of
 // 2^15, is a number 2^15 + 128 too large; that is 9 bits and d 11, so d times it is exact too, but neither inf nor NaN. What is
@@ -65,6 +70,80 @@ __device__ __forceinline__ void convert_q8_1(u8* tokens, int pitch, int m, int r
       for (int i = 0; i < 4; ++i) out[i] = values[i];
   }
   __syncwarp();
+}
+
+__device__ __forceinline__ u32 larger_of_pairs(u32 a, u32 b) {
+  u32 d;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// a + b, toward zero.
+__device__ __forceinline__ float add_toward_zero(float a, float b) {
+  float sum;
+  asm("add.rz.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
+
+// Two numbers of a block to |d q|: q is |x| / d, rounded once, and then half away from zero: that is |x| / d + .5 without its fraction,
+// which a sum of 2^23 drops. d times the sum less 2^23 d is d q exactly, but neither inf nor NaN.
+template <typename From, typename X, bool kFinite>
+__device__ __forceinline__ u32 round_pair(u32 pair, float inverse, float d) {
+  constexpr float kUnitOne = 8388608.0f;
+  float values[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float scaled = __fmul_rn(fabsf(to_float(From{}, static_cast<u16>(pair >> (16 * i)))), inverse);
+    const float sum = add_toward_zero(add_toward_zero(scaled, 0.5f), kUnitOne);
+    values[i] = kFinite ? fmaf(d, sum, -kUnitOne * d) : d * (sum - kUnitOne);
+  }
+  // The sign is that of x. That of a zero no sum shows.
+  return from_floats(X{}, values[0], values[1]) | (pair & 0x80008000u);
+}
+
+// Blocks [from, to) of m tokens of 16 bits to the X that the bytes of lq_formats.quantize_q8_1 would stand for, in place, by a warp: a
+// block by a lane. Lanes begin with different quarters of their blocks, which lie in different banks.
+template <typename From, typename X>
+__device__ __forceinline__ void round_q8_1(u8* tokens, int pitch, int m, int from, int to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, in_round = 32 / m;
+  u8* const row = tokens + lane % m * pitch;
+  if (lane / m >= in_round) return;
+#pragma unroll 1
+  for (int block = from + lane / m; block < to; block += in_round) {
+    uint4* const words = reinterpret_cast<uint4*>(row + block * 64);
+    const int turn = block >> 1;
+    uint4 values[4];
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = words[(i + turn) & 3];
+      const u32 low = larger_of_pairs(values[i].x & 0x7FFF7FFFu, values[i].y & 0x7FFF7FFFu);
+      const u32 high = larger_of_pairs(values[i].z & 0x7FFF7FFFu, values[i].w & 0x7FFF7FFFu);
+      largest = larger_of_pairs(largest, larger_of_pairs(low, high));
+    }
+    // As integers NaN is larger than inf, and that than the rest. Where 1 / d is no number codes are 0.
+    largest = max(largest & 0xFFFFu, largest >> 16);
+    const float quotient = __fdiv_rn(to_float(From{}, static_cast<u16>(largest)), 127.0f), one = __fdiv_rn(1.0f, quotient);
+    const float inverse = one <= 3.402823466e38f ? one : 0.0f;
+    const u16 bits = float_to_half(quotient);
+    const float d = half_to_float(bits);
+    auto make = [&](auto finite) {
+      constexpr bool kFinite = decltype(finite)::value;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i].x = round_pair<From, X, kFinite>(values[i].x, inverse, d);
+        values[i].y = round_pair<From, X, kFinite>(values[i].y, inverse, d);
+        values[i].z = round_pair<From, X, kFinite>(values[i].z, inverse, d);
+        values[i].w = round_pair<From, X, kFinite>(values[i].w, inverse, d);
+      }
+    };
+    if ((bits & 0x7C00u) != 0x7C00u)
+      make(Bool<true>{});
+    else
+      make(Bool<false>{});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[(i + turn) & 3] = values[i];
+  }
 }
 
 }  // namespace lq
