@@ -34,8 +34,8 @@ _MOST_ROUNDED = 4
 _ROUNDING_WEIGHT = 2**24
 """... where the weight has no more numbers than so. A larger one still fills the ring while a launch quantizes.
 
-On an H200, a launch and two: 4096x4096, 1 to 4 tokens, 4.8 / 5.0 / 5.4 / 5.7 us and 6.1 / 6.2 / 6.3 / 6.4; 14336x4096, 1 token, 12.0
-and 11.5; 4096x14336, 1, 2 and 4 tokens, 11.5 / 12.5 / 13.9 and 11.7 / 12.3 / 12.7.
+On an H200, a launch and two: 4096x4096, 1 to 4 tokens, 4.8 / 5.0 / 5.4 / 5.7 us and 6.1 / 6.2 / 6.3 / 6.4; 14336x4096, 1 token,
+12.0 and 11.5; 4096x14336, 1, 2 and 4 tokens, 11.5 / 12.5 / 13.9 and 11.7 / 12.3 / 12.7.
 """
 _CHUNK = 2**24  # elements that are repacked at a time, a byte each and a few copies
 
