@@ -86,6 +86,25 @@ def test_the_fastest_cut_of_each_kernel_is_found_and_the_finalists_are_timed_aga
             assert own[0] in again  # what the model chose, to say what was gained
 
 
+def test_what_was_fastest_with_more_tokens_is_timed_with_fewer(tmp_path):
+    six = TUNABLES["decode_a16"].ranked(W4, 6, 132)
+    timed = [cut for kernel, cut, _ in search.proposals(W4, 1, 132) if kernel == "decode_a16"]
+    one = TUNABLES["decode_a16"].ranked(W4, 1, 132)
+    far = next(
+        c for c in six if (same := TUNABLES["decode_a16"].alike(fields_of(c), one)) and fields_of(same) not in timed
+    )
+    here = fields_of(TUNABLES["decode_a16"].alike(fields_of(far), one))
+    table = run.opened(tmp_path / "table.json", *H200)
+    table = table.merged(Stamp(*H200), "decode_a16", source_digests()["decode_a16"], W4, Point(6, 8.0, fields_of(far)))
+    timer = FakeTimer(lambda kernel, cut: 7.0 if cut == here else 9.0)
+    job = run.Run(table, tmp_path / "table.json", Stamp(*H200), timer)
+    ((_, _, found),) = job.measure([(W4, 1)], float("inf"))
+    assert next(each.point.cut for each in found if each.kernel == "decode_a16") == here
+    # One that the kernel does not take is not timed.
+    other = tuple(sorted({**dict(here), "clusters": 5}.items()))
+    assert list(search.proposals(W4, 1, 132, known={"decode_a16": [other]})) == list(search.proposals(W4, 1, 132))
+
+
 def test_a_cut_that_fails_is_reported_and_never_chosen():
     first = next(cut for kernel, cut, _ in search.proposals(W4, 64, 132, kernels=["prefill_a16"]))
     timer = FakeTimer(lambda kernel, cut: "LaunchError: no" if cut == first else 7.0)

@@ -32,7 +32,7 @@ _SHARED = 232448
 _MAX_STAGES = 16
 _BARRIERS = 2 * _MAX_STAGES * 8 + 16
 _MAX_TILES = 1 << 30
-_SAME = ("tokens", "multicast", "ctas", "shared_tiles", "workers")
+SAME = ("tokens", "multicast", "ctas", "shared_tiles", "workers")
 """Fields of a cut that a table's must have; the rest is order."""
 
 # Estimates for an H200, to be replaced by measurements: 8-bit products of a multiprocessor a clock, and bytes from L2.
@@ -191,7 +191,7 @@ def choice(
     chosen = choose(
         candidates(m, n, k, bits, promote, sm_count),
         lambda config: cost(config, m, n, k, bits, promote, scale_bytes, sm_count),
-        _SAME,
+        SAME,
         measurements("linear_a8", m, weight, device, sm_count) if promote == promotes(activation, grouped) else (),
     )
     assert chosen is not None, "tiles of 16 tokens fit any size"

@@ -36,7 +36,7 @@ _MAX_STAGES = 16
 _BARRIERS = 3 * _MAX_STAGES * 8
 _MAX_TILES = 1 << 30
 _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
-_SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
+SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
 """Fields of a cut that a table's must have; the rest is order."""
 
 _TALL_TOKENS = (64, 96, 128)
@@ -182,7 +182,7 @@ def choice(
     cuts = candidates(m, n, k, bits, scale_bytes, sm_count)
     weight = Weight(bits, groups, zero, scale_bytes, "", -(-n // BLOCK_ROWS) * BLOCK_ROWS, k)
     found = measurements("prefill_a16", m, weight, device, sm_count)
-    chosen = choose(cuts, lambda config: cost(config, m, n, k, bits, sm_count), _SAME, found)
+    chosen = choose(cuts, lambda config: cost(config, m, n, k, bits, sm_count), SAME, found)
     assert chosen is not None, "tiles of 16 tokens fit any size"
     return chosen
 

@@ -1,6 +1,6 @@
 """The kernels that can be tuned: which cuts they take for a weight, in the order of their models, and what is compiled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -84,8 +84,23 @@ class Tunable(Protocol):
         """Return what a configuration compiles."""
         ...
 
+    def alike(self, cut: Cut, configs: Sequence[Any]) -> Any:
+        """Return the first of these configurations that is what ``cut`` was at another number of tokens, or None."""
+        ...
 
-class _Decode:
+
+class _Same:
+    """What fields of a cut the others follow from."""
+
+    def __init__(self, same: tuple[str, ...]) -> None:
+        self._same = same
+
+    def alike(self, cut: Cut, configs: Sequence[Any]) -> Any:
+        wanted = dict(cut)
+        return next((c for c in configs if all(int(getattr(c, name)) == wanted.get(name) for name in self._same)), None)
+
+
+class _Decode(_Same):
     def useful(self, weight: Weight, m: int) -> bool:
         return not weight.activation and m <= 128
 
@@ -98,7 +113,7 @@ class _Decode:
         return Unit("decode_a16", (*variant_of(weight).defines, *config.defines))
 
 
-class _Prefill:
+class _Prefill(_Same):
     def useful(self, weight: Weight, m: int) -> bool:
         return not weight.activation
 
@@ -111,7 +126,7 @@ class _Prefill:
         return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines))
 
 
-class _A8:
+class _A8(_Same):
     def useful(self, weight: Weight, m: int) -> bool:
         return bool(weight.activation)
 
@@ -129,7 +144,7 @@ class _A8:
         return Unit("linear_a8", (*variant.defines, *config.defines))
 
 
-class _Dense:
+class _Dense(_Same):
     def useful(self, weight: Weight, m: int) -> bool:
         return not weight.activation and m >= 128
 
@@ -142,7 +157,12 @@ class _Dense:
 
 
 TUNABLES: Mapping[str, Tunable] = MappingProxyType(
-    {"decode_a16": _Decode(), "prefill_a16": _Prefill(), "linear_a8": _A8(), "dequant_blas": _Dense()}
+    {
+        "decode_a16": _Decode(decode_cuts.SAME),
+        "prefill_a16": _Prefill(prefill_a16.SAME),
+        "linear_a8": _A8(linear_a8.SAME),
+        "dequant_blas": _Dense(()),
+    }
 )
 """By their names in tables."""
 

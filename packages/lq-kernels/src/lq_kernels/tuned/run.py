@@ -15,7 +15,7 @@ from lq_kernels.tuned.kernels import TUNABLES, config_of, weight
 from lq_kernels.tuned.lookup import source_digests
 from lq_kernels.tuned.search import CANDIDATES, Failed, Found, Timer, proposals, search
 from lq_kernels.tuned.shapes import MODELS, Shape, linear_shapes
-from lq_kernels.tuned.table import Point, Stamp, Table, Weight, read, write
+from lq_kernels.tuned.table import Cut, Point, Stamp, Table, Weight, read, write
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 A8_TOKENS = tuple(m for m in TOKENS if m >= 16)
@@ -38,7 +38,10 @@ Task = tuple[Weight, int]
 
 
 def device_preset() -> list[Task]:
-    """Return the tasks of a table that ships: int4 in groups of 128, int8, other groups and zeros, 8-bit tokens, models."""
+    """Return the tasks of a table that ships: int4 in groups of 128, int8, other groups and zeros, 8-bit tokens, models.
+
+    Of a weight many tokens come first: what is fastest for them is tried with fewer.
+    """
     main = SHAPES[:4]
     groups: list[tuple[Sequence[Shape], Sequence[int], dict[str, object]]] = [
         (SHAPES, TOKENS, {"bits": 4, "group_size": 128}),
@@ -64,7 +67,7 @@ def device_preset() -> list[Task]:
         (weight(n=n, k=k, **form), m)  # type: ignore[arg-type]
         for shapes, ms, form in groups
         for n, k in shapes
-        for m in ms
+        for m in sorted(ms, reverse=True)
     ]
     return list(dict.fromkeys(tasks))
 
@@ -92,7 +95,9 @@ def requested(
                 skipped.append(str(error))
     if not weights:
         raise SpecError(skipped[0] if skipped else "there is no shape to tune")
-    return [(each, m) for each in dict.fromkeys(weights) for m in sorted(set(ms))], list(dict.fromkeys(skipped))
+    return [(each, m) for each in dict.fromkeys(weights) for m in sorted(set(ms), reverse=True)], list(
+        dict.fromkeys(skipped)
+    )
 
 
 def without_measured(tasks: Iterable[Task], table: Table, sm_count: int) -> list[Task]:
@@ -204,7 +209,13 @@ class Run:
                 last = each
                 kernels = self.kernels((each, m))
                 found, failed = search(
-                    each, m, self.timer, self.stamp.sm_count, candidates=self.candidates, kernels=kernels
+                    each,
+                    m,
+                    self.timer,
+                    self.stamp.sm_count,
+                    candidates=self.candidates,
+                    kernels=kernels,
+                    known={kernel: self._near(kernel, each, m) for kernel in kernels},
                 )
                 self.failures += [(each, m, failure) for failure in failed]
                 for one in found:
@@ -213,3 +224,9 @@ class Run:
         finally:
             if self.table.points:
                 write(self.table, self.path)
+
+    def _near(self, kernel: str, each: Weight, m: int) -> list[Cut]:
+        """Return the cuts of the next numbers of tokens: two that are larger, and one that is smaller."""
+        points = self.table.points.get((kernel, each), ())
+        larger, smaller = [p.cut for p in points if p.m > m], [p.cut for p in points if p.m < m]
+        return larger[:2] + smaller[-1:]

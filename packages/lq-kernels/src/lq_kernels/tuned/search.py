@@ -1,11 +1,12 @@
 """Search the fastest cut of every kernel for a weight and a number of tokens; what times them is the caller's.
 
-The kernels' models put the cuts in order and the best of them are timed twice: all of them shortly, then the fastest few for
-longer, in turn. A cut that fails is reported and left out.
+The kernels' models put the cuts in order. The best of them, and those that were fastest at numbers of tokens nearby, are timed
+twice: all of them shortly, then the fastest few for longer, in turn. A cut that fails is reported and left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from lq_kernels.prepare import Unit
@@ -52,14 +53,26 @@ class Failed:
     reason: str
 
 
+Known = Mapping[str, Sequence[Cut]]
+"""Cuts by kernel, as they were at other numbers of tokens."""
+
+
 def proposals(
-    weight: Weight, m: int, sm_count: int, *, candidates: int = CANDIDATES, kernels: Iterable[str] = tuple(TUNABLES)
+    weight: Weight,
+    m: int,
+    sm_count: int,
+    *,
+    candidates: int = CANDIDATES,
+    kernels: Iterable[str] = tuple(TUNABLES),
+    known: Known = MappingProxyType({}),
 ) -> Iterator[tuple[str, Cut, Unit]]:
-    """Yield what is timed: of each kernel the cuts that its model finds fastest, the fastest first."""
+    """Yield what is timed: of each kernel the cuts that its model finds fastest, the fastest first, then known ones."""
     for kernel in kernels:
         tunable = TUNABLES[kernel]
         if tunable.useful(weight, m):
-            for config in tunable.ranked(weight, m, sm_count)[:candidates]:
+            ranked = tunable.ranked(weight, m, sm_count)
+            alike = (tunable.alike(cut, ranked) for cut in known.get(kernel, ()))
+            for config in dict.fromkeys([*ranked[:candidates], *(config for config in alike if config is not None)]):
                 yield kernel, fields_of(config), tunable.unit(weight, config)
 
 
@@ -71,6 +84,7 @@ def search(
     *,
     candidates: int = CANDIDATES,
     kernels: Iterable[str] = tuple(TUNABLES),
+    known: Known = MappingProxyType({}),
 ) -> tuple[list[Found], list[Failed]]:
     """Return the fastest cut of each kernel, and what failed.
 
@@ -81,8 +95,11 @@ def search(
         sm_count: Multiprocessors of the GPU that it has.
         candidates: Cuts that are timed of each kernel, at most.
         kernels: Which of :data:`lq_kernels.tuned.kernels.TUNABLES`.
+        known: Cuts of this weight at other numbers of tokens, which are timed as well: what was fastest for more tokens bounds
+            the time of fewer.
     """
-    proposed = [(k, cut) for k, cut, _ in proposals(weight, m, sm_count, candidates=candidates, kernels=kernels)]
+    options = {"candidates": candidates, "kernels": kernels, "known": known}
+    proposed = [(kernel, cut) for kernel, cut, _ in proposals(weight, m, sm_count, **options)]  # type: ignore[arg-type]
     short, failed = _time(timer, weight, m, proposed, SHORT)
     finalists: list[tuple[str, Cut]] = []
     first = dict(reversed(proposed))  # by kernel, the model's choice
