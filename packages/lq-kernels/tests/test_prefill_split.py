@@ -45,9 +45,10 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
-    assert used.registers * 384 >= 128 * 24 + 256 * 232
     assert "C75" not in result.log
     sass = disassemble(result.cubin)
+    fewer, more = sorted(int(count, 16) for count in re.findall(r"USETMAXREG\S*(?: UP\d,)? (0x[0-9a-f]+)", sass))
+    assert used.registers * 384 >= 128 * fewer + 256 * more  # or a warpgroup would wait forever
     assert len(re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)) == 512 // variant.bits // 16
     assert re.search(r"\bSTAS\.128\b", sass)
     assert not re.search(r"\b(LDL|STL)\b", sass)
