@@ -21,7 +21,11 @@ from lq_eval.errors import last_line
 
 COLD_BYTES = 192 << 20
 MAX_COPIES = 128
-WARM_UP_S = 0.008
+WARM_UP_S = 0.005
+"""Length of a piece of the warm-up ..."""
+MOST_WARM_UP_S = 0.1
+"""... of which there are so many, or fewer: until one takes no less time than those before."""
+_NO_FASTER = 0.99
 _MOST_CYCLES_A_S = 2.5e9
 """More than a GPU's clock has: what it waits in cycles is no shorter than was asked for."""
 
@@ -135,12 +139,19 @@ def _queueing_s(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def _raise_clocks(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
-    """Replay graphs for a while: after a pause a GPU takes milliseconds to run at full speed again."""
-    deadline = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < deadline:
-        for graph in graphs:
-            graph.replay()
-        torch.cuda.synchronize()
+    """Replay graphs until they get no faster: after a pause a GPU takes tens of milliseconds to run at full speed again."""
+    deadline, best = time.perf_counter() + MOST_WARM_UP_S, math.inf
+    while True:
+        rounds, start, now = 0, time.perf_counter(), 0.0
+        while now < start + WARM_UP_S:
+            for graph in graphs:
+                graph.replay()
+            torch.cuda.synchronize()
+            rounds, now = rounds + 1, time.perf_counter()
+        took = (now - start) / rounds
+        if took > _NO_FASTER * best or now > deadline:
+            return
+        best = took
 
 
 def _capture(calls: Sequence[Call], rounds: int) -> tuple[torch.cuda.CUDAGraph, int]:
