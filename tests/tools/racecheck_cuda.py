@@ -133,7 +133,7 @@ def _run_decode_q8_1(form: decode_cuts.Form, cluster: int) -> None:
 
 
 def _prefill() -> Launches:
-    """Tiles, alone, in pairs that share tokens or K, also of 192 rows; epilogues; scales and zeros; shared tiles."""
+    """Tiles, alone, in pairs that share tokens or K, also of 192 rows; K in runs; epilogues; scales and zeros; shared tiles."""
     whole = functools.partial(prefill_a16.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
     for tokens in (16, 64, 96, 256):
         yield f"prefill-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", whole(tokens))
@@ -150,6 +150,8 @@ def _prefill() -> Launches:
     for way in ("multicast", "split"):
         config = whole(64, rows=prefill_a16.TALL, **{way: True})
         yield f"prefill-{way}-tall", functools.partial(_run_prefill, VARIANTS[0], "none", config)
+    config = prefill_a16.PrefillConfig(64, 1, 1, 0, 2, multicast=True)
+    yield "prefill-runs", functools.partial(_run_prefill, VARIANTS[0], "none", config)
     yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", whole(64, wide=True))
     for epilogue in EPILOGUES:
         if epilogue != "none":

@@ -226,6 +226,9 @@ def prefill_cuts(tokens: int) -> Iterator[prefill_a16.PrefillConfig]:
             if not multicast or shared_tiles <= 2:
                 raster = 1 + ctas % 2
                 yield prefill_a16.PrefillConfig(tokens, ctas, raster, shared_tiles, workers, multicast)
+    if tokens in prefill_a16.RUNS_TOKENS:
+        for ctas, multicast in ((1, False), (4, False), (1, True)):
+            yield prefill_a16.PrefillConfig(tokens, ctas, 1, 0, 3, multicast)
     if tokens in prefill_a16.SPLIT_TOKENS:
         for ctas in (1, 4):
             yield prefill_a16.PrefillConfig(tokens, ctas, 1, 0, 0, split=True)

@@ -30,6 +30,8 @@ MULTICAST_FROM = 64
 
 SPLIT_TOKENS = (32, 64, 96, 128)
 """Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
+RUNS_TOKENS = (64, 96, 128)
+"""Tokens of a tile whose K a CTA may multiply in runs: sums are twice in registers, and few tokens share K."""
 
 _SHARED = 232448
 _MAX_STAGES = 16
@@ -65,7 +67,7 @@ class PrefillConfig:
         ctas: CTAs in the grid.
         raster: Row tiles in a band; a band's tiles are taken for all tokens before the next band's.
         shared_tiles: Tiles whose K steps are shared among CTAs.
-        workers: CTAs that share them.
+        workers: CTAs that share them. Where none is shared, and this is not 0: :attr:`runs`.
         multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. ``ctas``,
             ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
         split: CTAs come in pairs that share the K of a tile and add up through distributed shared memory. ``ctas`` then
@@ -95,6 +97,14 @@ class PrefillConfig:
         return 2 if self.multicast else 1
 
     @property
+    def runs(self) -> int:
+        """Runs of K that a CTA multiplies one after the other, of whole tiles of ``ROWS`` and ``RUNS_TOKENS``.
+
+        K is cut where as many workers for each tile would cut it, and sums are added up as theirs: the bits are the same.
+        """
+        return 1 if self.shared_tiles else max(self.workers, 1)
+
+    @property
     def pair(self) -> int:
         """CTAs of a cluster."""
         return 2 if self.multicast or self.split else 1
@@ -112,7 +122,8 @@ class PrefillConfig:
         """``NAME=VALUE`` of the macros."""
         pair = ("LQ_MULTICAST=1",) if self.multicast else ("LQ_SPLIT=1",) if self.split else ()
         rows = () if self.rows == ROWS else (f"LQ_ROWS={self.rows}",)
-        return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()))
+        runs = ("LQ_RUNS=1",) if self.runs > 1 else ()
+        return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()), *runs)
 
 
 def ring(
@@ -382,7 +393,7 @@ def linear(
         minimum: Whether ``zero`` holds minima, and weights are ``u * scale + zero``; 4 bits in groups.
 
     Raises:
-        ShapeError: If there are too many tiles for one launch, or ``config`` shares a K of one step.
+        ShapeError: If there are too many tiles for one launch, or ``config`` cuts a K of too few steps.
     """
     m, k = x.shape
     epilogue = "transposed" if transposed else "silu_mul" if gated else "residual" if residual is not None else "none"
@@ -451,11 +462,12 @@ def _prepare(
     if config.split and config.steps(k, variant.bits) < 2:
         step = 128 if config.wide else 512 // variant.bits
         raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")
+    if config.runs > config.steps(k, variant.bits):
+        raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
     stages, shared = _ring(config, variant.bits, variant.scale_bytes)
     # As LQ_ASIDE in the source.
-    aside = (
-        min(config.tokens, m) if config.tokens > 128 and variant.bits == 4 and epilogue in ("none", "silu_mul") else 0
-    )
+    in_bulk = (config.tokens > 128 or config.runs > 1) and variant.bits == 4 and epilogue in ("none", "silu_mul")
+    aside = min(config.tokens, m) if in_bulk else 0
     launch = Launch(
         index,
         "prefill_a16",

@@ -18,6 +18,9 @@
 // - LQ_SPLIT: two CTAs share the K of a tile, half each, and add up through distributed shared memory: each sends the other its sums of
 //   half of the tokens, and stores the rest. Tiles are taken whole, by one pair after the other. For few tiles, whose parts would
 //   otherwise pass through the workspace.
+// - LQ_RUNS: no tile is shared, but one CTA multiplies K in as many runs as there are `workers`, cut where they would cut it, and adds up
+//   the sums of runs as the last of them to come would: the bits are those of tiles that are shared. For many tokens in the
+//   batch-invariant mode.
 // - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk,
 //   while the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows. Tiles that were shared, and y that the copy
 //   engine cannot take, leave as before.
@@ -46,7 +49,7 @@
 // LQ_STEP (128; 64 with 8 bits, where 128 takes one scale a row and up to 128 tokens), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
-// LQ_MULTICAST (0, 1) and LQ_SPLIT (0, 1).
+// LQ_MULTICAST (0, 1), LQ_SPLIT (0, 1) and LQ_RUNS (1: K in runs, of tiles of 64, 96 and 128 tokens; 0).
 
 #include "lq/bulk_store.cuh"
 #include "lq/epilogue.cuh"
@@ -93,11 +96,17 @@ constexpr bool kMulticast = LQ_MULTICAST != 0;
 #define LQ_SPLIT 0
 #endif
 constexpr bool kSplit = LQ_SPLIT != 0;
+#ifndef LQ_RUNS
+#define LQ_RUNS 0
+#endif
+constexpr bool kRuns = LQ_RUNS != 0;
 // As in prefill_a16.py, which passes a map of y.
-#define LQ_ASIDE (LQ_TOKENS > 128 && LQ_BITS == 4 && !LQ_TRANSPOSED && !LQ_RESIDUAL)
+#define LQ_ASIDE ((LQ_TOKENS > 128 || LQ_RUNS) && LQ_BITS == 4 && !LQ_TRANSPOSED && !LQ_RESIDUAL)
 constexpr bool kAside = LQ_ASIDE != 0;
 static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
               "pairs share K or tokens, and K of tiles that leave room");
+static_assert(!kRuns || (!kSplit && kTokens >= 64 && kTokens <= 128 && LQ_ROWS == 128),
+              "runs: of many tokens, with sums twice in registers");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
 constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
@@ -147,7 +156,8 @@ constexpr int kChunk = kOwnTokens % 32 ? 16 : 32;  // tokens that pass through s
 constexpr int kAtOnce = kUnits % 4 ? 2 : 4;
 constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 ? 2 : 4;
 // ... and all chunks leave through the same instructions, where parts are added up too. Only what is in registers is told apart.
-constexpr bool kRolled = kTokens > 128;
+// Of runs it is how no register is spilled and no wgmma serialized: rolled where y is stored aside or transposed, not with a residual.
+constexpr bool kRolled = kTokens > 128 || (kRuns && !kResidual);
 static_assert(!kRolled || kChunk == 8 * kAtOnce, "a chunk is added up at once");
 constexpr int kChunks = kOwnTokens / kChunk;
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
@@ -551,6 +561,14 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
     pin_sums(acc);
+    // Of runs: the sums of those that are done, from zero on as where parts are added up, and the K steps of the present one.
+    [[maybe_unused]] float total[kRuns ? kTokens / 2 : 1] = {};
+    [[maybe_unused]] int run = 0, run_begin = 0, run_end = 0;
+    const auto next_run = [&] {
+      run_begin = run_end;
+      run_end = uniform(static_cast<int>(static_cast<u32>(++run) * work.steps / work.workers));
+    };
+    if constexpr (kRuns) next_run();
     u32 a[kSets][kBatch][4];
     mbarrier_wait(full + stage, parity);
     weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
@@ -572,7 +590,8 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
             const int slice = batch * kBatch + i;
-            Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], tokens + (slice / 4 * kBoxBytes + slice % 4 * 32) / 16);
+            const u64 at = tokens + (slice / 4 * kBoxBytes + slice % 4 * 32) / 16;
+            Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], at, !kRuns || slice > 0 || step > run_begin);
           }
           wgmma_commit();
           if (batch == kBatches - 1) {
@@ -598,9 +617,20 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         }
         if (half + 1 == kHalves) break;
       }
+      if constexpr (kRuns)
+        if (step + 1 == run_end) {
+          next_run();
+          wgmma_wait<0>();
+          pin_sums(acc);
+#pragma unroll
+          for (int i = 0; i < kTokens / 2; ++i) total[i] += acc[i];
+        }
     }
     wgmma_wait<0>();
     pin_sums(acc);
+    if constexpr (kRuns)
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) acc[i] = total[i];
     release(last);
     wait_for_previous_kernel();  // long past; the workspace and y are written from here on
 
@@ -611,7 +641,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         exchange(Int<1>{}, acc);
       if (!keep_inbox) acknowledge();
     }
-    const bool in_parts = !kSplit && work.first < work.last;
+    const bool in_parts = !kSplit && !kRuns && work.first < work.last;
     bool cut = false;  // the first worker has a tile before this one
     const auto part_of = [&](int worker) {
       const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kSharers + rank;

@@ -71,29 +71,29 @@ struct Wgmma;
 #define LQ_SUMS_96(d, i) LQ_SUMS_64(d, i), LQ_SUMS_32(d, (i) + 64)
 #define LQ_SUMS_128(d, i) LQ_SUMS_64(d, i), LQ_SUMS_64(d, (i) + 64)
 
-// A0 to B: the numbers of the operands that follow the sums. The predicate says that D is added to.
-#define LQ_WGMMA_TYPE(COLUMNS, SUMS, TYPE, PTX, A0, A1, A2, A3, B)                                                             \
-  static __device__ __forceinline__ void run(TYPE, float(&d)[SUMS], const u32(&a)[4], u64 b) {                                 \
-    asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0;\n"                                                                  \
+// A0 to ADD: the numbers of the operands that follow the sums. `add` says that D is added to; otherwise it is overwritten.
+#define LQ_WGMMA_TYPE(COLUMNS, SUMS, TYPE, PTX, A0, A1, A2, A3, B, ADD)                                                        \
+  static __device__ __forceinline__ void run(TYPE, float(&d)[SUMS], const u32(&a)[4], u64 b, int add) {                        \
+    asm volatile("{ .reg .pred add; setp.ne.s32 add, %" #ADD ", 0;\n"                                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." PTX "." PTX " {" LQ_LIST_##SUMS "}, {%" #A0 ",%" #A1  \
                  ",%" #A2 ",%" #A3 "}, %" #B ", add, 1, 1, 0; }"                                                               \
                  : LQ_SUMS_##SUMS(d, 0)                                                                                        \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                              \
   }
-#define LQ_WGMMA(COLUMNS, SUMS, A0, A1, A2, A3, B)                \
-  template <>                                                     \
-  struct Wgmma<COLUMNS> {                                         \
-    LQ_WGMMA_TYPE(COLUMNS, SUMS, Bf16, "bf16", A0, A1, A2, A3, B) \
-    LQ_WGMMA_TYPE(COLUMNS, SUMS, Fp16, "f16", A0, A1, A2, A3, B)  \
+#define LQ_WGMMA(COLUMNS, SUMS, A0, A1, A2, A3, B, ADD)                \
+  template <>                                                          \
+  struct Wgmma<COLUMNS> {                                              \
+    LQ_WGMMA_TYPE(COLUMNS, SUMS, Bf16, "bf16", A0, A1, A2, A3, B, ADD) \
+    LQ_WGMMA_TYPE(COLUMNS, SUMS, Fp16, "f16", A0, A1, A2, A3, B, ADD)  \
   };
 
-LQ_WGMMA(16, 8, 8, 9, 10, 11, 12)
-LQ_WGMMA(32, 16, 16, 17, 18, 19, 20)
-LQ_WGMMA(64, 32, 32, 33, 34, 35, 36)
-LQ_WGMMA(96, 48, 48, 49, 50, 51, 52)
-LQ_WGMMA(128, 64, 64, 65, 66, 67, 68)
-LQ_WGMMA(192, 96, 96, 97, 98, 99, 100)
-LQ_WGMMA(256, 128, 128, 129, 130, 131, 132)
+LQ_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
+LQ_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
+LQ_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
+LQ_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
+LQ_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
+LQ_WGMMA(192, 96, 96, 97, 98, 99, 100, 101)
+LQ_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 
 #undef LQ_WGMMA
 #undef LQ_WGMMA_TYPE
