@@ -104,8 +104,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
             yield Unit("decode_a16", (*variant.defines, *form.defines, *epilogue))
     if constraints.why_not_prefill(problem) is None:
         sizes = (problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
-        cuts = prefill_a16.forms(*sizes)
-        for cut in invariant.forms(cuts) if problem.batch_invariant else cuts:
+        for cut in (invariant if problem.batch_invariant else prefill_a16).forms(*sizes):
             yield Unit("prefill_a16", (*variant.defines, *cut.defines, *epilogue))
     if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))

@@ -1,18 +1,20 @@
 """The Hopper kernels for many tokens, cut so that no result depends on the other tokens: the batch-invariant mode.
 
 An element is summed in the order of K within a run of K steps, and the sums of runs in the order of K. So its bits depend on
-where K is cut, and on nothing else: the size of a token tile and what else a CTA does change neither order. Here every tile is
-shared and has the same number of parts, which depends on the weight and the GPU alone; with w workers for each of t tiles
+where K is cut, and on nothing else: the size of a token tile and what else a CTA does change neither order. Here K of every
+tile has the same number of parts, which depends on the weight and the GPU alone. Few tokens share every tile; with w workers
+for each of t tiles
 
     first step of worker i = floor(i * t * steps / (t * w)) = floor(i * steps / w)
 
 so runs begin with tiles, and all tiles are cut alike, whatever t is. CTAs never wait for each other, so there may be more of
-them than multiprocessors. With one part no tile is shared.
+them than multiprocessors. For many 16-bit tokens there are tiles enough: one CTA multiplies all parts of a tile, one run
+after the other, and adds up their sums in the same order, in registers. With one part there is nothing to add.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -31,9 +33,17 @@ MAX_PARTS = 16
 MAX_UNITS = 1 << 31
 """Workers times K steps of shared tiles: the kernels compute with 32 bits."""
 MAX_PARTIALS = 1 << 26
-"""Numbers in the workspace at most, about (256 MB); more tokens are multiplied some at a time."""
-_SEEN = (1, 64, 1024)
-"""Tokens whose times decide on the parts: few want many, and many pay for writing sums out and reading them back."""
+"""Numbers in the workspace, about (256 MB): more 16-bit tokens share no tiles, of 8-bit ones some are taken at a time."""
+_SEEN, _A8_SEEN = (1, 64, 256, 1024), (1, 64, 1024)
+"""Tokens whose times decide on the parts: few want many, and more pay for writing sums out and reading them back."""
+_ALIKE = 1.04
+"""Parts whose times differ by less, on average, are alike: the model knows no better, and the fewest write least."""
+_RUN_CLOCKS = 200.0
+"""What a run costs a CTA that has all of a tile's, beside a clock for each token: its products are waited for, and added.
+Counted in the machine code, not measured."""
+_FEW_CLOCKS = 37.0
+"""Clocks for 16 in features that up to 16 tokens take less than prefill's model says, in one wave: int4 with one token takes
+71 (H200, 1 to 8 parts of five weights)."""
 
 _C = TypeVar("_C", PrefillConfig, A8Config)
 
@@ -54,7 +64,7 @@ def prefill_parts(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
         cuts = _prefill_cuts(m, n, k, bits, scale_bytes, sm_count, parts)
         return min((_prefill_clocks(config, m, n, k, bits, sm_count) for config in cuts), default=math.inf)
 
-    return _parts(clocks, -(-k // (512 // bits)))
+    return _parts(clocks, _steps(k, bits, scale_bytes), _SEEN, _ALIKE)
 
 
 def a8_config(m: int, n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_count: int) -> A8Config:
@@ -74,7 +84,7 @@ def a8_parts(n: int, k: int, bits: int, promote: bool, scale_bytes: int, sm_coun
         times = (_a8_clocks(config, m, n, k, bits, promote, scale_bytes, sm_count) for config in cuts)
         return min(times, default=math.inf)
 
-    return _parts(clocks, -(-k // linear_a8.STEP))
+    return _parts(clocks, -(-k // linear_a8.STEP), _A8_SEEN, 1.0)
 
 
 def tokens_at_once(n: int, steps: int, parts: int) -> int:
@@ -83,7 +93,7 @@ def tokens_at_once(n: int, steps: int, parts: int) -> int:
     Args:
         n: Out features.
         steps: K steps.
-        parts: Parts of K.
+        parts: Parts of K that tiles are shared in; 1 where CTAs may take whole tiles.
     """
     row_tiles = -(-n // ROWS)
     if parts == 1:
@@ -93,18 +103,50 @@ def tokens_at_once(n: int, steps: int, parts: int) -> int:
     return 128 * max(1, min(units, partials))
 
 
-def forms(cuts: Iterable[PrefillConfig]) -> list[PrefillConfig]:
-    """Return those of prefill's cuts that this mode can have: K is cut into steps of one size, and rows into tiles of one."""
-    return [replace(config, wide=False) for config in cuts if not config.split and config.rows == ROWS]
+def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
+    """Return a cut of every form (:attr:`PrefillConfig.defines`) that any number of tokens may ask for, the largest first.
+
+    Arguments are those of :func:`prefill_config`.
+    """
+    whole = [replace(cut, shared_tiles=0, workers=0) for cut in prefill_a16.forms(n, k, bits, scale_bytes, sm_count)]
+    parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
+    cuts = (*_in_runs(_alike(whole), parts), *_alike(whole, parts))
+    return tuple(sorted(cuts, key=lambda cut: cut.tokens, reverse=True))
+
+
+def _alike(cuts: Iterable[PrefillConfig], parts: int = 1) -> list[PrefillConfig]:
+    """Return those of prefill's cuts that this mode can have: rows in tiles of one size, and K, where it is cut, in such steps.
+
+    Larger tiles than runs can have are too dear to share, and take int8 in smaller steps: uncut, that is the same order.
+    """
+    most = (prefill_a16.TOKENS if parts == 1 else prefill_a16.RUNS_TOKENS)[-1]
+    return [config for config in cuts if not config.split and config.rows == ROWS and config.tokens <= most]
+
+
+def _steps(k: int, bits: int, scale_bytes: int) -> int:
+    """Return the K steps of tiles whose K can be cut: of 128 in features, but for int8 in groups."""
+    return -(-k // (512 // bits if scale_bytes else 128))
+
+
+def _in_runs(whole: Iterable[PrefillConfig], parts: int) -> Iterator[PrefillConfig]:
+    """Yield the cuts whose CTAs may take all parts of a tile, so that they do."""
+    for config in whole:
+        if parts > 1 and config.tokens in prefill_a16.RUNS_TOKENS:
+            yield replace(config, workers=parts)
 
 
 def _prefill_cuts(
     m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int, parts: int
 ) -> tuple[PrefillConfig, ...]:
     cuts = prefill_a16.candidates(m, n, k, bits, scale_bytes, sm_count)
-    whole = forms(config for config in cuts if not config.shared_tiles)
-    steps = -(-k // (512 // bits))
-    return _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), steps, parts)
+    whole = _alike((config for config in cuts if not config.shared_tiles), parts)
+    alike = _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), _steps(k, bits, scale_bytes), parts)
+    shared = (cut for cut in alike if _partials(cut) <= MAX_PARTIALS or m <= cut.tokens)
+    return (*shared, *_in_runs(whole, parts))
+
+
+def _partials(config: PrefillConfig) -> int:
+    return 2 * config.workers * config.sharers * config.tokens * ROWS
 
 
 def _a8_cuts(m: int, n: int, k: int, bits: int, promote: bool, sm_count: int, parts: int) -> tuple[A8Config, ...]:
@@ -130,12 +172,17 @@ def _check(cuts: Sequence[object], m: int, n: int, k: int) -> None:
 
 
 def _prefill_clocks(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
-    if not config.workers:
-        return prefill_a16.cost(config, m, n, k, bits, sm_count)
-    parts, rows = config.workers // config.shared_tiles, ROWS * config.sharers
-    tile = replace(config, ctas=parts, shared_tiles=1, workers=parts)
-    waves = -(-config.workers * config.sharers // sm_count)
-    return waves * prefill_a16.cost(tile, config.tokens, rows, k, bits, sm_count)
+    if config.shared_tiles:
+        parts, rows = config.workers // config.shared_tiles, ROWS * config.sharers
+        tile = replace(config, ctas=parts, shared_tiles=1, workers=parts)
+        waves = -(-config.workers * config.sharers // sm_count)
+        clocks = waves * prefill_a16.cost(tile, config.tokens, rows, k, bits, sm_count)
+    else:
+        parts, waves = 1, -(-math.prod(config.tiles(m, n)) // config.ctas)
+        clocks = prefill_a16.cost(config, m, n, k, bits, sm_count)
+        if config.runs > 1:
+            clocks += waves * config.runs * (_RUN_CLOCKS + config.tokens)
+    return clocks - (_FEW_CLOCKS * k / 16 / parts if m <= config.tokens == 16 and waves == 1 else 0.0)
 
 
 def _a8_clocks(
@@ -149,11 +196,12 @@ def _a8_clocks(
     return waves * linear_a8.cost(tile, config.tokens, rows, k, bits, promote, scale_bytes, sm_count)
 
 
-def _parts(clocks: Callable[[int, int], float], steps: int) -> int:
-    """Return the parts with the least product of the times at a few numbers of tokens, so that each counts alike."""
-    return min(
-        range(1, min(MAX_PARTS, steps) + 1), key=lambda parts: math.prod(clocks(parts, tokens) for tokens in _SEEN)
-    )
+def _parts(clocks: Callable[[int, int], float], steps: int, seen: Sequence[int], alike: float) -> int:
+    """Return the fewest parts with about the least product of the times at a few numbers of tokens: each counts alike."""
+    known = range(1, min(MAX_PARTS, steps) + 1)
+    times = {parts: math.prod(clocks(parts, tokens) for tokens in seen) for parts in known}
+    most = min(times.values()) * alike ** len(seen)
+    return next(parts for parts in known if times[parts] <= most)
 
 
 def plan_prefill(problem: Problem) -> Plan:
@@ -180,8 +228,7 @@ def plan_a8(problem: Problem) -> Plan:
 @functools.lru_cache(maxsize=4096)
 def _prefill_choice(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, int]:
     """Return the cut of a launch, and how many tokens one takes."""
-    parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
-    most = tokens_at_once(n, -(-k // (512 // bits)), parts)
+    most = tokens_at_once(n, _steps(k, bits, scale_bytes), 1)
     return prefill_config(min(m, most), n, k, bits, scale_bytes, sm_count), most
 
 
