@@ -1,5 +1,6 @@
 """Pairs of CTAs that share the K of a tile in the prefill kernel: their cuts and code without a GPU, their results on one."""
 
+import math
 import re
 
 import pytest
@@ -17,9 +18,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H200 = 132
 
 
-def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False):
+def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False, shared=0, parts=1):
+    """Return a cut of pairs; the first ``shared`` tiles have ``parts`` parts."""
     tiles = -(-n // rows) * -(-m // tokens)
-    return PrefillConfig(tokens, min(ctas, tiles), raster, 0, 0, split=True, rows=rows, wide=wide)
+    workers = parts * shared
+    pairs = max(workers, min(ctas, tiles - shared))
+    return PrefillConfig(tokens, pairs, raster, shared, workers, split=True, rows=rows, wide=wide)
 
 
 # ---- without a GPU ----
@@ -39,7 +43,9 @@ def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False):
         (6, 32, "silu_mul"),
     ],
 )
-def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, tokens, epilogue, disassemble):
+def test_it_compiles_without_spills_and_waits_for_the_memory_only_where_parts_are_left(
+    number, tokens, epilogue, disassemble
+):
     variant = VARIANTS[number]
     defines = (*variant.defines, f"LQ_TOKENS={tokens}", "LQ_SPLIT=1", *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
@@ -52,7 +58,10 @@ def test_it_compiles_without_spills_and_without_waiting_for_the_memory(number, t
     assert len(re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)) == 512 // variant.bits // 16
     assert re.search(r"\bSTAS\.128\b", sass)
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass), "a barrier of the whole memory"
+    # The exchange needs no barrier of the whole memory; parts of a tile do, before they are counted, and for the count itself.
+    products, after = sass.rsplit("STAS.128", 1)
+    assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", products)
+    assert len(re.findall(r"\bMEMBAR\.\S*(GPU|SYS)", after)) <= 2
 
 
 @pytest.mark.nvrtc
@@ -73,10 +82,17 @@ def test_there_are_pairs_where_tiles_are_few(m, n, k, bits):
         tiles = -(-n // ROWS) * -(-m // tokens)
         if 2 * m > tokens and k * bits > 512 and tiles <= H200:
             expected.add((tokens, min(tiles, H200 // 2)))
-    assert {(config.tokens, config.ctas) for config in found} == expected
-    assert len(found) == len(expected)
+    whole = [config for config in found if not config.shared_tiles]
+    assert {(config.tokens, config.ctas) for config in whole} == expected
+    assert len(whole) == len(expected)
+    assert len(set(found)) == len(found)
     for config in found:
-        assert (config.multicast, config.shared_tiles, config.workers, config.pair) == (False, 0, 0, 2)
+        tiles = math.prod(config.tiles(m, n))
+        assert (config.multicast, config.pair, config.runs) == (False, 2, 1)
+        assert config.workers == config.shared_tiles * (config.parts if config.shared_tiles else 0)
+        assert config.workers <= config.ctas <= H200 // 2
+        assert config.shared_tiles in (0, tiles)
+        assert 2 * config.parts <= config.steps(k, bits)
         assert ring(config.tokens, bits, 32, split=True)[0] >= 3
         assert 1 <= config.raster <= -(-n // ROWS)
 
@@ -107,6 +123,13 @@ def test_a_single_step_cannot_be_shared():
         scale = layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 1)
         with pytest.raises(ShapeError, match=f"K={k}: a pair shares two steps"):
             linear(torch.zeros(64, k, dtype=BF16), packed, scale, None, None, 128, k, bits, split(64, 64, 128))
+        packed, scale = (
+            layout.pack(torch.zeros(128, 3 * k, dtype=torch.uint8)),
+            layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 1),
+        )
+        parts = split(64, 64, 128, shared=1, parts=2)
+        with pytest.raises(ShapeError, match=f"K={3 * k}: a pair shares two steps"):
+            linear(torch.zeros(64, 3 * k, dtype=BF16), packed, scale, None, None, 128, 3 * k, bits, parts)
 
 
 # ---- on a GPU ----
@@ -157,7 +180,7 @@ class Case:
         self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, padded)
         self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
 
-    def run(self, tokens, ctas=66, raster=3, tile_rows=ROWS, wide=False):
+    def run(self, tokens, ctas=66, raster=3, tile_rows=ROWS, wide=False, shared=0, parts=1):
         rows = self.packed.shape[1] * 16
         poison = torch.full(self.exact.shape, torch.nan, device="cuda", dtype=FP32)
         del poison  # what the result will be allocated over
@@ -170,7 +193,7 @@ class Case:
             self.n,
             self.group,
             self.bits,
-            config=split(tokens, self.m, rows, ctas, raster, tile_rows, wide),
+            config=split(tokens, self.m, rows, ctas, raster, tile_rows, wide, shared, parts),
             transposed=self.epilogue == "transposed",
             residual=self.residual,
             gated=self.epilogue == "silu_mul",
@@ -243,6 +266,28 @@ class TestOnHopper:
             for ctas, raster in ((66, 1), (2, 2), (1, 3)):
                 case.check(case.run(tokens, ctas, raster, rows, bits == 8))
 
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
+    def test_parts_of_tiles(self, tokens, bits, epilogue):
+        group, scale = (128, BF16) if bits == 4 else (-1, FP32)
+        for rows in (ROWS, TALL) if tokens > 32 else (ROWS,):
+            for m, n, steps in (
+                (tokens + tokens // 2 + 3, 2 * rows + 40, 17),  # more tiles than are shared: taken whole afterwards
+                (tokens, 2 * rows, 8),
+                (tokens // 2 - 1, 24, 9),  # half of the CTAs store nothing
+                (tokens - 1, rows + 1, 31),
+            ):
+                case = Case(m, n, 128 * steps - 24, bits, group, scale=scale, epilogue=epilogue)
+                for parts in (2, 3, 4):
+                    for shared in {1, min(2, -(-case.packed.shape[1] * 16 // rows) * -(-m // tokens))}:
+                        for ctas in (66, 2):
+                            y = case.run(tokens, ctas, 2, rows, bits == 8, shared=shared, parts=parts)
+                            case.check(y)
+                            assert torch.equal(
+                                case.run(tokens, ctas, 2, rows, bits == 8, shared=shared, parts=parts), y
+                            )
+
     @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
     def test_equal_bits_a_hundred_times(self, tokens):
         # By turns with other numbers, so that what an exchange left behind would show.
@@ -254,6 +299,12 @@ class TestOnHopper:
             for _ in range(100):
                 for case, y in zip(cases, first, strict=True):
                     assert torch.equal(case.run(tokens, ctas), y)
+        first = [case.run(tokens, shared=4, parts=4) for case in cases]
+        for case, y in zip(cases, first, strict=True):
+            case.check(y)
+        for _ in range(100):
+            for case, y in zip(cases, first, strict=True):
+                assert torch.equal(case.run(tokens, shared=4, parts=4), y)
 
     def test_graphs_run_beside_each_other(self):
         case = Case(64, 2048, 4096)

@@ -70,8 +70,9 @@ class PrefillConfig:
         workers: CTAs that share them. Where none is shared, and this is not 0: :attr:`runs`.
         multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. ``ctas``,
             ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
-        split: CTAs come in pairs that share the K of a tile and add up through distributed shared memory. ``ctas`` then
-            counts pairs; no tile is shared otherwise, tokens are one of ``SPLIT_TOKENS``, and there are two K steps.
+        split: CTAs come in pairs that share the K of a tile, or of a part of one, and add up through distributed shared memory.
+            ``ctas`` and ``workers`` then count pairs, tokens are one of ``SPLIT_TOKENS``, shared tiles have equally many parts,
+            and a part has two K steps at least.
         rows: Out features of a tile, ``ROWS`` or ``TALL``.
         wide: int8 with one scale a row is taken in K steps of 128 in features, not 64; up to 128 tokens.
     """
@@ -103,6 +104,11 @@ class PrefillConfig:
         K is cut where as many workers for each tile would cut it, and sums are added up as theirs: the bits are the same.
         """
         return 1 if self.shared_tiles else max(self.workers, 1)
+
+    @property
+    def parts(self) -> int:
+        """Parts that a shared tile has, rounded up."""
+        return -(-self.workers // self.shared_tiles) if self.shared_tiles else 1
 
     @property
     def pair(self) -> int:
@@ -258,9 +264,13 @@ def _is_wide(tokens: int, bits: int, scale_bytes: int) -> bool:
 def _split(
     m: int, n: int, k: int, form: PrefillConfig, bits: int, scale_bytes: int, sm_count: int
 ) -> Iterator[PrefillConfig]:
-    tiles, pairs = math.prod(form.tiles(m, n)), sm_count // 2
-    if form.steps(k, bits) > 1 and tiles <= 2 * pairs and _ring(form, bits, scale_bytes)[0] >= 3:
-        yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, form.tokens, form.rows, bits, pairs))
+    tiles, pairs, steps = math.prod(form.tiles(m, n)), sm_count // 2, form.steps(k, bits)
+    if steps > 1 and tiles <= 2 * pairs and _ring(form, bits, scale_bytes)[0] >= 3:
+        whole = replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, form.tokens, form.rows, bits, pairs))
+        yield whole
+        for parts in (2, 3, 4, 6, 8):
+            if parts * tiles <= pairs and 2 * parts <= steps:
+                yield replace(whole, ctas=parts * tiles, shared_tiles=tiles, workers=parts * tiles)
 
 
 def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
@@ -330,9 +340,9 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     Products go by the tables above: more for int8, in steps of 64 most of all, and where L2 does not give what all CTAs load. A
     launch costs 4,300 clocks, storing a tile 20 a token. The parts of a tile are written to L2 at 170 bytes a clock
     and read back, one after the other, at 290; that begins 2,500 clocks late and 71 for each token, and later where runs do
-    not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token. Its first choice took 1.6%
-    (int4) and 4.1% (int8) longer than the fastest of 16 that the tuner timed, on average of 1190 products of 1 to 2048
-    tokens, and a third at worst; for 794 of them it was the fastest.
+    not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token, and each CTA has half of a tile to
+    store or to leave. Its first choice took 1.6% (int4) and 4.1% (int8) longer than the fastest of 16 that the tuner timed,
+    on average of 1190 products of 1 to 2048 tokens, and a third at worst; for 794 of them it was the fastest.
     """
     steps = config.steps(k, bits)
     tiles = math.prod(config.tiles(m, n))
@@ -351,8 +361,9 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0
         parts = config.workers / config.shared_tiles + uneven
-        clocks += run * products + stored + 2500 + 71 * config.tokens + 6250 * uneven
-        clocks += config.tokens * config.rows * 4 * (1 / 170 + parts / 290)
+        own = config.tokens / 2 if config.split else config.tokens
+        clocks += run * products + stored + 2500 + 71 * own + 6250 * uneven
+        clocks += own * config.rows * 4 * (1 / 170 + parts / 290)
     weights = n * k * bits / 8 / (ctas * 14.2)
     return 4300 + max(clocks, weights)
 
@@ -459,7 +470,7 @@ def _prepare(
 ) -> _Plan:
     rows = 2 * n if epilogue == "silu_mul" else n
     config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index))).config
-    if config.split and config.steps(k, variant.bits) < 2:
+    if config.split and config.steps(k, variant.bits) < 2 * config.parts:
         step = 128 if config.wide else 512 // variant.bits
         raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")
     if config.runs > config.steps(k, variant.bits):
@@ -483,4 +494,4 @@ def _prepare(
     )
     share = config.tokens // config.sharers
     partials = 2 * config.workers * config.sharers * config.tokens * config.rows
-    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.sharers, aside)
+    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.pair, aside)

@@ -15,9 +15,8 @@
 // - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both: L2 delivers 28 bytes a
 //   clock and multiprocessor, and a step of 64 with 256 tokens is 40 KB of int8 weights and tokens in 1,024 clocks of products. A stage is
 //   free when the consumers of both have released it. Pairs of CTAs walk as one, and a tile is a pair of row tiles.
-// - LQ_SPLIT: two CTAs share the K of a tile, half each, and add up through distributed shared memory: each sends the other its sums of
-//   half of the tokens, and stores the rest. Tiles are taken whole, by one pair after the other. For few tiles, whose parts would
-//   otherwise pass through the workspace.
+// - LQ_SPLIT: two CTAs share the K of a tile, or of a part of one, half each, and add up through distributed shared memory: each sends
+//   the other its sums of half of the tokens, and stores the rest, or leaves it in the workspace: half as much as without pairs.
 // - LQ_RUNS: no tile is shared, but one CTA multiplies K in as many runs as there are `workers`, cut where they would cut it, and adds up
 //   the sums of runs as the last of them to come would: the bits are those of tiles that are shared. For many tokens in the
 //   batch-invariant mode.
@@ -120,7 +119,7 @@ constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kThreads = 128 + kConsumers;
 // Registers of a CTA are those of so many threads. What runs right behind a quantizer of tokens leaves it a quarter, so that both fit a
 // multiprocessor and the ring fills meanwhile: 4096x14336, 16 tokens, 18.0 -> 16.3 us with the quantizer (by itself up to 3% slower).
-constexpr bool kLean = kTransposed && kTokens <= 128;
+constexpr bool kLean = kTransposed && kTokens <= 128 && kGroups == 4 && !kZero && !kRuns;
 constexpr int kBoundThreads = kLean ? 512 : kThreads;
 constexpr int kMaxStages = 16;
 constexpr int kBlocks = kRows / 16;
@@ -153,8 +152,8 @@ constexpr int kOwnTokens = kSplit ? kTokens / 2 : kTokens;  // of a tile, that a
 constexpr int kOwnUnits = kOwnTokens / 8;
 constexpr int kChunk = kOwnTokens % 32 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
 // Units and parts that are read at once where parts are added up.
-constexpr int kAtOnce = kUnits % 4 ? 2 : 4;
-constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 ? 2 : 4;
+constexpr int kAtOnce = kOwnUnits % 4 ? 2 : 4;
+constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 || kSplit ? 2 : 4;
 // ... and all chunks leave through the same instructions, where parts are added up too. Only what is in registers is told apart.
 // Of runs it is how no register is spilled and no wgmma serialized: rolled where y is stored aside or transposed, not with a residual.
 constexpr bool kRolled = kTokens > 128 || (kRuns && !kResidual);
@@ -311,10 +310,10 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
   u64* const full = reinterpret_cast<u64*>(staging + kStaging);  // a stage is there
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
-  int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
+  int* const arrived = reinterpret_cast<int*>(empty + kMaxStages + (kSplit ? kConsumerWarps + 1 : 0));
   u64* const written = empty + kMaxStages + 1;          // a tile's results are in the ring
   u64* const taken = written + 1;                       // ... and on their way
-  u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox; instead of `arrived`
+  u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -543,7 +542,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows;
     const i64 token0 = static_cast<i64>(work.token) * kTokens + k_half * kOwnTokens;  // of those that are stored
     // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
-    const bool keep_inbox = kSplit && !kTransposed && work.whole < work.rows * work.tokens;
+    const bool keep_inbox = kSplit && !kTransposed && (work.unit < work.end_unit || work.whole < work.rows * work.tokens);
     float row_scale[2] = {kUnit, kUnit};
     if constexpr (kPerRow) {
       if (row0 / 16 + block < blocks) {
@@ -641,12 +640,13 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         exchange(Int<1>{}, acc);
       if (!keep_inbox) acknowledge();
     }
-    const bool in_parts = !kSplit && !kRuns && work.first < work.last;
+    const bool in_parts = !kRuns && work.first < work.last;
     bool cut = false;  // the first worker has a tile before this one
     const auto part_of = [&](int worker) {
-      const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kSharers + rank;
-      return partials + part * (kUnits * kConsumers) + thread;
+      const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kPair + rank + k_half;
+      return partials + part * (kOwnUnits * kConsumers) + thread;
     };
+    const auto sums = [&](int unit) { return float4{acc[4 * unit], acc[4 * unit + 1], acc[4 * unit + 2], acc[4 * unit + 3]}; };
     // The sums of some units, in the order of K.
     const auto add_up = [&](float4(&total)[kAtOnce], int j0) {
 #pragma unroll 1
@@ -671,17 +671,20 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
       float4* const mine = part_of(cta);
 #pragma unroll
-      for (int j = 0; j < kUnits; ++j) __stcg(mine + j * kConsumers, float4{acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]});
+      for (int j = 0; j < kOwnUnits; ++j) __stcg(mine + j * kConsumers, sums(j));
       __threadfence();
       named_barrier(1 + kWarpgroups, kConsumers);
-      int* const counter = arrivals + work.tile * kSharers + rank;
+      int* const counter = arrivals + work.tile * kPair + rank + k_half;
       if (thread == 0) *arrived = add_acquire_release(counter, 1);
       named_barrier(1 + kWarpgroups, kConsumers);
-      if (uniform(*arrived) < work.last - work.first) continue;
+      if (uniform(*arrived) < work.last - work.first) {
+        if (keep_inbox) acknowledge();
+        continue;
+      }
       if (thread == 0) *counter = 0;  // for the next launch
       if constexpr (!kRolled)
 #pragma unroll
-        for (int j0 = 0; j0 < kUnits; j0 += kAtOnce) {
+        for (int j0 = 0; j0 < kOwnUnits; j0 += kAtOnce) {
           float4 total[kAtOnce] = {};
           add_up(total, j0);
 #pragma unroll
