@@ -53,7 +53,7 @@ class A8Variant:
         scale: dtype of the weight's scales.
         grouped: Scales for groups of a multiple of 128 in features; otherwise one a row.
         lowest: Whether an int4 code may be -8.
-        promote: Whether the sums of 128 in features are added up apart, in fp32.
+        promote: Whether the sums of 256 in features (of 128, where weights have 4 bits) are added up apart, in fp32.
     """
 
     bits: int
@@ -319,7 +319,7 @@ def linear(
         group_size: In features per scale, a multiple of 128; K for one scale a row.
         dtype: Of the result, bf16 or fp16.
         lowest: Whether the int4 code -8 may occur.
-        promote: Whether to add up sums of 128 in features apart; by default :func:`promotes`, and always for groups.
+        promote: Whether to add up sums of 256 in features (4 bits: 128) apart; by default :func:`promotes`, always for groups.
         config: How to cut, for tuning; by default :func:`choice`.
 
     Raises:

@@ -7,9 +7,9 @@
 // - Warpgroup 0 loads a ring of stages, 128 in features each: weights (warp 0, which does not wait for the previous kernel) and tokens
 //   (warp 1). Tensor maps write the 128-byte swizzle, and zeros past the end of a matrix.
 // - Warpgroups 1 and 2 multiply 64 out features each.
-// - LQ_PROMOTE: the sums of a stage are added up in fp32 registers (times the group's scale, where there is one) before the next stage
-//   starts. This takes a second register for every sum, so a tile has at most 192 tokens (128 with int4); while one warpgroup adds,
-//   the other's products run. Otherwise sums stay in the tensor cores' for all of K.
+// - LQ_PROMOTE: the sums of a stage, of two stages where weights have 8 bits, are added up in fp32 registers (times the group's scale,
+//   where there is one) before the next products start. This takes a second register for every sum, so a tile has at most 192 tokens
+//   (128 with int4); while one warpgroup adds, the other's products run. Otherwise sums stay in the tensor cores' for all of K.
 // - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both. 8 bits take half the
 //   time of 16 with as many bytes a product, so what L2 can deliver, not arithmetic, is the first limit. A stage is free when the
 //   consumers of both CTAs have released it.
@@ -248,29 +248,47 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       int last = stage;
 
       if constexpr (kBits == 8) {
-        int step = work.begin;
-#pragma unroll 1
-        do {
+        const auto multiply = [&](bool more) {
           const u32 at = uniform(stage) * (kStage / 16);
           mbarrier_wait(full + stage, parity);
           wgmma_fence();
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice)
-            WgmmaA8<kTokens>::run(Codes{}, acc, row_descriptor + at + slice * 2, token_descriptor + at + slice * 2, !kPromote || slice > 0);
+            WgmmaA8<kTokens>::run(Codes{}, acc, row_descriptor + at + slice * 2, token_descriptor + at + slice * 2, more || slice > 0);
           wgmma_commit();
-          if constexpr (kPromote) {
-            wgmma_wait<0>();
-            pin_sums(acc);
-            release(stage);
-#pragma unroll
-            for (int i = 0; i < kSums; ++i) total[i] += static_cast<float>(acc[i]);
-          } else {
-            wgmma_wait<1>();
-            if (step > work.begin) release(last);
-          }
+        };
+        const auto next_stage = [&] {
           last = stage;
           if (++stage == stages) stage = 0, parity ^= 1;
-        } while (++step < work.end);
+        };
+        int step = work.begin;
+        if constexpr (kPromote) {
+#pragma unroll 1
+          do {
+            multiply(false);
+            next_stage();
+            const int first = last;
+            const bool second = step + 1 < work.end;
+            if (second) {
+              multiply(true);
+              next_stage();
+            }
+            wgmma_wait<0>();
+            pin_sums(acc);
+            release(first);
+            if (second) release(last);
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) total[i] += static_cast<float>(acc[i]);
+          } while ((step += 2) < work.end);
+        } else {
+#pragma unroll 1
+          do {
+            multiply(true);
+            wgmma_wait<1>();
+            if (step > work.begin) release(last);
+            next_stage();
+          } while (++step < work.end);
+        }
         if constexpr (!kPromote) {
           wgmma_wait<0>();
           pin_sums(acc);
