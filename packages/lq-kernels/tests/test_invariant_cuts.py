@@ -161,7 +161,7 @@ def test_few_tokens_share_tiles_and_many_do_not(n, k, bits, scale_bytes):
     # Sums that stay in registers are cheap.
     for m in (1024, 4096):
         usual = prefill_a16.cost(prefill_a16.prefill_config(m, *sizes), m, n, k, bits, 132)
-        assert usual < invariant._prefill_clocks(cuts[m], m, n, k, bits, 132) < 1.25 * usual
+        assert usual < invariant._prefill_clocks(cuts[m], m, n, k, bits, 132) < 1.3 * usual
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 1 << 20), (4096, 4096), (8448, 131072), (1 << 20, 4096)])

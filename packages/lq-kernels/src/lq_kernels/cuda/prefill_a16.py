@@ -115,6 +115,11 @@ class PrefillConfig:
         """CTAs of a cluster."""
         return 2 if self.multicast or self.split else 1
 
+    @property
+    def aside(self) -> bool:
+        """Whether results of a whole tile may leave beside the next one's products (``LQ_ASIDE`` in the source)."""
+        return (self.tokens > 128 or self.runs > 1) and self.rows == ROWS and not self.split
+
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """Return how many row tiles (or pairs) and token tiles there are."""
         return -(-n // (self.rows * self.sharers)), -(-m // self.tokens)
@@ -338,11 +343,12 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     """Return the clocks that a cut takes by a model.
 
     Products go by the tables above: more for int8, in steps of 64 most of all, and where L2 does not give what all CTAs load. A
-    launch costs 4,300 clocks, storing a tile 20 a token. The parts of a tile are written to L2 at 170 bytes a clock
-    and read back, one after the other, at 290; that begins 2,500 clocks late and 71 for each token, and later where runs do
-    not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token, and each CTA has half of a tile to
-    store or to leave. Its first choice took 1.6% (int4) and 4.1% (int8) longer than the fastest of 16 that the tuner timed,
-    on average of 1190 products of 1 to 2048 tokens, and a third at worst; for 794 of them it was the fastest.
+    launch costs 4,300 clocks, storing a tile 20 a token, or 6 where the next tile's products run beside it (192 and 256 tokens).
+    The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that begins 2,500
+    clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange sums in 470
+    clocks and 9 a token, and each CTA has half of a tile to store or to leave. Its first choice took 1.6% (int4) and 4.1%
+    (int8) longer than the fastest of 16 that the tuner timed, on average of 1190 products of 1 to 2048 tokens, and a third
+    at worst; for 794 of them it was the fastest.
     """
     steps = config.steps(k, bits)
     tiles = math.prod(config.tiles(m, n))
@@ -356,7 +362,9 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
         products *= _SPLIT_PRODUCTS[config.tokens]
     products = max(products, (2 * bits * config.rows + 32 * config.tokens / config.sharers) * ctas / _L2_BYTES)
     products *= 8 if config.wide else 32 // bits  # of a step
-    clocks = -(-(tiles - config.shared_tiles) // config.ctas) * (steps * products + stored)
+    whole = -(-(tiles - config.shared_tiles) // config.ctas)
+    hidden = 14.0 * config.tokens if config.tokens > 128 else 0.0
+    clocks = whole * (steps * products + stored) - max(whole - 1, 0) * hidden
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0
@@ -427,8 +435,9 @@ def linear(
         space = workspace(x.device, plan.partials, plan.counters)
         partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
     x_map = tensor_map(x, min(plan.share, m), 64)
-    # Rows that the copy engine does not take leave without it.
-    aside = (tensor_map(y, plan.aside, 64) if out_features % 8 == 0 else x_map,) if plan.aside else ()
+    maps = (x_map,) * plan.maps  # of nothing, where the kernel does not look at them
+    if plan.box and out_features % 8 == 0:
+        maps = (tensor_map(y, plan.box, 64),)
     plan.launch(
         x_map,
         tensor_map(x, plan.tail, 64) if plan.tail < plan.share < m else x_map,
@@ -440,20 +449,21 @@ def linear(
         y.data_ptr(),
         partials,
         arrivals,
-        *aside,
+        *maps,
     )
     return y
 
 
 class _Plan(NamedTuple):
-    """A launch, the tokens that a CTA loads of a tile and of the last, the workspace, and the tokens of a bulk store, or 0."""
+    """A launch, the tokens that a CTA loads of a tile and of the last, the workspace, and maps of results and their tokens."""
 
     launch: Launch
     share: int
     tail: int
     partials: int
     counters: int
-    aside: int
+    maps: int
+    box: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -477,8 +487,8 @@ def _prepare(
         raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
     stages, shared = _ring(config, variant.bits, variant.scale_bytes)
     # As LQ_ASIDE in the source.
-    in_bulk = (config.tokens > 128 or config.runs > 1) and variant.bits == 4 and epilogue in ("none", "silu_mul")
-    aside = min(config.tokens, m) if in_bulk else 0
+    maps = int(config.aside and epilogue in ("none", "silu_mul"))
+    box = min(config.tokens, m) if maps else 0
     launch = Launch(
         index,
         "prefill_a16",
@@ -486,7 +496,7 @@ def _prepare(
         (config.ctas * config.pair, 1, 1),
         config.threads,
         shared,
-        10 + bool(aside),
+        10 + maps,
         (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
         cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
@@ -494,4 +504,4 @@ def _prepare(
     )
     share = config.tokens // config.sharers
     partials = 2 * config.workers * config.sharers * config.tokens * config.rows
-    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.pair, aside)
+    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.pair, maps, box)

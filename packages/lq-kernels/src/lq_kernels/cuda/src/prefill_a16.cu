@@ -21,8 +21,8 @@
 //   the sums of runs as the last of them to come would: the bits are those of tiles that are shared. For many tokens in the
 //   batch-invariant mode.
 // - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk,
-//   while the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows. Tiles that were shared, and y that the copy
-//   engine cannot take, leave as before.
+//   while the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows, and of 64 half of them, so that two stages are
+//   passed over. Tiles that were shared, and y that the copy engine cannot take, leave through staging.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
@@ -100,7 +100,7 @@ constexpr bool kSplit = LQ_SPLIT != 0;
 #endif
 constexpr bool kRuns = LQ_RUNS != 0;
 // As in prefill_a16.py, which passes a map of y.
-#define LQ_ASIDE ((LQ_TOKENS > 128 || LQ_RUNS) && LQ_BITS == 4 && !LQ_TRANSPOSED && !LQ_RESIDUAL)
+#define LQ_ASIDE ((LQ_TOKENS > 128 || LQ_RUNS) && !LQ_TRANSPOSED && !LQ_RESIDUAL)
 constexpr bool kAside = LQ_ASIDE != 0;
 static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
               "pairs share K or tokens, and K of tiles that leave room");
@@ -169,8 +169,10 @@ static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
 constexpr bool kRest = kTokens == 256 && kBits == 4;
-constexpr int kOutBoxes = 2 / kFeatureRows;  // of y, of 64 out features
-static_assert(!kAside || (kRows == 128 && kOutBoxes * kBoxBytes <= kXBytes), "a stage has room for a tile's results");
+constexpr int kOutBoxes = 2 / kFeatureRows;  // of y, of 64 out features, each where x of 64 in features was
+constexpr int kStageBoxes = kStep / 64;
+constexpr int kOutStages = kOutBoxes > kStageBoxes ? 2 : 1;
+static_assert(!kAside || kRows == 128, "a tile's results are two boxes, or one");
 static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
 
 template <int kValue>
@@ -402,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
-        if (aside()) {
+        for (int i = 0; i < kOutStages && aside(); ++i) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) mbarrier_arrive(full + stage);
           __syncwarp();
@@ -440,7 +442,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
-        if (aside()) {
+        for (int i = 0; i < kOutStages && aside(); ++i) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
             mbarrier_arrive(full + stage);
@@ -468,23 +470,29 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         if (lane == 0) {
           const int feature = (work.row * kSharers + rank) * (kRows / kFeatureRows);
 #pragma unroll
-          for (int box = 0; box < kOutBoxes; ++box)
+          for (int box = 0; box < kOutBoxes; ++box) {
+            const int at = (stage + box / kStageBoxes) % stages;
             if (feature + box * 64 < n)
-              tensor_store_2d(&y_map, feature + box * 64, work.token * kTokens, ring + stage * kStage + box * kBoxBytes);
-          bulk_stores_read();
-          mbarrier_arrive(taken);
+              tensor_store_2d(&y_map, feature + box * 64, work.token * kTokens, ring + at * kStage + box % kStageBoxes * kBoxBytes);
+            if (box % kStageBoxes == kStageBoxes - 1 || box == kOutBoxes - 1) bulk_stores_commit();
+          }
         }
-        __syncwarp();
-        // The stage is free: what the consumers of a stage of x and codes say themselves.
+#pragma unroll
+        for (int out = 1; out <= kOutStages; ++out) {
+          if (lane == 0) out < kOutStages ? bulk_stores_read<1>() : bulk_stores_read<0>();
+          __syncwarp();
+          // The stage is free: what the consumers of a stage of x and codes say themselves.
 #pragma unroll 1
-        for (int i = lane; i < kSharers * kConsumerWarps * kArrivingLanes; i += 32) {
-          if constexpr (kMulticast)
-            mbarrier_arrive_at(empty + stage, i % kSharers);
-          else
-            mbarrier_arrive(empty + stage);
+          for (int i = lane; i < kSharers * kConsumerWarps * kArrivingLanes; i += 32) {
+            if constexpr (kMulticast)
+              mbarrier_arrive_at(empty + stage, i % kSharers);
+            else
+              mbarrier_arrive(empty + stage);
+          }
+          if (++stage == stages) stage = 0;
         }
+        if (lane == 0) mbarrier_arrive(taken);
         turn ^= 1;
-        if (++stage == stages) stage = 0;
       }
     }
 #endif
@@ -498,6 +506,8 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
   const u8* const my_scales = scale_ring + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
+  // For the results. Without it the compiler has the ring's address computed in every K step (int8, 256 tokens).
+  const u32 ring_address = kAside ? uniform(shared_address(ring)) : 0;
   int stage = 0;
   u32 parity = 0, turn = 0;  // of the ring, of exchanges
   Weights weights;
@@ -783,27 +793,22 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         store_matrix_x4_transposed(to, r);
       }
     };
-    if constexpr (kAside) {
-      if (aside()) {
-        mbarrier_wait(full + stage, parity);
-        mbarrier_wait(taken, turn ^ 1);
-        // In the swizzle of 128 bytes, in which the map of y takes it; gates and ups of both warpgroups make one box.
-        const int column = (kGated ? warpgroup * 4 + my_part() : my_part()) ^ lane % 8;
-        const u32 to = shared_address(ring + stage * kStage + (kGated ? 0 : warpgroup * kBoxBytes)) + my_token() * 128 + column * 16;
-#pragma unroll
-        for (int pair = 0; pair < kTokens / 16; ++pair) {
-          float sums[8];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) sums[i] = fmaf(acc[8 * pair + i], row_scale[i / 2 % 2], offset[i / 2 % 2]);
-          leave(sums, to + pair * 16 * 128);
-        }
-        fence_async_proxy();
-        __syncwarp();
-        if (lane < kArrivingLanes) mbarrier_arrive(written);
-        turn ^= 1;
-        if (++stage == stages) stage = 0, parity ^= 1;
-        continue;
+    // To staging in rows of kPitch bytes, again and again; or to the ring, in the swizzle of 128 bytes in which the map of y takes it. There
+    // gates and ups of both warpgroups make one box; otherwise each has its own, in this stage or the next.
+    const bool by_ring = aside();
+    u32 to = shared_address(my_staging) + my_token() * kPitch + my_part() * 16, pair_bytes = 16 * kPitch, chunk_bytes = 0;
+    if (by_ring) {
+      int at = stage;
+      mbarrier_wait(full + stage, parity);
+      if (kOutStages > 1 && warpgroup > 0) {
+        const bool wraps = ++at == stages;
+        if (wraps) at = 0;
+        mbarrier_wait(full + at, parity ^ wraps);
       }
+      mbarrier_wait(taken, turn ^ 1);
+      const int column = (kGated ? warpgroup * 4 + my_part() : my_part()) ^ lane % 8;
+      to = ring_address + at * kStage + (kGated || kOutStages > 1 ? 0 : warpgroup * kBoxBytes) + my_token() * 128 + column * 16;
+      pair_bytes = 16 * 128, chunk_bytes = kChunk * 128;
     }
     // The residual comes in through shared memory as the results go out, a chunk ahead.
     constexpr int kCopies = kChunk * 8 / 128;  // of 8 results, by a thread
@@ -823,7 +828,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       if (chunk * kChunk >= stored) break;
       float rolled[kChunk / 2];
       if constexpr (kRolled) take(rolled, chunk);
-      named_barrier(1 + warpgroup, 128);
+      if (!by_ring) named_barrier(1 + warpgroup, 128);
       if constexpr (kResidual) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
@@ -836,9 +841,9 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 #pragma unroll
       for (int pair = 0; pair < kChunk / 16; ++pair) {
         const float* const sums = kRolled ? rolled + pair * 8 : acc + (chunk * kChunk + pair * 16) / 2;
-        const int token = pair * 16 + my_token();
-        leave(sums, shared_address(my_staging) + token * kPitch + my_part() * 16);
+        leave(sums, to + chunk * chunk_bytes + pair * pair_bytes);
       }
+      if (by_ring) continue;
       named_barrier(1 + warpgroup, 128);
       // Rolled: unrolled, these loops were half of what a tile takes to compile.
 #pragma unroll 1
@@ -855,6 +860,15 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
           for (int j = 0; j < 8 && feature + j < n; ++j) to[j] = reinterpret_cast<const u16*>(from)[j];
         }
       }
+    }
+    if (by_ring) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane < kArrivingLanes) mbarrier_arrive(written);
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < kOutStages; ++i)
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
     if (keep_inbox) {
       fence_async_proxy();

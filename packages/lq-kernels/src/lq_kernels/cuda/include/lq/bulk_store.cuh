@@ -13,9 +13,13 @@ __device__ __forceinline__ void tensor_store_2d(const void* map, int x, int y, c
                : "memory");
 }
 
-// Closes a group of bulk stores and waits until all that this thread issued have read their shared memory.
+// Closes a group of this thread's bulk stores.
+__device__ __forceinline__ void bulk_stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all groups of this thread but the last `kPending` have read their shared memory.
+template <int kPending>
 __device__ __forceinline__ void bulk_stores_read() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace lq
