@@ -436,8 +436,9 @@ def linear(
         partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
     x_map = tensor_map(x, min(plan.share, m), 64)
     maps = (x_map,) * plan.maps  # of nothing, where the kernel does not look at them
-    if plan.box and out_features % 8 == 0:
-        maps = (tensor_map(y, plan.box, 64),)
+    if plan.box and out_features % 8 == 0 and (residual is None or residual.data_ptr() % 16 == 0):
+        leaving = (y,) if residual is None else (y, residual.as_strided(y.shape, y.stride()))
+        maps = tuple(tensor_map(matrix, plan.box, 64) for matrix in leaving)
     plan.launch(
         x_map,
         tensor_map(x, plan.tail, 64) if plan.tail < plan.share < m else x_map,
@@ -487,7 +488,7 @@ def _prepare(
         raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
     stages, shared = _ring(config, variant.bits, variant.scale_bytes)
     # As LQ_ASIDE in the source.
-    maps = int(config.aside and epilogue in ("none", "silu_mul"))
+    maps = {"none": 1, "silu_mul": 1, "residual": 2 * (config.tokens > 128)}.get(epilogue, 0) if config.aside else 0
     box = min(config.tokens, m) if maps else 0
     launch = Launch(
         index,

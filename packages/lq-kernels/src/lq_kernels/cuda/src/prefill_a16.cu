@@ -22,7 +22,8 @@
 //   batch-invariant mode.
 // - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk,
 //   while the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows, and of 64 half of them, so that two stages are
-//   passed over. Tiles that were shared, and y that the copy engine cannot take, leave through staging.
+//   passed over. What is added to the results was loaded there. Tiles that were shared, and y that the copy engine cannot take, leave
+//   through staging.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
@@ -100,7 +101,7 @@ constexpr bool kSplit = LQ_SPLIT != 0;
 #endif
 constexpr bool kRuns = LQ_RUNS != 0;
 // As in prefill_a16.py, which passes a map of y.
-#define LQ_ASIDE ((LQ_TOKENS > 128 || LQ_RUNS) && !LQ_TRANSPOSED && !LQ_RESIDUAL)
+#define LQ_ASIDE ((LQ_TOKENS > 128 || (LQ_RUNS && !LQ_RESIDUAL)) && !LQ_TRANSPOSED)
 constexpr bool kAside = LQ_ASIDE != 0;
 static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
               "pairs share K or tokens, and K of tiles that leave room");
@@ -302,6 +303,9 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
                 const u8* zeros, const u16* bias, const u16* residual, u16* y, float4* partials, int* arrivals,
 #if LQ_ASIDE
                 const __grid_constant__ TensorMap y_map,
+#if LQ_RESIDUAL
+                const __grid_constant__ TensorMap residual_map,
+#endif
 #endif
                 i64 m, i64 n, i64 k,
                 i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
@@ -335,7 +339,10 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
   };
 
   const auto is_whole = [&] { return n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0; };
-  const auto aside = [&] { return kAside && is_whole() && work.first == work.last; };
+  const auto aside = [&] {
+    const bool aligned = is_whole() && (!kResidual || reinterpret_cast<u64>(residual) % 16 == 0);
+    return kAside && aligned && work.first == work.last;
+  };
 
   if (warp == 1) {
     if (lane < stages) {
@@ -445,7 +452,17 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         for (int i = 0; i < kOutStages && aside(); ++i) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
+#if LQ_ASIDE && LQ_RESIDUAL
+            // What is added to the results waits where they will be.
+            const int feature = (work.row * kSharers + rank) * kRows + i * kStageBoxes * 64;
+            const int left = static_cast<int>(n) - feature, boxes = left > 64 ? kOutBoxes / kOutStages : left > 0 ? 1 : 0;
+            mbarrier_arrive_expect(full + stage, boxes * (m < kTokens ? static_cast<int>(m) : kTokens) * 128);
+            for (int half = 0; half < boxes; ++half)
+              tensor_copy_2d(ring + stage * kStage + half * kBoxBytes, &residual_map, feature + half * 64, work.token * kTokens,
+                             full + stage, policy);
+#else
             mbarrier_arrive(full + stage);
+#endif
             if constexpr (kRest) mbarrier_arrive(rest + stage);
           }
           __syncwarp();
@@ -822,14 +839,14 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         if (token < stored) added[i] = load_eight(residual + (token0 + token) * n + feature, n - feature, aligned);
       }
     };
-    if constexpr (kResidual) fetch(0);
+    if (kResidual && !by_ring) fetch(0);
 #pragma unroll (kRolled ? 1 : kChunks)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       if (chunk * kChunk >= stored) break;
       float rolled[kChunk / 2];
       if constexpr (kRolled) take(rolled, chunk);
       if (!by_ring) named_barrier(1 + warpgroup, 128);
-      if constexpr (kResidual) {
+      if (kResidual && !by_ring) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
           const int at = thread % 128 + i * 128;
