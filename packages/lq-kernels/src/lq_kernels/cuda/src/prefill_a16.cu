@@ -151,7 +151,8 @@ constexpr int kScaleStage = kGroups * kGroupBytes * (kZero ? 2 : 1);
 constexpr int kUnits = kTokens / 8;              // of tokens
 constexpr int kOwnTokens = kSplit ? kTokens / 2 : kTokens;  // of a tile, that a CTA adds up and stores
 constexpr int kOwnUnits = kOwnTokens / 8;
-constexpr int kChunk = kOwnTokens % 32 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
+// Tokens that pass through shared memory at once on their way out: of pairs that share K all, for which the inbox has room.
+constexpr int kChunk = kSplit && !kResidual ? kOwnTokens : kOwnTokens % 32 ? 16 : 32;
 // Units and parts that are read at once where parts are added up.
 constexpr int kAtOnce = kOwnUnits % 4 ? 2 : 4;
 constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 || kSplit ? 2 : 4;
