@@ -343,7 +343,7 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     """Return the clocks that a cut takes by a model.
 
     Products go by the tables above: more for int8, in steps of 64 most of all, and where L2 does not give what all CTAs load. A
-    launch costs 4,300 clocks, storing a tile 20 a token, or 6 where the next tile's products run beside it (192 and 256 tokens).
+    launch costs 4,300 clocks, storing a tile 20 a token, or 6 where the next tile's products run beside it (192, 256 tokens).
     The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that begins 2,500
     clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange sums in 470
     clocks and 9 a token, and each CTA has half of a tile to store or to leave. Its first choice took 1.6% (int4) and 4.1%
