@@ -32,7 +32,7 @@ class Case:
         self.weight = layout.pack(codes), layout.arrange_scales(scales, groups), None
         self.sizes = group, bits
         weight, factor = codes.double() - (1 << (bits - 1)), scales.double().T
-        if bits == 4:  # a scaled weight is rounded; one scale a row multiplies the sum
+        if group < k:  # a scaled weight is rounded; one scale a row multiplies the sum
             weight = (weight * scales.double().repeat_interleave(group, dim=1)[:, :k]).to(x).double()
             factor = 1.0
         self.exact = self.x.double() @ weight.T * factor

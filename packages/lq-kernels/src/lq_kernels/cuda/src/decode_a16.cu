@@ -132,10 +132,11 @@ struct Arguments {
   i64 pitch;  // bytes from token to token of x in shared memory
 };
 
-// Sums of a group of in features, not scaled yet; two chains where few tokens would leave the tensor cores waiting.
+// Sums of a group of in features, not scaled yet; two chains where few tokens would leave the tensor cores waiting, and there are
+// registers.
 template <int kTokenTiles>
 struct Sums {
-  static constexpr int kChains = kTokenTiles == 1 && kGroups != 4 ? 2 : 1;
+  static constexpr int kChains = (kTokenTiles == 1 && kGroups != 4) || (kTokenTiles == 2 && kWarpBlocks == 1 && kGroups < 2) ? 2 : 1;
   float part[kChains][kTokenTiles][4];
   float scale[2];  // of rows g and g + 8
 
