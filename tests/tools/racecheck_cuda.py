@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 import torch
 from lq_formats import quantize_q4_0, quantize_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
-from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16, prefill_cuts
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
@@ -134,12 +134,12 @@ def _run_decode_q8_1(form: decode_cuts.Form, cluster: int) -> None:
 
 def _prefill() -> Launches:
     """Tiles, alone, in pairs that share tokens or K, also of 192 rows; K in runs; epilogues; scales and zeros; shared tiles."""
-    whole = functools.partial(prefill_a16.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
+    whole = functools.partial(prefill_cuts.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
     for tokens in (16, 64, 96, 256):
         yield f"prefill-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", whole(tokens))
     yield (
         "prefill-shared",
-        functools.partial(_run_prefill, VARIANTS[0], "none", prefill_a16.PrefillConfig(16, 3, 1, 1, 3)),
+        functools.partial(_run_prefill, VARIANTS[0], "none", prefill_cuts.PrefillConfig(16, 3, 1, 1, 3)),
     )
     for tokens in (64, 256):
         config = whole(tokens, multicast=True)
@@ -148,9 +148,9 @@ def _prefill() -> Launches:
         config = whole(tokens, split=True)
         yield f"prefill-split-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", config)
     for way in ("multicast", "split"):
-        config = whole(64, rows=prefill_a16.TALL, **{way: True})
+        config = whole(64, rows=prefill_cuts.TALL, **{way: True})
         yield f"prefill-{way}-tall", functools.partial(_run_prefill, VARIANTS[0], "none", config)
-    config = prefill_a16.PrefillConfig(64, 1, 1, 0, 2, multicast=True)
+    config = prefill_cuts.PrefillConfig(64, 1, 1, 0, 2, multicast=True)
     yield "prefill-runs", functools.partial(_run_prefill, VARIANTS[0], "none", config)
     yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", whole(64, wide=True))
     for epilogue in EPILOGUES:
@@ -160,7 +160,7 @@ def _prefill() -> Launches:
         yield f"prefill-variant{i}", functools.partial(_run_prefill, VARIANTS[i], "none", whole(32))
 
 
-def _run_prefill(variant: Variant, epilogue: str, config: prefill_a16.PrefillConfig) -> None:
+def _run_prefill(variant: Variant, epilogue: str, config: prefill_cuts.PrefillConfig) -> None:
     case = Case(variant, epilogue, config.tokens + config.tokens // 2 + 1)
     case.run(prefill_a16.linear, config)
 

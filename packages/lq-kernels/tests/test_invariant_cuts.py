@@ -8,7 +8,7 @@ import pytest
 import torch
 from lq_formats import QuantSpec, ShapeError
 from lq_kernels import Arch, Problem, prepare
-from lq_kernels.cuda import invariant, linear_a8, prefill_a16
+from lq_kernels.cuda import invariant, linear_a8, prefill_cuts
 
 H200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
 MS = (*range(1, 70), 96, 128, 129, 200, 256, 300, 512, 1000, 1024)
@@ -67,7 +67,7 @@ def test_every_tile_of_16_bit_tokens_is_cut_alike_at_every_number_of_tokens(n, k
         sizes.add(config.tokens)
         assert parts == 1 or config.steps(k, bits) == steps, "K is cut in steps of one size"
         found |= runs(config, math.prod(config.tiles(m, n)), steps, parts)
-        partials = 2 * config.workers * config.sharers * config.tokens * prefill_a16.ROWS
+        partials = 2 * config.workers * config.sharers * config.tokens * prefill_cuts.ROWS
         assert partials <= invariant.MAX_PARTIALS or m <= 128 or not config.shared_tiles
     assert len(found) == 1
     assert len(found.pop()) == parts
@@ -99,18 +99,18 @@ def test_all_tiles_have_as_many_rows_and_all_steps_are_of_one_size(n, k, bits, s
     """No tall tiles, and int8 in the steps of tiles whose K can be cut; what is compiled is what is asked for."""
     sizes = (n, k, bits, scale_bytes, 132)
     asked = [invariant.prefill_config(m, *sizes) for m in MS]
-    assert {(cut.rows, cut.wide, cut.split) for cut in asked} == {(prefill_a16.ROWS, bits == 8, False)}
-    usual, known = prefill_a16.forms(*sizes), [cut.defines for cut in invariant.forms(*sizes)]
+    assert {(cut.rows, cut.wide, cut.split) for cut in asked} == {(prefill_cuts.ROWS, bits == 8, False)}
+    usual, known = prefill_cuts.forms(*sizes), [cut.defines for cut in invariant.forms(*sizes)]
     assert {cut.defines for cut in asked} <= set(known)
     assert len(known) == len(set(known)) == 8, "five sizes of tile that CTAs share, and three in runs"
     assert any(cut.split for cut in usual)
     assert any(cut.wide for cut in usual) == (bits == 8)
-    assert any(cut.rows != prefill_a16.ROWS for cut in usual) == (n % 384 == 0)
+    assert any(cut.rows != prefill_cuts.ROWS for cut in usual) == (n % 384 == 0)
 
 
 def test_the_usual_cuts_are_not_alike():
     """What is asked of the cuts above is not so of those that the kernel takes by itself."""
-    usual = [prefill_a16.prefill_config(m, 4096, 14336, 4, 32, 132) for m in (64, 4096)]
+    usual = [prefill_cuts.prefill_config(m, 4096, 14336, 4, 32, 132) for m in (64, 4096)]
     assert len({config.workers / max(config.shared_tiles, 1) for config in usual}) == 2
 
 
@@ -151,7 +151,7 @@ def test_few_tokens_share_tiles_and_many_do_not(n, k, bits, scale_bytes):
     whole = [m for m, cut in cuts.items() if not cut.shared_tiles]
     assert 32 < whole[0] <= 1024
     assert {65536, 4096, 1024} <= set(whole)
-    assert all(cuts[m].runs == parts and cuts[m].tokens in prefill_a16.RUNS_TOKENS for m in whole)
+    assert all(cuts[m].runs == parts and cuts[m].tokens in prefill_cuts.RUNS_TOKENS for m in whole)
     # Tokens and the number of multiprocessors fit by turns, but no more than once or twice.
     turns = sum(bool(cuts[m].shared_tiles) and not cuts[m - 1].shared_tiles for m in range(2, 1025))
     assert turns <= 2
@@ -160,7 +160,7 @@ def test_few_tokens_share_tiles_and_many_do_not(n, k, bits, scale_bytes):
     assert all(time <= 1.02 * more for time, more in itertools.pairwise(times))
     # Sums that stay in registers are cheap.
     for m in (1024, 4096):
-        usual = prefill_a16.cost(prefill_a16.prefill_config(m, *sizes), m, n, k, bits, 132)
+        usual = prefill_cuts.cost(prefill_cuts.prefill_config(m, *sizes), m, n, k, bits, 132)
         assert usual < invariant._prefill_clocks(cuts[m], m, n, k, bits, 132) < 1.3 * usual
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lq_formats import CompileError, ShapeError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
-from lq_kernels.cuda.prefill_a16 import ROWS, RUNS_TOKENS, PrefillConfig, cost, linear
+from lq_kernels.cuda.prefill_a16 import linear
+from lq_kernels.cuda.prefill_cuts import ROWS, RUNS_TOKENS, PrefillConfig, cost
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES
 from lq_kernels.gated import interleave_rows

@@ -21,7 +21,7 @@ from lq_kernels import (
     preshuffled_gated_linear,
     preshuffled_linear,
 )
-from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16, prefill_cuts
 from lq_kernels.cuda.quantize_tokens import quantize_tokens
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
@@ -382,7 +382,7 @@ def launchable(module, form, problem, processors):
     rows = interleaved_rows(n) if form.epilogue == "silu_mul" else n
     variant = Variant.of(form.x, form.scale, form.bits, k if form.group == -1 else form.group, k, form.zero)
     if module is prefill_a16:
-        found = prefill_a16.candidates(m, rows, k, form.bits, variant.scale_bytes, processors)
+        found = prefill_cuts.candidates(m, rows, k, form.bits, variant.scale_bytes, processors)
         return [cut for cut in found if cut.tokens == form.tile]
     tokens = max(m, 4 * form.tile + 1)  # tiles that are not needed make sense too
     found = decode_cuts.candidates(tokens, -(-rows // 16), k, form.bits, variant.scales, processors)

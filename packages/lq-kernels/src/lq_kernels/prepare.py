@@ -86,7 +86,7 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
 
 
 def _a16(problem: Problem) -> Iterator[Unit]:
-    from lq_kernels.cuda import decode_cuts, invariant, prefill_a16
+    from lq_kernels.cuda import decode_cuts, invariant, prefill_cuts
 
     spec = problem.spec
     variant = Variant.of(
@@ -104,7 +104,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
             yield Unit("decode_a16", (*variant.defines, *form.defines, *epilogue))
     if constraints.why_not_prefill(problem) is None:
         sizes = (problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
-        for cut in (invariant if problem.batch_invariant else prefill_a16).forms(*sizes):
+        for cut in (invariant if problem.batch_invariant else prefill_cuts).forms(*sizes):
             yield Unit("prefill_a16", (*variant.defines, *cut.defines, *epilogue))
     if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))

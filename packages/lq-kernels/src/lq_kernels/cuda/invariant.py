@@ -22,9 +22,9 @@ import torch
 from lq_formats import ShapeError
 from torch import Tensor
 
-from lq_kernels.cuda import linear_a8, prefill_a16
+from lq_kernels.cuda import linear_a8, prefill_a16, prefill_cuts
 from lq_kernels.cuda.linear_a8 import A8Config
-from lq_kernels.cuda.prefill_a16 import ROWS, PrefillConfig
+from lq_kernels.cuda.prefill_cuts import ROWS, PrefillConfig
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.plans import Plan
 from lq_kernels.problem import Arch, Problem
@@ -49,7 +49,7 @@ _C = TypeVar("_C", PrefillConfig, A8Config)
 
 
 def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
-    """Return the fastest batch-invariant cut by a model; arguments and errors as of :func:`prefill_a16.prefill_config`."""
+    """Return the fastest batch-invariant cut by a model; arguments and errors as of :func:`prefill_cuts.prefill_config`."""
     parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
     cuts = _prefill_cuts(m, n, k, bits, scale_bytes, sm_count, parts)
     _check(cuts, m, n, k)
@@ -108,7 +108,7 @@ def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[P
 
     Arguments are those of :func:`prefill_config`.
     """
-    whole = [replace(cut, shared_tiles=0, workers=0) for cut in prefill_a16.forms(n, k, bits, scale_bytes, sm_count)]
+    whole = [replace(cut, shared_tiles=0, workers=0) for cut in prefill_cuts.forms(n, k, bits, scale_bytes, sm_count)]
     parts = prefill_parts(n, k, bits, scale_bytes, sm_count)
     cuts = (*_in_runs(_alike(whole), parts), *_alike(whole, parts))
     return tuple(sorted(cuts, key=lambda cut: cut.tokens, reverse=True))
@@ -119,7 +119,7 @@ def _alike(cuts: Iterable[PrefillConfig], parts: int = 1) -> list[PrefillConfig]
 
     Larger tiles than runs can have are too dear to share, and take int8 in smaller steps: uncut, that is the same order.
     """
-    most = (prefill_a16.TOKENS if parts == 1 else prefill_a16.RUNS_TOKENS)[-1]
+    most = (prefill_cuts.TOKENS if parts == 1 else prefill_cuts.RUNS_TOKENS)[-1]
     return [config for config in cuts if not config.split and config.rows == ROWS and config.tokens <= most]
 
 
@@ -131,14 +131,14 @@ def _steps(k: int, bits: int, scale_bytes: int) -> int:
 def _in_runs(whole: Iterable[PrefillConfig], parts: int) -> Iterator[PrefillConfig]:
     """Yield the cuts whose CTAs may take all parts of a tile, so that they do."""
     for config in whole:
-        if parts > 1 and config.tokens in prefill_a16.RUNS_TOKENS:
+        if parts > 1 and config.tokens in prefill_cuts.RUNS_TOKENS:
             yield replace(config, workers=parts)
 
 
 def _prefill_cuts(
     m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int, parts: int
 ) -> tuple[PrefillConfig, ...]:
-    cuts = prefill_a16.candidates(m, n, k, bits, scale_bytes, sm_count)
+    cuts = prefill_cuts.candidates(m, n, k, bits, scale_bytes, sm_count)
     whole = _alike((config for config in cuts if not config.shared_tiles), parts)
     alike = _cut_alike(whole, lambda config: math.prod(config.tiles(m, n)), _steps(k, bits, scale_bytes), parts)
     shared = (cut for cut in alike if _partials(cut) <= MAX_PARTIALS or m <= cut.tokens)
@@ -176,10 +176,10 @@ def _prefill_clocks(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm
         parts, rows = config.workers // config.shared_tiles, ROWS * config.sharers
         tile = replace(config, ctas=parts, shared_tiles=1, workers=parts)
         waves = -(-config.workers * config.sharers // sm_count)
-        clocks = waves * prefill_a16.cost(tile, config.tokens, rows, k, bits, sm_count)
+        clocks = waves * prefill_cuts.cost(tile, config.tokens, rows, k, bits, sm_count)
     else:
         parts, waves = 1, -(-math.prod(config.tiles(m, n)) // config.ctas)
-        clocks = prefill_a16.cost(config, m, n, k, bits, sm_count)
+        clocks = prefill_cuts.cost(config, m, n, k, bits, sm_count)
         if config.runs > 1:
             clocks += waves * config.runs * (_RUN_CLOCKS + config.tokens)
     return clocks - (_FEW_CLOCKS * k / 16 / parts if m <= config.tokens == 16 and waves == 1 else 0.0)

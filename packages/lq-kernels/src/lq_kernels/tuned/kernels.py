@@ -8,7 +8,7 @@ import torch
 from lq_formats import SpecError
 from lq_formats.layouts.fragment import BLOCK_ROWS
 
-from lq_kernels.cuda import decode_cuts, linear_a8, prefill_a16
+from lq_kernels.cuda import decode_cuts, linear_a8, prefill_cuts
 from lq_kernels.cuda.variant import Variant
 from lq_kernels.prepare import Unit
 from lq_kernels.tuned.table import Cut, Weight, cut_of
@@ -119,8 +119,8 @@ class _Prefill(_Same):
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         sizes = (m, weight.n, weight.k, weight.bits)
-        cuts = prefill_a16.candidates(*sizes, weight.scale_bytes, sm_count)
-        return sorted(cuts, key=lambda config: prefill_a16.cost(config, *sizes, sm_count))
+        cuts = prefill_cuts.candidates(*sizes, weight.scale_bytes, sm_count)
+        return sorted(cuts, key=lambda config: prefill_cuts.cost(config, *sizes, sm_count))
 
     def unit(self, weight: Weight, config: Any) -> Unit:
         return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines))
@@ -159,7 +159,7 @@ class _Dense(_Same):
 TUNABLES: Mapping[str, Tunable] = MappingProxyType(
     {
         "decode_a16": _Decode(decode_cuts.SAME),
-        "prefill_a16": _Prefill(prefill_a16.SAME),
+        "prefill_a16": _Prefill(prefill_cuts.SAME),
         "linear_a8": _A8(linear_a8.SAME),
         "dequant_blas": _Dense(()),
     }

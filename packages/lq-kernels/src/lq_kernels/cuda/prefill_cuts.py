@@ -1,0 +1,317 @@
+"""How the prefill kernel cuts a product: every cut that makes sense, and a model of the time it takes.
+
+What a cut means to the kernel, the header of ``src/prefill_a16.cu`` says.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from lq_formats import ShapeError
+from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
+
+TOKENS = (16, 32, 64, 96, 128, 192, 256)
+"""Tokens of a tile, for which the source is written."""
+ROWS = 128
+"""Out features of a tile, usually."""
+TALL = 192
+"""Out features of a tile of three warpgroups, for weights whose rows fill pairs of them."""
+MULTICAST_FROM = 64
+"""Tokens of a tile from which pairs of CTAs load them for each other, where a weight has rows for two."""
+SPLIT_TOKENS = (32, 64, 96, 128)
+"""Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
+RUNS_TOKENS = (64, 96, 128)
+"""Tokens of a tile whose K a CTA may multiply in runs: sums are twice in registers, and few tokens share K."""
+_SHARED = 232448
+_MAX_STAGES = 16
+_BARRIERS = 3 * _MAX_STAGES * 8
+_MAX_TILES = 1 << 30
+_WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
+SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
+"""Fields of a cut that a table's must have; the rest is order."""
+_TALL_TOKENS = (64, 96, 128)
+"""Tokens of tiles of ``TALL`` rows, which fill the last multiprocessors for some weights and are compiled for these alone."""
+_TALL_MOST_TOKENS, _TALL_WAVES, _TALL_GAIN = 2048, 3, 0.93
+"""Up to how many tokens, and tiles a CTA, they make sense, and how much of the other tiles' time they may take."""
+_PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 128: 137, 192: 203, 256: 268}
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200); 96 is
+between what was measured."""
+_NARROW, _WIDE = 1.19, 1.04
+"""... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features."""
+_SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09}
+"""... of pairs that share K, to these, as each CTA loads its own tokens."""
+_L2_BYTES = 4300.0
+"""A clock, to all multiprocessors: 128 CTAs that share K take 87 ns for 16 in features of int4 and 102 of int8 (128 tokens)."""
+CLOCKS_A_US = 1750.0
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How a product is cut.
+
+    Attributes:
+        tokens: Tokens of a tile.
+        ctas: CTAs in the grid.
+        raster: Row tiles in a band; a band's tiles are taken for all tokens before the next band's.
+        shared_tiles: Tiles whose K steps are shared among CTAs.
+        workers: CTAs that share them. Where none is shared, and this is not 0: :attr:`runs`.
+        multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. ``ctas``,
+            ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
+        split: CTAs come in pairs that share the K of a tile, or of a part of one, and add up through distributed shared memory.
+            ``ctas`` and ``workers`` then count pairs, tokens are one of ``SPLIT_TOKENS``, shared tiles have equally many parts,
+            and a part has two K steps at least.
+        rows: Out features of a tile, ``ROWS`` or ``TALL``.
+        wide: int8 with one scale a row is taken in K steps of 128 in features, not 64; up to 128 tokens.
+    """
+
+    tokens: int
+    ctas: int
+    raster: int
+    shared_tiles: int
+    workers: int
+    multicast: bool = False
+    split: bool = False
+    rows: int = ROWS
+    wide: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA: a warpgroup that loads, and one for 64 rows."""
+        return 128 + 2 * self.rows
+
+    @property
+    def sharers(self) -> int:
+        """CTAs that have the same tokens."""
+        return 2 if self.multicast else 1
+
+    @property
+    def runs(self) -> int:
+        """Runs of K that a CTA multiplies one after the other, of whole tiles of ``ROWS`` and ``RUNS_TOKENS``.
+
+        K is cut where as many workers for each tile would cut it, and sums are added up as theirs: the bits are the same.
+        """
+        return 1 if self.shared_tiles else max(self.workers, 1)
+
+    @property
+    def parts(self) -> int:
+        """Parts that a shared tile has, rounded up."""
+        return -(-self.workers // self.shared_tiles) if self.shared_tiles else 1
+
+    @property
+    def pair(self) -> int:
+        """CTAs of a cluster."""
+        return 2 if self.multicast or self.split else 1
+
+    @property
+    def aside(self) -> bool:
+        """Whether results of a whole tile may leave beside the next one's products."""
+        return (self.tokens > 128 or self.runs > 1) and self.rows == ROWS and not self.split
+
+    def tiles(self, m: int, n: int) -> tuple[int, int]:
+        """Return how many row tiles (or pairs) and token tiles there are."""
+        return -(-n // (self.rows * self.sharers)), -(-m // self.tokens)
+
+    def steps(self, k: int, bits: int) -> int:
+        """Return how many K steps there are."""
+        return -(-k // (128 if self.wide else 512 // bits))
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """``NAME=VALUE`` of the macros."""
+        pair = ("LQ_MULTICAST=1",) if self.multicast else ("LQ_SPLIT=1",) if self.split else ()
+        rows = () if self.rows == ROWS else (f"LQ_ROWS={self.rows}",)
+        runs = ("LQ_RUNS=1",) if self.runs > 1 else ()
+        return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()), *runs)
+
+
+def ring(
+    tokens: int, bits: int, scale_bytes: int, split: bool = False, rows: int = ROWS, wide: bool = False
+) -> tuple[int, int]:
+    """Return the stages of a CTA's ring and the bytes of its shared memory.
+
+    Args:
+        tokens: Tokens of a tile.
+        bits: 4 or 8.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        split: Whether a pair shares K, and sums of half a tile come in from the other CTA.
+        rows: Out features of a tile.
+        wide: Whether a K step of int8 is 128 in features.
+    """
+    blocks, step = rows // BLOCK_ROWS, 128 if wide else 512 // bits
+    stage = tokens * step * 2 + blocks * (BLOCK_BYTES * step * bits // 512 + scale_bytes)
+    # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag and two
+    # barriers.
+    fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 24
+    stages = min(_MAX_STAGES, (_SHARED - fixed - _BARRIERS) // stage)
+    return stages, fixed + _BARRIERS + stages * stage
+
+
+def ring_of(config: PrefillConfig, bits: int, scale_bytes: int) -> tuple[int, int]:
+    """Return :func:`ring` of a cut."""
+    return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide)
+
+
+def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
+    """Return the fastest cut by a model in clocks.
+
+    Args:
+        m: Tokens.
+        n: Out features.
+        k: In features.
+        bits: 4 or 8.
+        scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
+        sm_count: Multiprocessors.
+
+    Raises:
+        ShapeError: If there are too many tiles to count.
+    """
+    cuts = candidates(m, n, k, bits, scale_bytes, sm_count)
+    return min(cuts, key=lambda config: cost(config, m, n, k, bits, sm_count))
+
+
+def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    """Yield every cut that makes sense; arguments and errors are those of :func:`prefill_config`."""
+    if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
+        raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
+    yield from _usual(m, n, k, bits, scale_bytes, sm_count)
+    if m <= _TALL_MOST_TOKENS:
+        paying = _paying(n, k, bits, scale_bytes, sm_count)
+        yield from (cut for cut in _tall(m, n, k, bits, scale_bytes, sm_count) if cut.defines in paying)
+
+
+def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
+    """Return a cut of every form (:attr:`PrefillConfig.defines`) that any number of tokens may ask for, the largest first.
+
+    Arguments are those of :func:`prefill_config`.
+    """
+    # Every size of tile makes sense for as many tokens as it has, and pairs share K where there are few tiles.
+    paying = _paying(n, k, bits, scale_bytes, sm_count)
+    cuts = {cut.defines: cut for m in TOKENS for cut in _usual(m, n, k, bits, scale_bytes, sm_count)} | dict(paying)
+    return tuple(sorted(cuts.values(), key=lambda cut: (cut.tokens * cut.rows, cut.defines), reverse=True))
+
+
+def _usual(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    for tokens in TOKENS:
+        wide = _is_wide(tokens, bits, scale_bytes)
+        # Half-empty tiles only waste, and with two stages loads do not overlap products.
+        if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes, wide=wide)[0] < 3:
+            continue
+        yield from _cuts(m, n, k, tokens, bits, sm_count, wide)
+        if tokens in SPLIT_TOKENS:
+            form = PrefillConfig(tokens, 0, 0, 0, 0, split=True, wide=wide)
+            yield from _split(m, n, k, form, bits, scale_bytes, sm_count)
+
+
+def _is_wide(tokens: int, bits: int, scale_bytes: int) -> bool:
+    return bits == 8 and scale_bytes == 0 and tokens <= _WIDE_TOKENS
+
+
+def _split(
+    m: int, n: int, k: int, form: PrefillConfig, bits: int, scale_bytes: int, sm_count: int
+) -> Iterator[PrefillConfig]:
+    tiles, pairs, steps = math.prod(form.tiles(m, n)), sm_count // 2, form.steps(k, bits)
+    if steps > 1 and tiles <= 2 * pairs and ring_of(form, bits, scale_bytes)[0] >= 3:
+        whole = replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, form.tokens, form.rows, bits, pairs))
+        yield whole
+        for parts in (2, 3, 4, 6, 8):
+            if parts * tiles <= pairs and 2 * parts <= steps:
+                yield replace(whole, ctas=parts * tiles, shared_tiles=tiles, workers=parts * tiles)
+
+
+def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    pairs = sm_count // 2
+    # For whole pairs of tall tiles; there are no registers for scales and zeros of groups of 32.
+    if not pairs or n % (2 * TALL) or scale_bytes > 8 * BLOCK_ROWS:
+        return
+    for tokens in _TALL_TOKENS:
+        if 2 * m <= tokens:
+            continue
+        wide = _is_wide(tokens, bits, scale_bytes)
+        form = PrefillConfig(tokens, 0, 0, 0, 0, multicast=True, rows=TALL, wide=wide)
+        tiles = math.prod(form.tiles(m, n))
+        if tiles <= _TALL_WAVES * pairs and ring_of(form, bits, scale_bytes)[0] >= 3:
+            yield replace(form, ctas=min(tiles, pairs), raster=_raster(m, n, tokens, 2 * TALL, bits, pairs))
+        if tokens in SPLIT_TOKENS:
+            yield from _split(m, n, k, replace(form, multicast=False, split=True), bits, scale_bytes, sm_count)
+
+
+@functools.lru_cache(maxsize=1024)
+def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
+    """Return the tall forms that the model would choose where their tiles are full, each with a cut."""
+    found: dict[tuple[str, ...], PrefillConfig] = {}
+    sizes = (n, k, bits)
+    sensible = () if n % (2 * TALL) else _TALL_TOKENS
+    for m in sorted({m for tokens in sensible for m in range(tokens, _TALL_MOST_TOKENS + 1, tokens)}):
+        tall = {cut: cost(cut, m, *sizes, sm_count) for cut in _tall(m, *sizes, scale_bytes, sm_count)}
+        if tall:
+            best = min(tall, key=tall.__getitem__)
+            usual = min(cost(cut, m, *sizes, sm_count) for cut in _usual(m, *sizes, scale_bytes, sm_count))
+            if tall[best] < _TALL_GAIN * usual:
+                found[best.defines] = best
+    return found
+
+
+def _raster(m: int, n: int, tokens: int, rows: int, bits: int, at_once: int) -> int:
+    """Return the row tiles of a band, about as many in each; ``at_once`` tiles run at once."""
+    row_tiles = -(-n // rows)
+    # What runs at once reads `height` strips of weights and the rest of tokens: least where both are equal.
+    height = math.sqrt(min(row_tiles * -(-m // tokens), at_once) * tokens * 16 / (rows * bits))
+    return -(-row_tiles // max(1, round(row_tiles / height)))
+
+
+def _cuts(m: int, n: int, k: int, tokens: int, bits: int, sm_count: int, wide: bool) -> Iterator[PrefillConfig]:
+    multicast = tokens >= MULTICAST_FROM and n > ROWS and sm_count > 1
+    rows, at_once = (2 * ROWS, sm_count // 2) if multicast else (ROWS, sm_count)
+    tiles = -(-n // rows) * -(-m // tokens)
+    raster = _raster(m, n, tokens, rows, bits, at_once)
+    whole = PrefillConfig(tokens, min(tiles, at_once), raster, 0, 0, multicast, wide=wide)
+    yield whole
+    rest, steps = tiles % at_once, whole.steps(k, bits)
+    for shared_tiles in {rest, rest + at_once} if tiles > at_once else {rest}:
+        if not 0 < shared_tiles <= tiles:
+            continue
+        # Equal runs for all, or every tile cut in as many parts.
+        for workers in {at_once, *(parts * shared_tiles for parts in (2, 3, 4, 6, 8, 12, 16))}:
+            if shared_tiles < workers <= at_once and workers <= shared_tiles * steps:
+                ctas = max(workers, min(tiles - shared_tiles, at_once))
+                yield replace(whole, ctas=ctas, shared_tiles=shared_tiles, workers=workers)
+        if shared_tiles > at_once:
+            yield replace(whole, ctas=at_once, shared_tiles=shared_tiles, workers=at_once)
+
+
+def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int) -> float:
+    """Return the clocks that a cut takes by a model.
+
+    Products go by the tables above: more for int8, in steps of 64 most of all, and where L2 does not give what all CTAs load. A
+    launch costs 4,300 clocks, storing a tile 20 a token, or 6 where the next tile's products run beside it (192, 256 tokens).
+    The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that begins 2,500
+    clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange sums in 470
+    clocks and 9 a token, and each CTA has half of a tile to store or to leave. Its first choice took 1.6% (int4) and 4.1%
+    (int8) longer than the fastest of 16 that the tuner timed, on average of 1190 products of 1 to 2048 tokens, and a third
+    at worst; for 794 of them it was the fastest.
+    """
+    steps = config.steps(k, bits)
+    tiles = math.prod(config.tiles(m, n))
+    tall, ctas = config.rows / ROWS, min(config.ctas * config.pair, sm_count)
+    products = _PRODUCTS[config.tokens] * tall
+    if bits == 8 and config.tokens <= 128:
+        products *= _WIDE if config.wide else _NARROW
+    stored = 20.0 * config.tokens * tall
+    if config.split:
+        steps, stored = -(-steps // 2), stored / 2 + (470 + 9 * config.tokens) * tall
+        products *= _SPLIT_PRODUCTS[config.tokens]
+    products = max(products, (2 * bits * config.rows + 32 * config.tokens / config.sharers) * ctas / _L2_BYTES)
+    products *= 8 if config.wide else 32 // bits  # of a step
+    whole = -(-(tiles - config.shared_tiles) // config.ctas)
+    hidden = 14.0 * config.tokens if config.tokens > 128 else 0.0
+    clocks = whole * (steps * products + stored) - max(whole - 1, 0) * hidden
+    if config.shared_tiles:
+        run = -(-config.shared_tiles * steps // config.workers)
+        uneven = config.workers % config.shared_tiles != 0
+        parts = config.workers / config.shared_tiles + uneven
+        own = config.tokens / 2 if config.split else config.tokens
+        clocks += run * products + stored + 2500 + 71 * own + 6250 * uneven
+        clocks += own * config.rows * 4 * (1 / 170 + parts / 290)
+    weights = n * k * bits / 8 / (ctas * 14.2)
+    return 4300 + max(clocks, weights)
