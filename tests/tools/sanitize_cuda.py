@@ -97,7 +97,8 @@ def close(y: Tensor, exact: Tensor) -> None:
 
 def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
     """``Tensor.new_empty`` with NaN in it: initcheck does not see what tensor maps store, and nothing else looks right."""
-    return NEW_EMPTY(self, *args, **kwargs).fill_(math.nan)
+    made = NEW_EMPTY(self, *args, **kwargs)
+    return made.fill_(math.nan) if made.is_floating_point() else made
 
 
 NEW_EMPTY = Tensor.new_empty
