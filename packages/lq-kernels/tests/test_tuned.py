@@ -357,6 +357,15 @@ def test_a_point_serves_fewer_tokens_down_to_half_as_many(folders):
     assert between.us <= 40.0
 
 
+def test_decode_gains_less_from_fewer_tokens_than_its_model_says(folders):
+    ship(folders, "h200", table_of(("decode_a16", W4, Point(32, 12.0, cuts("decode_a16", 32)[0]))))
+    share = cost.decode_us(problem(17)) / cost.decode_us(problem(32))
+    assert share < 0.95
+    found = plans.decode(problem(17))
+    assert (found.us, found.source) == (pytest.approx(12.0 * share ** (1 / 3)), "h200.json")
+    assert plans.decode(problem(32)).us == 12.0
+
+
 @pytest.mark.parametrize("kernel", ["decode_a16", "prefill_a16"])
 def test_what_runs_is_one_of_the_kernels_own_cuts_whatever_a_table_says(folders, kernel):
     module = {"decode_a16": decode_a16, "prefill_a16": prefill_a16}[kernel]

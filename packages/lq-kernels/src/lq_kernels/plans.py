@@ -14,6 +14,9 @@ from lq_kernels.tuned.lookup import Choice, Measured, measurements
 from lq_kernels.tuned.table import Weight
 
 MODEL = "model"
+_DECODE_POWER = 1 / 3
+"""Of what decode's model says that fewer tokens take less than measured ones, for logarithms: 0.23 to 0.38 fit 457 times of 56
+weights, of up to 64 tokens, at once, with an error of 3% instead of 4 to 12% (H200)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def decode(problem: Problem) -> Plan:
     """Plan the Hopper decode kernel."""
     from lq_kernels.cuda import decode_a16
 
-    return _plan(problem, decode_a16.choice_of(problem), cost.decode_us)
+    return _plan(problem, decode_a16.choice_of(problem), cost.decode_us, _DECODE_POWER)
 
 
 def prefill(problem: Problem) -> Plan:
@@ -71,17 +74,19 @@ def weight_of(problem: Problem) -> Weight:
     return Weight(spec.bits, variant.groups, variant.zero, variant.scale_bytes, "", rows, problem.k)
 
 
-def _plan(problem: Problem, choice: Choice[Any] | None, model: Callable[[Problem], float]) -> Plan:
+def _plan(problem: Problem, choice: Choice[Any] | None, model: Callable[[Problem], float], power: float = 1.0) -> Plan:
     if choice is None:
         return Plan(model(problem))
     near = choice.near if choice.near is not None and choice.near.point.m != problem.m else None
-    us, source = _time(problem, choice.measured or near, model)
+    us, source = _time(problem, choice.measured or near, model, power)
     return Plan(us, str(choice.config), source)
 
 
-def _time(problem: Problem, found: Measured | None, model: Callable[[Problem], float]) -> tuple[float, str]:
-    """Return the time of a measurement; at fewer tokens than it had, as many times less as the model says."""
+def _time(
+    problem: Problem, found: Measured | None, model: Callable[[Problem], float], power: float = 1.0
+) -> tuple[float, str]:
+    """Return the time of a measurement; at fewer tokens than it had, as many times less as the model says, to a power."""
     if found is None or not found.timed:
         return model(problem), MODEL
     share = 1.0 if found.point.m == problem.m else model(problem) / model(replace(problem, m=found.point.m))
-    return found.point.us * min(share, 1.0), found.table
+    return found.point.us * min(share, 1.0) ** power, found.table
