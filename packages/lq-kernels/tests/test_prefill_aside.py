@@ -11,9 +11,9 @@ from lq_kernels.jit import compiler
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Bits, tokens of a tile and whether a step of int8 is 128 in features: results take a stage of the ring, or two of steps of 64.
+# Bits and tokens of a tile: int4's results take a stage of the ring, int8's, whose steps are 64 in features, two.
 FORMS = [(4, 192), (4, 256), (8, 192), (8, 256)]
-form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"int{form[0]}-T{form[1]}{'-wide' * (len(form) > 2)}")
+form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"int{form[0]}-T{form[1]}")
 pairs = pytest.mark.parametrize("pairs", [False, True])
 
 
@@ -56,7 +56,7 @@ def cuts(form, m, n, pairs):
     tiles = -(-n // (ROWS * (1 + pairs))) * -(-m // form[1])
     for ctas, shared in ((1, 0), (2, 0), (100, 0), (2, 2), (1, 1)):
         shared, ctas = min(shared, tiles), min(ctas, tiles)
-        yield PrefillConfig(form[1], ctas, 3, shared, shared and ctas, pairs, wide=len(form) > 2)
+        yield PrefillConfig(form[1], ctas, 3, shared, shared and ctas, pairs)
 
 
 def clocks_of_tiles(config, tiles):
@@ -74,14 +74,14 @@ def test_a_large_tile_that_another_follows_costs_less():
 @pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
 @form
 def test_results_leave_in_bulk_without_spills(form, epilogue, disassemble):
-    config = PrefillConfig(form[1], 1, 1, 0, 0, multicast=True, wide=len(form) > 2)
+    config = PrefillConfig(form[1], 1, 1, 0, 0, multicast=True)
     defines = (*VARIANTS[0 if form[0] == 4 else 6].defines, *config.defines, *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     used = result.usage()["prefill_a16"]
     assert (used.registers, used.spills, used.stack) == (168, 0, 0)
     assert "C75" not in result.log
     boxes = 1 if epilogue == "silu_mul" else 2
-    assert disassemble(result.cubin).count("UTMASTG") == (0 if epilogue == "residual" and form[1] <= 128 else boxes)
+    assert disassemble(result.cubin).count("UTMASTG") == boxes
 
 
 def another_gpu():
@@ -153,7 +153,7 @@ class TestOnHopper:
     def test_a_kernel_that_follows_sees_them(self, form):
         # The second product's tokens are the first one's results; programmatic dependent launch, no synchronization between.
         first, second = (Case(form, 2048, 2048, 2048, seed=seed) for seed in (1, 2))
-        config = PrefillConfig(form[1], 16, 3, 0, 0, True, wide=len(form) > 2)
+        config = PrefillConfig(form[1], 16, 3, 0, 0, True)
         second.x = first.run(config)
         expected = second.run(config)
         torch.cuda.synchronize()

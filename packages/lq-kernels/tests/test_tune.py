@@ -6,7 +6,7 @@ import sys
 import pytest
 from lq_formats import DeviceError, FormatError, SpecError
 from lq_kernels import cli
-from lq_kernels.tuned import run, search, shapes, worker
+from lq_kernels.tuned import lookup, run, search, shapes, worker
 from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, variant_of, weight
 from lq_kernels.tuned.lookup import source_digests
 from lq_kernels.tuned.table import Point, Stamp, Table, read
@@ -90,12 +90,10 @@ def test_what_was_fastest_with_more_tokens_is_timed_with_fewer(tmp_path):
     six = TUNABLES["decode_a16"].ranked(W4, 6, 132)
     timed = [cut for kernel, cut, _ in search.proposals(W4, 1, 132) if kernel == "decode_a16"]
     one = TUNABLES["decode_a16"].ranked(W4, 1, 132)
-    far = next(
-        c for c in six if (same := TUNABLES["decode_a16"].alike(fields_of(c), one)) and fields_of(same) not in timed
-    )
-    here = fields_of(TUNABLES["decode_a16"].alike(fields_of(far), one))
+    again = {fields_of(config): lookup.alike(fields_of(config), one, TUNABLES["decode_a16"].same) for config in six}
+    far, here = next((cut, fields_of(c)) for cut, c in again.items() if c is not None and fields_of(c) not in timed)
     table = run.opened(tmp_path / "table.json", *H200)
-    table = table.merged(Stamp(*H200), "decode_a16", source_digests()["decode_a16"], W4, Point(6, 8.0, fields_of(far)))
+    table = table.merged(Stamp(*H200), "decode_a16", source_digests()["decode_a16"], W4, Point(6, 8.0, far))
     timer = FakeTimer(lambda kernel, cut: 7.0 if cut == here else 9.0)
     job = run.Run(table, tmp_path / "table.json", Stamp(*H200), timer)
     ((_, _, found),) = job.measure([(W4, 1)], float("inf"))
@@ -347,7 +345,6 @@ def test_the_command_writes_the_users_table_and_lq_reads_it(tmp_path, monkeypatc
     from lq_formats import QuantSpec
     from lq_kernels import Arch, Problem, explain
     from lq_kernels.cuda import constraints
-    from lq_kernels.tuned import lookup
 
     monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(constraints, "why_not_compile", lambda: None)

@@ -1,6 +1,6 @@
 """The kernels that can be tuned: which cuts they take for a weight, in the order of their models, and what is compiled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -70,7 +70,13 @@ def variant_of(weight: Weight) -> Variant:
 
 
 class Tunable(Protocol):
-    """A kernel, as the tuner sees it."""
+    """A kernel, as the tuner sees it.
+
+    Attributes:
+        same: Fields by which a cut is found again at another number of tokens.
+    """
+
+    same: tuple[str, ...]
 
     def useful(self, weight: Weight, m: int) -> bool:
         """Return whether it may be the fastest for ``m`` tokens, or what that is compared with."""
@@ -84,23 +90,10 @@ class Tunable(Protocol):
         """Return what a configuration compiles."""
         ...
 
-    def alike(self, cut: Cut, configs: Sequence[Any]) -> Any:
-        """Return the first of these configurations that is what ``cut`` was at another number of tokens, or None."""
-        ...
 
+class _Decode:
+    same: tuple[str, ...] = decode_cuts.SAME
 
-class _Same:
-    """What fields of a cut the others follow from."""
-
-    def __init__(self, same: tuple[str, ...]) -> None:
-        self._same = same
-
-    def alike(self, cut: Cut, configs: Sequence[Any]) -> Any:
-        wanted = dict(cut)
-        return next((c for c in configs if all(int(getattr(c, name)) == wanted.get(name) for name in self._same)), None)
-
-
-class _Decode(_Same):
     def useful(self, weight: Weight, m: int) -> bool:
         return not weight.activation and m <= 128
 
@@ -113,7 +106,9 @@ class _Decode(_Same):
         return Unit("decode_a16", (*variant_of(weight).defines, *config.defines))
 
 
-class _Prefill(_Same):
+class _Prefill:
+    same: tuple[str, ...] = prefill_cuts.SAME
+
     def useful(self, weight: Weight, m: int) -> bool:
         return not weight.activation
 
@@ -126,7 +121,9 @@ class _Prefill(_Same):
         return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines))
 
 
-class _A8(_Same):
+class _A8:
+    same: tuple[str, ...] = linear_a8.SAME
+
     def useful(self, weight: Weight, m: int) -> bool:
         return bool(weight.activation)
 
@@ -144,7 +141,9 @@ class _A8(_Same):
         return Unit("linear_a8", (*variant.defines, *config.defines))
 
 
-class _Dense(_Same):
+class _Dense:
+    same: tuple[str, ...] = ()
+
     def useful(self, weight: Weight, m: int) -> bool:
         return not weight.activation and m >= 128
 
@@ -157,12 +156,7 @@ class _Dense(_Same):
 
 
 TUNABLES: Mapping[str, Tunable] = MappingProxyType(
-    {
-        "decode_a16": _Decode(decode_cuts.SAME),
-        "prefill_a16": _Prefill(prefill_cuts.SAME),
-        "linear_a8": _A8(linear_a8.SAME),
-        "dequant_blas": _Dense(()),
-    }
+    {"decode_a16": _Decode(), "prefill_a16": _Prefill(), "linear_a8": _A8(), "dequant_blas": _Dense()}
 )
 """By their names in tables."""
 

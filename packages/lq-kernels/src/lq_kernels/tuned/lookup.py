@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from lq_kernels import env
-from lq_kernels.tuned.table import SOURCES, Point, Table, Weight, read
+from lq_kernels.tuned.table import SOURCES, Cut, Point, Table, Weight, read
 
 _C = TypeVar("_C")
 
@@ -69,11 +69,23 @@ def choose(
     """
     known, points = list(cuts), list(found)
     for each in points:
-        wanted = dict(each.point.cut)
-        alike = [config for config in known if all(int(getattr(config, name)) == wanted.get(name, -1) for name in same)]
-        if alike:
-            return Choice(min(alike, key=lambda config: _distance(config, wanted)), each)
+        found_again = alike(each.point.cut, known, same)
+        if found_again is not None:
+            return Choice(found_again, each)
     return Choice(min(known, key=cost), None, next(iter(points), None)) if known else None
+
+
+def alike(cut: Cut, configs: Iterable[_C], same: tuple[str, ...]) -> _C | None:
+    """Return which of a kernel's configurations is what ``cut`` was at another number of tokens, or None.
+
+    Args:
+        cut: Fields of a configuration, as tables hold them.
+        configs: Configurations for the number of tokens that is asked for.
+        same: Fields that must be the same; of several that have them, the one nearest in all fields.
+    """
+    wanted = dict(cut)
+    found = (config for config in configs if all(int(getattr(config, name)) == wanted.get(name, -1) for name in same))
+    return min(found, key=lambda config: _distance(config, wanted), default=None)
 
 
 def _distance(config: object, wanted: dict[str, int]) -> int:

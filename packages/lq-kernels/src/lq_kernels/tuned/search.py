@@ -11,6 +11,7 @@ from typing import Protocol
 
 from lq_kernels.prepare import Unit
 from lq_kernels.tuned.kernels import TUNABLES, fields_of
+from lq_kernels.tuned.lookup import alike
 from lq_kernels.tuned.table import Cut, Point, Weight
 
 CANDIDATES = 12
@@ -71,8 +72,8 @@ def proposals(
         tunable = TUNABLES[kernel]
         if tunable.useful(weight, m):
             ranked = tunable.ranked(weight, m, sm_count)
-            alike = (tunable.alike(cut, ranked) for cut in known.get(kernel, ()))
-            for config in dict.fromkeys([*ranked[:candidates], *(config for config in alike if config is not None)]):
+            again = (alike(cut, ranked, tunable.same) for cut in known.get(kernel, ()))
+            for config in dict.fromkeys([*ranked[:candidates], *(config for config in again if config is not None)]):
                 yield kernel, fields_of(config), tunable.unit(weight, config)
 
 
