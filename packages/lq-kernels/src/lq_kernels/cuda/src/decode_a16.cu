@@ -93,7 +93,7 @@ static_assert(!kTokensQ8_1 || kBits == 4, "bulk copies take whole multiples of 1
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brings x and is the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
-constexpr int kMaxStages = 16;
+constexpr int kMaxStages = 16;  // as mbarriers_init_ring has it
 constexpr int kChunks = kSums ? 4 : kConverted ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
 constexpr int kChunksAhead = 4;                             // of Q8_1, on their way while one becomes 16 bits
 constexpr int kHeader = 512;                                // bytes, of mbarriers
@@ -124,7 +124,8 @@ struct Arguments {
   const u16* residual;
   u16* y;
   i64 m, n, k;
-  i64 blocks;      // of 16 rows
+  i64 blocks;      // of 16 rows: `cluster_blocks` for a cluster, one more for the first `more_blocks` clusters
+  i64 cluster_blocks, more_blocks;
   i64 group_size;  // used where a group is a whole number of steps
   i64 slots;       // blocks in a pass, at most
   i64 stages;
@@ -219,79 +220,91 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
+
+  // Nothing is done before it has to be: this is a large part of a launch's life. Barriers are initialised by the warps that need them
+  // first, which go on at once; the others wait for that.
+  if (warp == kWarps) {
+    if (elect_one()) {
+      mbarriers_init_ring(full, 1, empty, kWarps * kArrivingLanes, stages);
+      mbarrier_init_fence();
+    }
+    __syncwarp();
+  } else if (warp == kWarps + 1) {
+    if (elect_one()) {
+      mbarriers_init<kChunks>(x_full, 1);
+      if constexpr (kConverted) mbarriers_init<kChunks>(x_ready, kArrivingLanes);
+      mbarriers_init<2>(received, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
+      mbarriers_init<2>(released, ranks * kArrivingLanes);
+      mbarrier_init_fence();
+    }
+    __syncwarp();
+  }
+  cta_barriers_initialised<kThreads>(warp >= kWarps);
+  barriers_initialised();
+  let_next_kernel_start();
+
   const int log_ranks = __ffs(ranks) - 1;  // cluster sizes are powers of two, and so are slots
   const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
   const int first_step = steps_all * rank >> log_ranks, steps = (steps_all * (rank + 1) >> log_ranks) - first_step;
   const int blocks = static_cast<int>(p.blocks);
-  const int cluster = static_cast<int>(blockIdx.x) >> log_ranks, clusters = static_cast<int>(gridDim.x) >> log_ranks;
-  const int first_block = static_cast<int>(static_cast<i64>(blocks) * cluster / clusters);
-  const int my_blocks = static_cast<int>(static_cast<i64>(blocks) * (cluster + 1) / clusters) - first_block;
+  const int cluster = static_cast<int>(blockIdx.x) >> log_ranks, more_blocks = static_cast<int>(p.more_blocks);
+  const int first_block = cluster * static_cast<int>(p.cluster_blocks) + (cluster < more_blocks ? cluster : more_blocks);
+  const int my_blocks = static_cast<int>(p.cluster_blocks) + (cluster < more_blocks);
   const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1;
   const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full, which has no more slots than it needs
   const int log_left = 32 - __clz(my_blocks - (passes - 1) * slots - 1);
   const Pass full_pass{log_slots}, last_pass{log_left > kWarpBlocks / 2 ? log_left : kWarpBlocks / 2};
   auto pass_of = [&](int pass) { return pass + 1 < passes ? full_pass : last_pass; };
-  float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of the warps' rows x kTokens, by source
-  float* outbox = inbox + p.boxes * kBuffer;                        // ... and by owner, what is sent in bulk
-  u8* tokens = reinterpret_cast<u8*>(kDirect ? outbox : outbox + p.boxes * kBuffer);
-  const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
-  const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
-  float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
-  const int chunk_stages = (pass_of(0).stages(steps) + kChunks - 1) / kChunks, chunk_k = chunk_stages * pass_of(0).stage_steps() * kStep;
-  const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
-  const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
-  const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
   const int total = (passes - 1) * full_pass.stages(steps) + last_pass.stages(steps);  // stages of all passes, 0 of no blocks
-  const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
-
-  if (warp == kWarps) {
-    if (lane < stages) {
-      mbarrier_init(full + lane, 1);
-      mbarrier_init(empty + lane, kWarps * kArrivingLanes);
-    }
-    if (lane == 0) {
-      for (int i = 0; i < kChunks; ++i) mbarrier_init(x_full + i, 1);
-      if constexpr (kConverted)
-        for (int i = 0; i < kChunks; ++i) mbarrier_init(x_ready + i, kArrivingLanes);
-      for (int i = 0; i < 2; ++i) {
-        mbarrier_init(received + i, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
-        mbarrier_init(released + i, ranks * kArrivingLanes);
-      }
-    }
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-  barriers_initialised();
-  let_next_kernel_start();
 
   if (warp == kWarps) {
     // The producer. Control flow and addresses are uniform, so that copies are issued without a loop over lanes.
     const u64 policy = policy_evict_first();
     const int steps_per_group = static_cast<int>(p.group_size / kStep);
+    const i64 code_pitch = static_cast<i64>(blocks) * kBlockBytes, scale_pitch = static_cast<i64>(blocks) * kScaleBytes;
     int stage = 0, filled = 0, block = first_block, left = my_blocks, step = 0;
     Pass now = pass_of(0);
-    u32 parity = 1;  // of the empty barrier to wait for; 0 once the ring has wrapped
+    u32 parity = 1;  // of the empty barrier to wait for: of the phase before the first, in the first round
 
-    auto fill = [&] {
-      u8* to = ring + stage * kStage;
+    // One loop for the ring's first round and the others: its instructions come from memory too.
+#pragma unroll 1
+    for (; filled < total; ++filled) {
       const int stride = now.slots(), here = left < stride ? left : stride;
       const int parts = steps - step < now.stage_steps() ? steps - step : now.stage_steps();
+      mbarrier_wait(empty + stage, parity);
+      fence_async_proxy();
       if (elect_one()) {
         mbarrier_arrive_expect(full + stage, parts * here * (kBlockBytes + kSlotScales));
+        // Copies are issued as fast as their addresses are there: the next ones by an addition.
+        int k_step = first_step + step, group_steps = 0;
+        u8* to = ring + stage * kStage;
+        u8* scale_to = to + 2 * kWarps * kBlockBytes;
+        const u8* from = p.packed + (static_cast<i64>(k_step) * blocks + block) * kBlockBytes;
+        i64 scale_from = 0;
+        if constexpr (!kPerRow) {
+          const int group = kGroups > 1 ? k_step * kGroups : steps_per_group == 1 ? k_step : k_step / steps_per_group;
+          if (kGroups == 1 && steps_per_group > 1) group_steps = steps_per_group - (k_step - group * steps_per_group);
+          scale_from = (static_cast<i64>(group) * blocks + block) * kScaleBytes;
+        }
+#pragma unroll 2
         for (int part = 0; part < parts; ++part) {
-          const int k_step = first_step + step + part;
-          bulk_copy(to + part * stride * kBlockBytes, p.packed + (static_cast<i64>(k_step) * blocks + block) * kBlockBytes,
-                    here * kBlockBytes, full + stage, policy);
+          bulk_copy(to, from, here * kBlockBytes, full + stage, policy);
+          to += stride * kBlockBytes, from += code_pitch;
           if constexpr (!kPerRow) {
-            const int group = kGroups > 1 ? k_step * kGroups : steps_per_group == 1 ? k_step : k_step / steps_per_group;
-            u8* scale = to + 2 * kWarps * kBlockBytes + part * stride * kSlotScales;
 #pragma unroll
             for (int i = 0; i < kGroups; ++i) {
-              const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
-              bulk_copy(scale + i * stride * kScaleBytes, p.scales + from, here * kScaleBytes, full + stage, policy);
+              const i64 at = scale_from + i * scale_pitch;
+              bulk_copy(scale_to + i * stride * kScaleBytes, p.scales + at, here * kScaleBytes, full + stage, policy);
               if constexpr (kZero)
-                bulk_copy(scale + (kGroups + i) * stride * kScaleBytes, p.zeros + from, here * kScaleBytes, full + stage, policy);
+                bulk_copy(scale_to + (kGroups + i) * stride * kScaleBytes, p.zeros + at, here * kScaleBytes, full + stage, policy);
             }
+            scale_to += stride * kSlotScales;
+            if (kGroups > 1)
+              scale_from += kGroups * scale_pitch;
+            else if (steps_per_group == 1)
+              scale_from += scale_pitch;
+            else if (--group_steps == 0)
+              scale_from += scale_pitch, group_steps = steps_per_group;
           }
         }
       }
@@ -302,17 +315,21 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         if (left <= full_pass.slots()) now = last_pass;
       }
       if (++stage == stages) stage = 0, parity ^= 1;
-      ++filled;
-    };
-
-    while (filled < total && filled < stages) fill();
-    while (filled < total) {
-      mbarrier_wait(empty + stage, parity);
-      fence_async_proxy();
-      fill();
     }
     return;
   }
+
+  float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of the warps' rows x kTokens, by source
+  float* outbox = inbox + p.boxes * kBuffer;                        // ... and by owner, what is sent in bulk
+  u8* tokens = reinterpret_cast<u8*>(kDirect ? outbox : outbox + p.boxes * kBuffer);
+  const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
+  const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
+  float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
+  const int chunk_stages = (pass_of(0).stages(steps) + kChunks - 1) / kChunks, chunk_k = chunk_stages * pass_of(0).stage_steps() * kStep;
+  const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
+  const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
+  const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
+  const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
   // Add what the CTAs of the cluster sent of a pass's rows that this one owns, and store it; `count` threads share the work.
   auto finish = [&](int pass, int thread, int count) {
@@ -371,26 +388,33 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 
   if (warp == kWarps + 1) {
     wait_for_previous_kernel();
-    auto bring = [&](int begin, int end) {
-      if (elect_one()) {
-        const u64 keep = policy_evict_last();
-        const u8* x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
-        for (int chunk = begin; chunk < end; ++chunk) {
-          const int from = chunk * chunk_k, left_k = k_here - from, here = left_k < chunk_k ? left_k : chunk_k;
-          if (here <= 0) break;
-          mbarrier_arrive_expect(x_full + chunk, x_bytes(m * here));
-          for (int token = 0; token < m; ++token)
-            bulk_copy(tokens + token * p.pitch + raw + x_bytes(from), x + x_bytes(token * p.k + from), x_bytes(here), x_full + chunk,
-                      keep);
+    const u8* next_x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
+    u8* next_to = tokens + raw;
+    int next = 0, left_k = k_here;
+    const i64 x_pitch = x_bytes(p.k);
+    const int pitch = static_cast<int>(p.pitch);
+    // The next chunks, up to `end`.
+    auto bring = [&](int end) {
+      const u64 keep = policy_evict_last();
+#pragma unroll 1
+      for (; next < end && left_k > 0; ++next) {
+        const int bytes = x_bytes(left_k < chunk_k ? left_k : chunk_k);
+        if (elect_one()) {
+          mbarrier_arrive_expect(x_full + next, m * bytes);
+          const u8* from = next_x;
+          u8* to = next_to;
+#pragma unroll 4
+          for (int token = 0; token < m; ++token, from += x_pitch, to += pitch) bulk_copy(to, from, bytes, x_full + next, keep);
         }
+        __syncwarp();
+        next_x += bytes, next_to += bytes, left_k -= chunk_k;
       }
-      __syncwarp();
     };
-    bring(0, kTokensQ8_1 ? kChunksAhead : kChunks);
+    bring(kTokensQ8_1 ? kChunksAhead : kChunks);
     if constexpr (kTokensQ8_1) {
 #pragma unroll 1
       for (int chunk = 0; chunk * chunk_k < k_here; ++chunk) {
-        bring(chunk + kChunksAhead, chunk + kChunksAhead + 1);
+        bring(chunk + kChunksAhead + 1);
         const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
         mbarrier_wait(x_full + chunk, 0);
         convert_q8_1<X>(tokens, static_cast<int>(p.pitch), m, raw, from / 32, to / 32);
@@ -500,6 +524,11 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
     }
   }
+  const auto wait_for_others = [] {
+    wait_for_previous_kernel();      // y is written from here on, and x cannot come before
+    wait_for_barriers_of_cluster();  // of CTAs that started with this one
+  };
+  if (!kPerRow || passes == 0) wait_for_others();
   if (passes > 0) {
     enter(pass_of(0));
     mbarrier_wait(full, 0);
@@ -634,6 +663,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       }
     };
 
+    if (kPerRow && pass == 0) wait_for_others();  // the scales above need not wait
     u32 x_at[kTokenTiles];
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c] + first * kStep * 2;
@@ -688,10 +718,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
     // have read those, which also means that what this CTA sent then has left.
     const int box = pass % 2, owned_shift = now.log_slots + 4 - log_ranks, k_part = kWarpBlocks * warp >> now.log_slots;
-    if (pass == 0) {
-      wait_for_previous_kernel();  // long past; y is written from here on
-      wait_for_barriers_of_cluster();
-    }
     if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
 #pragma unroll
     for (int i = 0; i < 2 * kWarpBlocks; ++i) {
@@ -738,10 +764,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       __syncwarp();
     }
   }
-  if (passes == 0) {
-    wait_for_barriers_of_cluster();
-    return;
-  }
+  if (passes == 0) return;
   finish(passes - 1, threadIdx.x, kConsumers);
   // Bulk copies read what they send from this CTA's shared memory: it must not go before the others have it.
   if (!kDirect && ranks > 1) cluster_wait();
@@ -756,6 +779,6 @@ static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do no
 
 extern "C" __global__ void __launch_bounds__(kThreads, LQ_CTAS)
     decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, const u16* residual, u16* y, i64 m,
-               i64 n, i64 k, i64 blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
-  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, group_size, slots, stages, boxes, pitch});
+               i64 n, i64 k, i64 blocks, i64 cluster_blocks, i64 more_blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
+  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, cluster_blocks, more_blocks, group_size, slots, stages, boxes, pitch});
 }

@@ -55,7 +55,7 @@ constexpr int kConsumerWarps = kRows / 16;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kThreads = 128 + kConsumers;
 constexpr int kConsumerRegisters = 240;  // with 24 of the others as many as at launch (168)
-constexpr int kMaxStages = 16;
+constexpr int kMaxStages = 16;  // as mbarriers_init_ring has it
 constexpr int kStep = 128;  // in features of a stage: 128 bytes of a token
 constexpr int kSlices = kStep / 32;
 constexpr int kBlocks = kRows / 16;
@@ -112,6 +112,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  // What has to be done before the first copies, of which nothing is hidden: a CTA starts when its predecessor has left.
+  if (warp == 0) {
+    if (elect_one()) {
+      if constexpr (kBits == 8) prefetch_tensor_map(&w_map);
+      mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
+      mbarrier_init_fence();
+    }
+    __syncwarp();
+  } else if (warp == 1) {
+    if (elect_one()) prefetch_tensor_map(&x_map);
+    __syncwarp();
+  }
+  cta_barriers_initialised<kThreads>(warp == 0);
+  if constexpr (kMulticast) barriers_initialised();
+  let_next_kernel_start();
+
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0, cta = static_cast<int>(blockIdx.x) / kSharers;
   const int blocks = static_cast<int>((n + 15) / 16);
   Work work{};
@@ -121,21 +138,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
   if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
   work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kSharers;
-
-  if (warp == 1) {
-    if (lane < stages) {
-      mbarrier_init(full + lane, 2);
-      mbarrier_init(empty + lane, kSharers * kConsumerWarps * kArrivingLanes);
-    }
-    if (lane == 0) {
-      prefetch_tensor_map(&x_map);
-      if constexpr (kBits == 8) prefetch_tensor_map(&w_map);
-    }
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-  if constexpr (kMulticast) barriers_initialised();
-  let_next_kernel_start();
 
   if (warp < 4) {
     decrease_registers<24>();
@@ -150,6 +152,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int left = blocks - block, here = left < 0 ? 0 : left < kBlocks ? left : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
+#pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if constexpr (kBits == 4) fence_async_proxy();
@@ -176,15 +179,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (warp == 1) {
       const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
-      wait_for_previous_kernel();
-      if constexpr (kMulticast) wait_for_barriers_of_cluster();
-      while (work.advance()) {
+      for (bool first = true; work.advance(); first = false) {
+        if (first) {
+          wait_for_previous_kernel();
+          if constexpr (kMulticast) wait_for_barriers_of_cluster();
+        }
         stage = uniform(stage), parity = uniform(parity);
         // Only tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
         const int token = work.token * kTokens + rank * kShareTokens, left = static_cast<int>(m) - token;
         const int of_tile = static_cast<int>(m) - work.token * kTokens;
         const int expected = (of_tile < kTokens ? of_tile : kTokens) * kStep;
         const TensorMap* const map = left < kShareTokens ? &tail_map : &x_map;
+#pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
@@ -232,6 +238,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if (lane < kArrivingLanes) mbarrier_arrive(empty + stage);
     }
   };
+
+  // The scales of tokens are read and the workspace and y are written from here on, and tokens cannot come before.
+  wait_for_previous_kernel();
 
   while (work.advance()) {
     const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
@@ -364,7 +373,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kSums; ++i) total[i] = static_cast<float>(acc[i]);
       }
     }
-    wait_for_previous_kernel();  // long past; the scales of tokens are read and the workspace and y are written from here on
 
     if (work.first < work.last) {
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
@@ -378,7 +386,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kUnits; ++j)
         __stcg(mine + j * kConsumers, float4{total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]});
-      __threadfence();
       named_barrier(3, kConsumers);
       if (thread == 0) *arrived = add_acquire_release(arrival, 1);
       named_barrier(3, kConsumers);

@@ -122,7 +122,7 @@ constexpr int kThreads = 128 + kConsumers;
 // multiprocessor and the ring fills meanwhile: 4096x14336, 16 tokens, 18.0 -> 16.3 us with the quantizer (by itself up to 3% slower).
 constexpr bool kLean = kTransposed && kTokens <= 128 && kGroups == 4 && !kZero && !kRuns;
 constexpr int kBoundThreads = kLean ? 512 : kThreads;
-constexpr int kMaxStages = 16;
+constexpr int kMaxStages = 16;  // as mbarriers_init_ring has it
 constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
 #ifndef LQ_STEP
@@ -324,6 +324,30 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  // What has to be done before the first copies, of which nothing is hidden: a CTA starts when its predecessor has left.
+  if (warp == 0) {
+    if (elect_one()) {
+      mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
+      mbarrier_init_fence();
+    }
+    __syncwarp();
+  } else if (warp == 1) {
+    if (elect_one()) {
+      prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
+      if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
+      if constexpr (kSplit) mbarriers_init<kConsumerWarps>(received, 1), mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
+#if LQ_ASIDE
+      mbarrier_init(written, kConsumerWarps * kArrivingLanes), mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
+#endif
+      mbarrier_init_fence();
+    }
+    __syncwarp();
+  }
+  cta_barriers_initialised<kThreads>(warp == 0);
+  if constexpr (kPair > 1) barriers_initialised();
+  let_next_kernel_start();
+
   const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;  // among CTAs that share tokens
   const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
@@ -345,26 +369,6 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     return kAside && aligned && work.first == work.last;
   };
 
-  if (warp == 1) {
-    if (lane < stages) {
-      mbarrier_init(full + lane, 2);
-      mbarrier_init(rest + lane, 1);
-      mbarrier_init(empty + lane, kSharers * kConsumerWarps * kArrivingLanes);
-    }
-    if constexpr (kSplit) {
-      if (lane < kConsumerWarps) mbarrier_init(received + lane, 1);
-      if (lane == 0) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
-    }
-#if LQ_ASIDE
-    if (lane == 0) mbarrier_init(written, kConsumerWarps * kArrivingLanes), mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
-#endif
-    if (lane == 0) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-  if constexpr (kPair > 1) barriers_initialised();
-  let_next_kernel_start();
-
   if (warp < 4) {
     decrease_registers<24>();
     int stage = 0;
@@ -378,6 +382,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         const int block = (work.row * kSharers + rank) * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
+#pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           fence_async_proxy();
@@ -423,9 +428,11 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       // Few tokens are read again and again while weights stream through L2: 0 to 15% for up to 256 tokens.
       const bool few = m * k <= 4 << 20;
       const u64 policy = work.rows == 1 ? policy_evict_first() : few ? policy_evict_last() : policy_evict_normal();
-      wait_for_previous_kernel();
-      if constexpr (kMulticast) wait_for_barriers_of_cluster();
-      while (advance()) {
+      for (bool first = true; advance(); first = false) {
+        if (first) {
+          wait_for_previous_kernel();
+          if constexpr (kMulticast) wait_for_barriers_of_cluster();
+        }
         stage = uniform(stage), parity = uniform(parity);
         // Of the last tile, only the tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
         const bool last = work.token + 1 == work.tokens;
@@ -433,6 +440,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
         const int token = work.token * kTokens + rank * kShareTokens, left = static_cast<int>(m) - token;  // of this CTA's share
         const bool tail = kMulticast ? left < kShareTokens : last;
         const TensorMap* const map = tail ? &tail_map : &x_map;
+#pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
@@ -597,6 +605,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     };
     if constexpr (kRuns) next_run();
     u32 a[kSets][kBatch][4];
+    wait_for_previous_kernel();  // the workspace and y are written from here on, and x cannot come before
     mbarrier_wait(full + stage, parity);
     weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
     stage = uniform(stage), parity = uniform(parity);
@@ -659,7 +668,6 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = total[i];
     release(last);
-    wait_for_previous_kernel();  // long past; the workspace and y are written from here on
 
     if constexpr (kSplit) {
       if (k_half == 0)
@@ -700,7 +708,6 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       float4* const mine = part_of(cta);
 #pragma unroll
       for (int j = 0; j < kOwnUnits; ++j) __stcg(mine + j * kConsumers, sums(j));
-      __threadfence();
       named_barrier(1 + kWarpgroups, kConsumers);
       int* const counter = arrivals + work.tile * kPair + rank + k_half;
       if (thread == 0) *arrived = add_acquire_release(counter, 1);

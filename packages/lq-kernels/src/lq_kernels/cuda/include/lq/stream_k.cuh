@@ -46,10 +46,14 @@ struct Work {
     } else {
       return false;
     }
-    const int band = tile / (raster * tokens), in_band = tile - band * raster * tokens;
-    const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
-    token = uniform(in_band / height);
-    row = uniform(first_row + in_band) - token * uniform(height);
+    if (tokens == 1) {  // without divisions, which a small product would notice
+      token = 0, row = uniform(tile);
+    } else {
+      const int band = rows <= raster ? 0 : tile / (raster * tokens), in_band = tile - band * raster * tokens;
+      const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
+      token = uniform(in_band / height);
+      row = uniform(first_row + in_band) - token * uniform(height);
+    }
     begin = uniform(begin), end = uniform(end);
     return true;
   }
