@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lq_formats import DTypeError, SpecError
+from lq_formats import DTypeError, SpecError, search_qparams
 from lq_kernels import Arch, ops, registry
+from lq_kernels.jit import nvrtc
 from lq_kernels.prepare import Unit
 from lq_torch import (
     GGMLWeightOnlyConfig,
@@ -129,6 +130,41 @@ def test_the_problem_of_a_layer_is_the_one_that_its_product_selects_a_kernel_for
     expected = problem_of(layer, 3, torch.bfloat16)
     assert seen == ([] if expected is None else [expected])
     assert expected is not None or (isinstance(layer, GGMLTensor) and not reads_fragments)
+
+
+COMPILED = {
+    "int4": Int4WeightOnlyConfig(),
+    "int8": Int8WeightOnlyConfig(),
+    "int4-preshuffled": Int4WeightOnlyConfig(int4_packing_format="preshuffled"),
+    "int8-preshuffled": Int8WeightOnlyConfig(int8_packing_format="preshuffled"),
+    "int4-fp8": Int4DynamicActivationConfig(),
+    "int8-int8": Int8DynamicActivationConfig(),
+    "q4_0": GGMLWeightOnlyConfig("q4_0"),
+    "q8_0": GGMLWeightOnlyConfig("q8_0"),
+}
+NOT_COMPILED = {"q5_0": GGMLWeightOnlyConfig("q5_0")}
+
+
+@pytest.mark.parametrize("capability", [(0, 0), (8, 9), (9, 0)], ids=["cpu", "ada", "hopper"])
+@pytest.mark.parametrize("name", [*COMPILED, *NOT_COMPILED])
+def test_quantizing_for_the_kernels_of_hopper_starts_the_compiler(name, capability, monkeypatch):
+    started = []
+    arch = Arch("cuda" if capability[0] else "cpu", capability)
+    monkeypatch.setattr(Arch, "of", staticmethod(lambda device: arch))
+    monkeypatch.setattr("lq_kernels.cuda.constraints.why_not_compile", lambda: None)
+    monkeypatch.setattr(nvrtc, "start", lambda: started.append(name))
+    quantize_(nn.Sequential(nn.Linear(256, 32, dtype=torch.bfloat16)), {**COMPILED, **NOT_COMPILED}[name])
+    assert set(started) == ({name} if name in COMPILED and capability == (9, 0) else set())
+
+
+def test_the_compiler_starts_before_scales_are_searched(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lq_torch.tensors.int4.start_compiler", lambda device: seen.append(device.type))
+    monkeypatch.setattr(
+        "lq_torch.tensors.int4.search_qparams", lambda *args: seen.append("search") or search_qparams(*args)
+    )
+    COMPILED["int4-preshuffled"].quantize(torch.randn(32, 256))
+    assert seen == ["cpu", "search"]
 
 
 def test_other_formats_have_no_problem():

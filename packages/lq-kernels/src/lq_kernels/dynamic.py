@@ -11,7 +11,7 @@ from torch import Tensor
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.dynamic_reference import LAYOUTS, Activation
 from lq_kernels.invariance import ask
-from lq_kernels.preshuffled import arranged_groups
+from lq_kernels.preshuffled import arranged_groups, start_compiler
 from lq_kernels.validation import ACTIVATIONS, check_activations, check_bias, check_devices, check_int4
 
 
@@ -91,6 +91,7 @@ def pack_int4_dynamic(
     """
     _check_activation(activation)
     check_int4(qweight, scale, None, group_size, in_features)
+    start_compiler(qweight.device)
     codes = unpack_int4(qweight, in_features)
     layout = LAYOUTS[activation]
     arranged = layout.arrange_scales(scale, arranged_groups(in_features, group_size))

@@ -15,6 +15,7 @@ from lq_kernels.cuda import constraints
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.gated import interleaved_rows
 from lq_kernels.invariance import ask
+from lq_kernels.jit import nvrtc
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.problem import Arch
 from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
@@ -41,6 +42,7 @@ def preshuffle_int4(
         ShapeError, GroupSizeError, DTypeError: If the arguments do not fit each other.
     """
     check_int4(qweight, scale, zero, group_size, in_features)
+    start_compiler(qweight.device)
     packed = FRAGMENT_INT4.pack(unpack_int4(qweight, in_features))
     groups = arranged_groups(in_features, group_size)
     arranged = FRAGMENT_INT4.arrange_scales(scale, groups)
@@ -57,6 +59,7 @@ def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         raise ShapeError(
             f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
         )
+    start_compiler(weight.device)
     packed = FRAGMENT_INT8.pack(INT8.unpack(weight))
     return packed, FRAGMENT_INT8.arrange_scales(scale.expand(weight.shape[0])[:, None], 1)
 
@@ -77,6 +80,7 @@ def preshuffle_q4_0(weight_q: Tensor) -> tuple[Tensor, Tensor]:
         raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
     if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] == 0:
         raise ShapeError(f"weight_q has shape {tuple(weight_q.shape)}: expected (N, K / 32, 18)")
+    start_compiler(weight_q.device)
     return q4_0.pack_codes(weight_q), q4_0.pack_scales(weight_q)
 
 
@@ -133,6 +137,16 @@ def restore_q4_0(
 def reads_fragments(device: torch.device) -> bool:
     """Return whether the kernels that read fragment order run on a device: a Hopper GPU, with NVRTC."""
     return constraints.why_not_hopper(Arch.of(device)) is None
+
+
+def start_compiler(device: torch.device) -> None:
+    """Start NVRTC in a thread if :func:`reads_fragments`: once a process, and not where the disk cache has kernels.
+
+    What quantizes or packs a weight calls this first: the processor has time while the GPU works, and
+    :func:`lq_torch.warmup` finds the compiler started. An error is left to the first kernel that compiles.
+    """
+    if reads_fragments(device):
+        nvrtc.start()
 
 
 def preshuffled_linear(

@@ -73,6 +73,12 @@ def store(name: str, body: bytes) -> None:
             )
 
 
+def is_empty() -> bool:
+    """Return whether :func:`load` can find nothing, whatever the name; entries are not read."""
+    pattern = _path("*")
+    return env.cache_disabled() or not any(pattern.parent.glob(pattern.name))
+
+
 def discard(name: str) -> None:
     """Delete an entry, if it is there and can be."""
     with contextlib.suppress(OSError):

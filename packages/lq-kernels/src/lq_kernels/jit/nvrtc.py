@@ -6,13 +6,17 @@ Its generated bindings import those of the driver, which takes 60 ms, and ``cuda
 empty cache would wait for that before its first kernel compiles.
 """
 
+import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lq_formats import CompileError, MissingPackageError
+
+from lq_kernels.jit import cache
 
 _POINTER = ctypes.c_void_p
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
@@ -27,6 +31,8 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "nvrtcDestroyProgram": (_POINTER,),
 }
 _INSTALL = "pip install cuda-pathfinder nvidia-cuda-nvrtc"
+_unstarted = threading.Lock()
+"""Held, for good, once :func:`start` has begun."""
 
 
 def why_not() -> str | None:
@@ -74,6 +80,25 @@ def compile_program(text: str, name: str, options: Sequence[bytes]) -> tuple[byt
         return None if failed else _read(program, "CUBIN"), log
     finally:
         _function("nvrtcDestroyProgram")(ctypes.byref(program))
+
+
+def start() -> None:
+    """Have NVRTC do in a thread what it does once a process; later calls do nothing.
+
+    The first program pays for it otherwise (0.3 s on GPU servers), while no other compiles. Where the disk cache has entries it
+    is not done: such a process may need no NVRTC.
+    """
+    if _unstarted.acquire(blocking=False):
+        # No daemon, whatever thread asks: a process that ends while C++ runs in one may crash. This one is waited for.
+        with contextlib.suppress(RuntimeError):  # no more threads to be had
+            threading.Thread(target=_start, name="lq-nvrtc", daemon=False).start()
+
+
+def _start() -> None:
+    # Whatever is wrong, the first kernel that compiles meets it too, and says so where it matters.
+    with contextlib.suppress(Exception):
+        if cache.is_empty():
+            compile_program('extern "C" __global__ void nothing() {}', "nothing.cu", [b"-arch=sm_90a"])
 
 
 def _read(program: ctypes.c_void_p, what: str) -> bytes:

@@ -18,6 +18,7 @@ from lq_kernels import (
     q4_0_linear,
     reads_fragments,
 )
+from lq_kernels.preshuffled import start_compiler
 from torch import Tensor
 
 from lq_torch.tensors.base import LowBitTensor, check_weight
@@ -286,5 +287,6 @@ class GGMLTensor(LowBitTensor):
         elif form == "planes":
             tensors = ggml_planes(self.ggml_type).pack(blocks)._asdict()
         else:
+            start_compiler(self.device)
             tensors = GGML_FRAGMENTS[self.ggml_type].pack(blocks)._asdict()
         return type(self)(tensors, self.attributes(), self.shape, self.dtype)

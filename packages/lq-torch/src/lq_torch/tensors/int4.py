@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Self
 import torch
 from lq_formats import FormatError, QuantSpec, pack_int4, quantize_affine, search_qparams
 from lq_kernels import int4_dequantize, int4_linear
+from lq_kernels.preshuffled import start_compiler
 from torch import Tensor
 
 from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight
@@ -54,6 +55,7 @@ class Int4Tensor(LowBitTensor):
             ShapeError, GroupSizeError, DTypeError, NonFiniteError: If ``w`` cannot be quantized so.
         """
         check_weight(w)
+        start_compiler(w.device)  # while scales are searched
         spec = int4_spec(group_size, symmetric, scale_dtype or w.dtype)
         scale, zero = search_qparams(w, spec, algorithm)
         qdata = pack_int4(quantize_affine(w, scale, zero, spec))

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from lq_formats import SpecError, quantize_weight_per_channel, quantize_weight_per_tensor
 from lq_kernels import int8_gemm
+from lq_kernels.preshuffled import start_compiler
 from torch import Tensor
 
 from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight
@@ -35,6 +36,7 @@ class Int8Tensor(LowBitTensor):
         if granularity not in ("row", "tensor"):
             raise SpecError(f"granularity={granularity!r}: expected 'row' or 'tensor'")
         check_weight(w)
+        start_compiler(w.device)
         quantize = quantize_weight_per_channel if granularity == "row" else quantize_weight_per_tensor
         qdata, scale = quantize(w)
         return cls({"qdata": qdata, "scale": scale}, {}, w.shape, w.dtype)

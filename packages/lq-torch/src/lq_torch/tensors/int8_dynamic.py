@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from lq_formats import FormatError, SpecError, check_finite, quantize_weight_per_channel
 from lq_kernels import int8_dynamic_linear, quantize_tokens
+from lq_kernels.preshuffled import start_compiler
 from torch import Tensor
 
 from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, check_weight
@@ -40,6 +41,7 @@ class Int8DynamicTensor(LowBitTensor):
         if activation not in CODE_DTYPES:
             raise SpecError(f"activation={activation!r}: expected 'int8' or 'fp8'")
         check_weight(w)
+        start_compiler(w.device)
         if activation == "int8":
             qdata, scale = quantize_weight_per_channel(w)
         else:
