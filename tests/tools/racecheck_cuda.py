@@ -12,8 +12,8 @@ the first cluster barrier, without which decode of passes that its ring does not
 compiles what is shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at: of 8-bit weights it sees the
 epilogue.
 
-In 25 of the 70 launches CTAs of a cluster arrive at each other's mbarriers: decode-*-cluster2 and -cluster4 (five passes: boxes
-are used again), prefill-multicast-* and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
+In 33 of the 91 launches CTAs of a cluster arrive at each other's mbarriers: decode-*-cluster2 and -cluster4 (five passes: boxes
+are used again), prefill-multicast-*, prefill-runs and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
 
 tests/tools/sanitize_cuda.py has more launches, for the other tools.
 """
@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from lq_formats import quantize_q4_0, quantize_q8_1
+from lq_formats import dequantize_q4_0, quantize_q4_0, quantize_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
 from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16, prefill_cuts
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
@@ -41,6 +41,8 @@ _SHORT = 512
 """In features: with two blocks of 16 rows a pass, five passes of a stage or more through a ring of two."""
 _TWO_PASSES = {"k": FEATURES, "slots": 8}
 """Nine blocks in passes of eight and one, through a ring of two as well: boxes are used once, and nobody says they are free."""
+_whole = functools.partial(prefill_cuts.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
+"""One CTA, or pair, has all tiles, each whole."""
 
 
 def main() -> None:
@@ -81,6 +83,7 @@ def launches() -> Launches:
     yield from _decode()
     yield from _decode_q8_1()
     yield from _prefill()
+    yield from _prefill_aside()
     yield from _a8()
 
 
@@ -113,55 +116,80 @@ def _run_decode(
 
 
 def _decode_q8_1() -> Launches:
-    """Tokens in Q8_1 blocks, in more chunks than are on their way at once."""
+    """Tokens in Q8_1 blocks, in more chunks than are on their way at once; tokens rounded to theirs, in more than warps."""
     for form in decode_cuts.forms(Scales(4, False, False, 128)):
         for cluster in (1, 2):
-            name = f"q8_1-{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
-            yield name, functools.partial(_run_decode_q8_1, form, cluster)
+            name = f"{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
+            yield f"q8_1-{name}", functools.partial(_run_decode_q8_1, form, cluster)
+            if form.token_tiles == 1:
+                yield f"rounded-{name}", functools.partial(_run_decode_q8_1, form, cluster, rounding=True)
 
 
-def _run_decode_q8_1(form: decode_cuts.Form, cluster: int) -> None:
-    m, k = (3, 5)[cluster - 1], 1536 * cluster
-    packed, scales = q4_0_kernel.fragments(quantize_q4_0(torch.randn(ROWS - 1, k)).cuda())
-    blocks = quantize_q8_1(torch.randn(m, k)).cuda()
+def _run_decode_q8_1(form: decode_cuts.Form, cluster: int, rounding: bool = False) -> None:
+    m, k = (3, 5)[cluster - 1], (2336 if rounding else 1536) * cluster
+    w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()
+    given = torch.randn(m, k).to((torch.bfloat16, torch.float16)[cluster - 1])
+    packed, scales = q4_0_kernel.fragments(w)
+    blocks = quantize_q8_1(given).cuda()
     config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, 1, SHARED, most_stages=2)
     assert config is not None
-    y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)
-    options = {"config": config, "transposed": True}
+    rest = (packed, scales, ROWS - 1, config)
+    y = decode_a16.linear_rounding(given.cuda(), *rest) if rounding else decode_a16.linear_q8_1(blocks, *rest)
     x = dequantize_q8_1(blocks)
-    assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, **options), y)
+    close(y, dequantize_q4_0(w, torch.float64) @ x.double().T)
+    assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, config, transposed=True), y)
 
 
 def _prefill() -> Launches:
-    """Tiles, alone, in pairs that share tokens or K, also of 192 rows; K in runs; epilogues; scales and zeros; shared tiles."""
-    whole = functools.partial(prefill_cuts.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
+    """Tiles, alone, in pairs that share tokens or K, also tall; parts; K in runs; epilogues; scales and zeros; shared tiles."""
     for tokens in (16, 64, 96, 256):
-        yield f"prefill-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", whole(tokens))
+        yield f"prefill-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", _whole(tokens))
     yield (
         "prefill-shared",
         functools.partial(_run_prefill, VARIANTS[0], "none", prefill_cuts.PrefillConfig(16, 3, 1, 1, 3)),
     )
     for tokens in (64, 256):
-        config = whole(tokens, multicast=True)
+        config = _whole(tokens, multicast=True)
         yield f"prefill-multicast-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", config)
     for tokens in (32, 128):
-        config = whole(tokens, split=True)
+        config = _whole(tokens, split=True)
         yield f"prefill-split-{tokens}", functools.partial(_run_prefill, VARIANTS[0], "none", config)
+    for tokens, epilogue in ((96, "none"), (128, "residual"), (64, "transposed")):
+        config = prefill_cuts.PrefillConfig(tokens, 2, 1, 1, 2, split=True)
+        yield f"prefill-split-parts-{epilogue}", functools.partial(_run_prefill, VARIANTS[0], epilogue, config)
     for way in ("multicast", "split"):
-        config = whole(64, rows=prefill_cuts.TALL, **{way: True})
+        config = _whole(64, rows=prefill_cuts.TALL, **{way: True})
         yield f"prefill-{way}-tall", functools.partial(_run_prefill, VARIANTS[0], "none", config)
     config = prefill_cuts.PrefillConfig(64, 1, 1, 0, 2, multicast=True)
     yield "prefill-runs", functools.partial(_run_prefill, VARIANTS[0], "none", config)
-    yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", whole(64, wide=True))
+    yield "prefill-runs-residual", functools.partial(_run_prefill, VARIANTS[0], "residual", _whole(128, workers=3))
+    yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", _whole(64, wide=True))
     for epilogue in EPILOGUES:
         if epilogue != "none":
-            yield f"prefill-{epilogue}", functools.partial(_run_prefill, VARIANTS[0], epilogue, whole(16))
+            yield f"prefill-{epilogue}", functools.partial(_run_prefill, VARIANTS[0], epilogue, _whole(16))
     for i in (2, 4, 5, 6):
-        yield f"prefill-variant{i}", functools.partial(_run_prefill, VARIANTS[i], "none", whole(32))
+        yield f"prefill-variant{i}", functools.partial(_run_prefill, VARIANTS[i], "none", _whole(32))
 
 
-def _run_prefill(variant: Variant, epilogue: str, config: prefill_cuts.PrefillConfig) -> None:
-    case = Case(variant, epilogue, config.tokens + config.tokens // 2 + 1)
+def _prefill_aside() -> Launches:
+    """Results of whole vectors, which leave by the ring: a stage or, of int8, two; a residual; gates; after a part; of runs."""
+    for name, i, epilogue, config in (
+        ("aside", 0, "none", _whole(256)),
+        ("multicast-aside", 0, "none", _whole(256, multicast=True)),
+        ("aside-residual", 0, "residual", _whole(256)),
+        ("multicast-aside-residual", 0, "residual", _whole(256, multicast=True)),
+        ("aside-silu_mul", 0, "silu_mul", _whole(192)),
+        ("multicast-aside-variant6", 6, "none", _whole(192, multicast=True)),
+        ("aside-residual-variant6", 6, "residual", _whole(256)),
+        ("aside-shared", 0, "none", prefill_cuts.PrefillConfig(192, 2, 1, 1, 2)),
+        ("aside-runs", 0, "none", _whole(128, workers=3)),
+        ("multicast-aside-runs-variant12", 12, "none", _whole(64, workers=3, multicast=True)),
+    ):
+        yield f"prefill-{name}", functools.partial(_run_prefill, VARIANTS[i], epilogue, config, full=False)
+
+
+def _run_prefill(variant: Variant, epilogue: str, config: prefill_cuts.PrefillConfig, full: bool = True) -> None:
+    case = Case(variant, epilogue, config.tokens + config.tokens // 2 + 1, full=full)
     case.run(prefill_a16.linear, config)
 
 
