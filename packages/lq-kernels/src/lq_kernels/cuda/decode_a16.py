@@ -233,7 +233,7 @@ def _prepare(
             n,
             k,
             blocks,
-            *divmod(blocks, config.clusters),
+            *config.shares(blocks),
             group_size,
             config.slots,
             config.stages,

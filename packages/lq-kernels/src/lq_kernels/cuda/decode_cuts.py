@@ -79,6 +79,18 @@ class DecodeConfig:
         """``NAME=VALUE`` of the macros that the cut sets."""
         return Form(self.token_tiles, self.warp_blocks, self.ctas).defines
 
+    def shares(self, blocks: int) -> tuple[int, int, int]:
+        """Return the blocks of a cluster, how many clusters have one more, and what the last pass of both has.
+
+        The last are logarithms of slots, 256 times that of clusters with a block more.
+        """
+        few, more = divmod(blocks, self.clusters)
+
+        def last_pass(rows: int) -> int:
+            return _last_slots((rows - 1) % self.slots + 1, self.warp_blocks).bit_length() - 1 if rows else 0
+
+        return few, more, last_pass(few) | last_pass(few + 1) << 8
+
 
 def forms(scales: Scales) -> tuple[Form, ...]:
     """Return what is compiled for a weight.

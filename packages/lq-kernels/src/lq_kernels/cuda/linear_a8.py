@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lq_kernels.cuda.quantize_tokens import CODES
 from lq_kernels.cuda.variant import TYPES
+from lq_kernels.cuda.work import work
 from lq_kernels.jit.launcher import launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
@@ -373,9 +374,7 @@ def linear(
         k,
         group_size,
         stages,
-        config.raster,
-        config.shared_tiles,
-        config.workers,
+        *work(*config.tiles(m, out_features), -(-k // STEP), config.raster, config.shared_tiles, config.workers),
         cluster=2 if config.multicast else 0,
         dependent=True,
         defines=(*variant.defines, *config.defines),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lq_kernels.cuda.prefill_cuts import CLOCKS_A_US, SAME, PrefillConfig, candidates, cost, prefill_config, ring_of
 from lq_kernels.cuda.variant import EPILOGUES, Variant
+from lq_kernels.cuda.work import work
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
@@ -180,6 +181,8 @@ def _prepare(
     # As the source has it, by a macro.
     maps = {"none": 1, "silu_mul": 1, "residual": 2 * (config.tokens > 128)}.get(epilogue, 0) if config.aside else 0
     box = min(config.tokens, m) if maps else 0
+    tiles, steps = config.tiles(m, BLOCK_ROWS * blocks), config.steps(k, variant.bits)
+    shares = work(*tiles, steps, config.raster, config.shared_tiles, config.workers)
     launch = Launch(
         index,
         "prefill_a16",
@@ -188,7 +191,7 @@ def _prepare(
         config.threads,
         shared,
         10 + maps,
-        (m, n, k, blocks, group_size, stages, config.raster, config.shared_tiles, config.workers),
+        (m, n, k, blocks, group_size, stages, *shares),
         cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),

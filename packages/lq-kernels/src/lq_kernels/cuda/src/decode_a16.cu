@@ -126,6 +126,7 @@ struct Arguments {
   i64 m, n, k;
   i64 blocks;      // of 16 rows: `cluster_blocks` for a cluster, one more for the first `more_blocks` clusters
   i64 cluster_blocks, more_blocks;
+  i64 last_pass;  // log2 of its slots, with 256 times that of clusters with a block more
   i64 group_size;  // used where a group is a whole number of steps
   i64 slots;       // blocks in a pass, at most
   i64 stages;
@@ -221,27 +222,21 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
 
-  // Nothing is done before it has to be: this is a large part of a launch's life. Barriers are initialised by the warps that need them
-  // first, which go on at once; the others wait for that.
-  if (warp == kWarps) {
+  // What comes before the first copies is a large part of a launch's life: a CTA often starts when its predecessor has left. So warps that
+  // have time initialise the barriers, while the others find out what to copy.
+  if (warp < 4) {
     if (elect_one()) {
-      mbarriers_init_ring(full, 1, empty, kWarps * kArrivingLanes, stages);
-      mbarrier_init_fence();
-    }
-    __syncwarp();
-  } else if (warp == kWarps + 1) {
-    if (elect_one()) {
-      mbarriers_init<kChunks>(x_full, 1);
-      if constexpr (kConverted) mbarriers_init<kChunks>(x_ready, kArrivingLanes);
-      mbarriers_init<2>(received, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
-      mbarriers_init<2>(released, ranks * kArrivingLanes);
+      if (warp == 0) mbarriers_init_ring(full, 1, empty, kWarps * kArrivingLanes, stages);
+      if (warp == 1) mbarriers_init<kChunks>(x_full, 1);
+      if (kConverted && warp == 2) mbarriers_init<kChunks>(x_ready, kArrivingLanes);
+      if (warp == 3) {
+        mbarriers_init<2>(received, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
+        mbarriers_init<2>(released, ranks * kArrivingLanes);
+      }
       mbarrier_init_fence();
     }
     __syncwarp();
   }
-  cta_barriers_initialised<kThreads>(warp >= kWarps);
-  barriers_initialised();
-  let_next_kernel_start();
 
   const int log_ranks = __ffs(ranks) - 1;  // cluster sizes are powers of two, and so are slots
   const int steps_all = static_cast<int>((p.k + kStep - 1) / kStep);
@@ -252,8 +247,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int my_blocks = static_cast<int>(p.cluster_blocks) + (cluster < more_blocks);
   const int slots = static_cast<int>(p.slots), log_slots = __ffs(slots) - 1;
   const int passes = (my_blocks + slots - 1) >> log_slots;  // every pass but the last is full, which has no more slots than it needs
-  const int log_left = 32 - __clz(my_blocks - (passes - 1) * slots - 1);
-  const Pass full_pass{log_slots}, last_pass{log_left > kWarpBlocks / 2 ? log_left : kWarpBlocks / 2};
+  const Pass full_pass{log_slots}, last_pass{static_cast<int>(p.last_pass) >> (cluster < more_blocks ? 8 : 0) & 0xff};
   auto pass_of = [&](int pass) { return pass + 1 < passes ? full_pass : last_pass; };
   const int total = (passes - 1) * full_pass.stages(steps) + last_pass.stages(steps);  // stages of all passes, 0 of no blocks
 
@@ -264,15 +258,18 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const i64 code_pitch = static_cast<i64>(blocks) * kBlockBytes, scale_pitch = static_cast<i64>(blocks) * kScaleBytes;
     int stage = 0, filled = 0, block = first_block, left = my_blocks, step = 0;
     Pass now = pass_of(0);
-    u32 parity = 1;  // of the empty barrier to wait for: of the phase before the first, in the first round
+    u32 parity = 1;  // of the empty barrier to wait for, from the second round on
 
+    wait_for_barriers_of_cta<kThreads>();
     // One loop for the ring's first round and the others: its instructions come from memory too.
 #pragma unroll 1
     for (; filled < total; ++filled) {
       const int stride = now.slots(), here = left < stride ? left : stride;
       const int parts = steps - step < now.stage_steps() ? steps - step : now.stage_steps();
-      mbarrier_wait(empty + stage, parity);
-      fence_async_proxy();
+      if (filled >= stages) {
+        mbarrier_wait(empty + stage, parity);
+        fence_async_proxy();
+      }
       if (elect_one()) {
         mbarrier_arrive_expect(full + stage, parts * here * (kBlockBytes + kSlotScales));
         // Copies are issued as fast as their addresses are there: the next ones by an addition.
@@ -315,6 +312,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         if (left <= full_pass.slots()) now = last_pass;
       }
       if (++stage == stages) stage = 0, parity ^= 1;
+      if (filled == 0) barriers_initialised();
     }
     return;
   }
@@ -330,6 +328,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
   const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
   const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
+
+  wait_for_barriers_of_cta<kThreads>();
+  barriers_initialised();
+  let_next_kernel_start();
 
   // Add what the CTAs of the cluster sent of a pass's rows that this one owns, and store it; `count` threads share the work.
   auto finish = [&](int pass, int thread, int count) {
@@ -779,6 +781,6 @@ static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do no
 
 extern "C" __global__ void __launch_bounds__(kThreads, LQ_CTAS)
     decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, const u16* residual, u16* y, i64 m,
-               i64 n, i64 k, i64 blocks, i64 cluster_blocks, i64 more_blocks, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
-  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, cluster_blocks, more_blocks, group_size, slots, stages, boxes, pitch});
+               i64 n, i64 k, i64 blocks, i64 cluster_blocks, i64 more_blocks, i64 last_pass, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
+  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, cluster_blocks, more_blocks, last_pass, group_size, slots, stages, boxes, pitch});
 }

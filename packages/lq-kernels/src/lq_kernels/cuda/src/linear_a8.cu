@@ -101,8 +101,8 @@ struct Weights {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map,
               const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales, const float* token_scales, const u16* bias,
-              u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, i64 raster,
-              i64 shared_tiles, i64 workers) {
+              u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, i64 row_tiles,
+              i64 token_tiles, i64 steps, i64 raster, i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, i64 by_last, i64 by_units, i64 by_workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -113,31 +113,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-  // What has to be done before the first copies, of which nothing is hidden: a CTA starts when its predecessor has left.
-  if (warp == 0) {
+  // What has to be done before the first copies is not hidden: a CTA starts when its predecessor has left. So a warp that has time
+  // initialises the barriers, and those that copy find out what.
+  if (warp == 2) {
     if (elect_one()) {
-      if constexpr (kBits == 8) prefetch_tensor_map(&w_map);
       mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
       mbarrier_init_fence();
     }
     __syncwarp();
-  } else if (warp == 1) {
-    if (elect_one()) prefetch_tensor_map(&x_map);
+  } else if (warp < 2) {
+    if (elect_one()) {
+      if (warp == 1) prefetch_tensor_map(&x_map);
+      if (kBits == 8 && warp == 0) prefetch_tensor_map(&w_map);
+    }
     __syncwarp();
   }
-  cta_barriers_initialised<kThreads>(warp == 0);
-  if constexpr (kMulticast) barriers_initialised();
-  let_next_kernel_start();
-
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0, cta = static_cast<int>(blockIdx.x) / kSharers;
   const int blocks = static_cast<int>((n + 15) / 16);
-  Work work{};
-  work.rows = (blocks + kSharers * kBlocks - 1) / (kSharers * kBlocks);
-  work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
-  work.raster = static_cast<int>(raster), work.steps = static_cast<int>((k + kStep - 1) / kStep);
-  work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
-  if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
-  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kSharers;
+  Work work{static_cast<int>(row_tiles),
+            static_cast<int>(token_tiles),
+            static_cast<int>(raster),
+            static_cast<int>(steps),
+            static_cast<int>(shared_tiles),
+            static_cast<int>(workers),
+            Divisor(by_steps),
+            Divisor(by_band),
+            Divisor(by_raster),
+            Divisor(by_last),
+            Divisor(by_units),
+            Divisor(by_workers),
+            static_cast<int>(shared_tiles) + cta,
+            static_cast<int>(gridDim.x) / kSharers};
+  work.start_with(cta);
+  bool more = work.advance();
+  __syncthreads();
+  if (warp != 0) {
+    if constexpr (kMulticast) barriers_initialised();
+    let_next_kernel_start();
+  }
 
   if (warp < 4) {
     decrease_registers<24>();
@@ -147,7 +160,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
       const int steps_per_group = static_cast<int>(group_size / kStep);
-      while (work.advance()) {
+      bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
+      for (; more; more = work.advance()) {
         const int row = work.row * kSharers + rank, block = row * kBlocks;
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int left = blocks - block, here = left < 0 ? 0 : left < kBlocks ? left : kBlocks;
@@ -174,16 +188,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             }
           }
           __syncwarp();
+          if (kMulticast && !said) barriers_initialised();
+          said = true;
           if (++stage == stages) stage = 0, parity ^= 1;
         }
       }
     } else if (warp == 1) {
       const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
-      for (bool first = true; work.advance(); first = false) {
-        if (first) {
-          wait_for_previous_kernel();
-          if constexpr (kMulticast) wait_for_barriers_of_cluster();
-        }
+      wait_for_previous_kernel();
+      if constexpr (kMulticast) wait_for_barriers_of_cluster();
+      for (; more; more = work.advance()) {
         stage = uniform(stage), parity = uniform(parity);
         // Only tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
         const int token = work.token * kTokens + rank * kShareTokens, left = static_cast<int>(m) - token;
@@ -242,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   // The scales of tokens are read and the workspace and y are written from here on, and tokens cannot come before.
   wait_for_previous_kernel();
 
-  while (work.advance()) {
+  for (; more; more = work.advance()) {
     const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows, token0 = static_cast<i64>(work.token) * kTokens;
     float total[kSums];
     {

@@ -309,7 +309,8 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 #endif
 #endif
                 i64 m, i64 n, i64 k,
-                i64 all_blocks, i64 group_size, i64 ring_stages, i64 raster, i64 shared_tiles, i64 workers) {
+                i64 all_blocks, i64 group_size, i64 ring_stages, i64 row_tiles, i64 token_tiles, i64 steps, i64 raster,
+                i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, i64 by_last, i64 by_units, i64 by_workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -325,16 +326,16 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-  // What has to be done before the first copies, of which nothing is hidden: a CTA starts when its predecessor has left.
-  if (warp == 0) {
+  // What has to be done before the first copies is not hidden: a CTA starts when its predecessor has left. So warps that have time
+  // initialise the barriers, and those that copy find out what.
+  if (warp == 2) {
     if (elect_one()) {
       mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
       mbarrier_init_fence();
     }
     __syncwarp();
-  } else if (warp == 1) {
+  } else if (warp == 3) {
     if (elect_one()) {
-      prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
       if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
       if constexpr (kSplit) mbarriers_init<kConsumerWarps>(received, 1), mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
 #if LQ_ASIDE
@@ -343,20 +344,28 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       mbarrier_init_fence();
     }
     __syncwarp();
+  } else if (warp == 1) {
+    if (elect_one()) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
+    __syncwarp();
   }
-  cta_barriers_initialised<kThreads>(warp == 0);
-  if constexpr (kPair > 1) barriers_initialised();
-  let_next_kernel_start();
-
   const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;  // among CTAs that share tokens
   const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
-  Work work{};
-  work.rows = (blocks + kSharers * kBlocks - 1) / (kSharers * kBlocks), work.tokens = static_cast<int>((m + kTokens - 1) / kTokens);
-  work.raster = static_cast<int>(raster), work.steps = static_cast<int>((k + kStep - 1) / kStep);
-  work.shared_tiles = static_cast<int>(shared_tiles), work.workers = static_cast<int>(workers);
-  if (cta < work.workers) work.unit = work.start(cta), work.end_unit = work.start(cta + 1);
-  work.whole = work.shared_tiles + cta, work.stride = static_cast<int>(gridDim.x) / kPair;
+  Work work{static_cast<int>(row_tiles),
+            static_cast<int>(token_tiles),
+            static_cast<int>(raster),
+            static_cast<int>(steps),
+            static_cast<int>(shared_tiles),
+            static_cast<int>(workers),
+            Divisor(by_steps),
+            Divisor(by_band),
+            Divisor(by_raster),
+            Divisor(by_last),
+            Divisor(by_units),
+            Divisor(by_workers),
+            static_cast<int>(shared_tiles) + cta,
+            static_cast<int>(gridDim.x) / kPair};
+  work.start_with(cta);
   const auto advance = [&] {
     if (!work.advance()) return false;
     if constexpr (kSplit) work.halve(k_half);
@@ -369,6 +378,13 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     return kAside && aligned && work.first == work.last;
   };
 
+  bool more = advance();
+  __syncthreads();
+  if (warp != 0) {
+    if constexpr (kPair > 1) barriers_initialised();
+    let_next_kernel_start();
+  }
+
   if (warp < 4) {
     decrease_registers<24>();
     int stage = 0;
@@ -377,7 +393,8 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
       const int steps_per_group = static_cast<int>(group_size / kStep);
-      while (advance()) {
+      bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
+      for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int block = (work.row * kSharers + rank) * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
@@ -415,6 +432,8 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
             }
           }
           __syncwarp();
+          if (kPair > 1 && !said) barriers_initialised();
+          said = true;
           if (++stage == stages) stage = 0, parity ^= 1;
         }
         for (int i = 0; i < kOutStages && aside(); ++i) {
@@ -428,11 +447,9 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
       // Few tokens are read again and again while weights stream through L2: 0 to 15% for up to 256 tokens.
       const bool few = m * k <= 4 << 20;
       const u64 policy = work.rows == 1 ? policy_evict_first() : few ? policy_evict_last() : policy_evict_normal();
-      for (bool first = true; advance(); first = false) {
-        if (first) {
-          wait_for_previous_kernel();
-          if constexpr (kMulticast) wait_for_barriers_of_cluster();
-        }
+      wait_for_previous_kernel();
+      if constexpr (kMulticast) wait_for_barriers_of_cluster();
+      for (; more; more = advance()) {
         stage = uniform(stage), parity = uniform(parity);
         // Of the last tile, only the tokens that exist: the copy engine takes as long for a row of zeros as for many that it loads.
         const bool last = work.token + 1 == work.tokens;
@@ -489,7 +506,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     else if (warp == 2 && is_whole()) {
       u32 turn = 0;
       wait_for_previous_kernel();
-      while (advance()) {
+      for (; more; more = advance()) {
         stage = (stage + work.end - work.begin) % stages;
         if (!aside()) continue;
         mbarrier_wait(written, turn);
@@ -574,7 +591,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
   };
   if constexpr (kSplit) wait_for_barriers_of_cluster();
 
-  while (advance()) {
+  for (; more; more = advance()) {
     const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows;
     const i64 token0 = static_cast<i64>(work.token) * kTokens + k_half * kOwnTokens;  // of those that are stored
     // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
@@ -601,7 +618,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     [[maybe_unused]] int run = 0, run_begin = 0, run_end = 0;
     const auto next_run = [&] {
       run_begin = run_end;
-      run_end = uniform(static_cast<int>(static_cast<u32>(++run) * work.steps / work.workers));
+      run_end = work.by_workers(++run * work.steps);
     };
     if constexpr (kRuns) next_run();
     u32 a[kSets][kBatch][4];

@@ -229,13 +229,10 @@ __device__ __forceinline__ int add_acquire_release(int* to, int value) {
   return before;
 }
 
-// The CTA's mbarriers are initialised. Warps that use no other warp's say so and go on; the others wait.
+// All warps wait for the CTA's mbarriers, at whatever point of their own.
 template <int kThreads>
-__device__ __forceinline__ void cta_barriers_initialised(bool goes_on) {
-  if (goes_on && !kRacecheck)
-    asm volatile("bar.arrive 15, %0;" ::"n"(kThreads) : "memory");
-  else
-    asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
+__device__ __forceinline__ void wait_for_barriers_of_cta() {
+  asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
 }
 
 // ---- programmatic dependent launch ----

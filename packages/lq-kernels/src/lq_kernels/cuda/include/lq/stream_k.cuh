@@ -13,26 +13,40 @@ struct alignas(64) TensorMap {
 // one, descriptors and addresses of copies leave the uniform registers: 250 clocks more a step.
 __device__ __forceinline__ int uniform(int value) { return static_cast<int>(__reduce_or_sync(0xffffffff, static_cast<u32>(value))); }
 
+// A number that is divided by, without a division: cuda/work.py. What is divided is less than 2^31.
+struct Divisor {
+  u32 factor, shift;
+
+  __device__ __forceinline__ explicit Divisor(i64 packed) : factor(static_cast<u32>(packed)), shift(static_cast<u32>(packed >> 32)) {}
+  __device__ __forceinline__ int operator()(int value) const {
+    return static_cast<int>(static_cast<u64>(static_cast<u32>(value)) * factor >> shift);
+  }
+};
+
 // What a CTA (a pair of them where they share tokens) does, one piece after the other: K steps [begin, end) of a tile.
 struct Work {
   int rows, tokens, raster, steps;  // row tiles (or pairs), token tiles, ...
   int shared_tiles, workers;
-  int unit, end_unit;  // what is left of the run of K steps of shared tiles
-  int whole, stride;   // the next whole tile
+  Divisor by_steps, by_band, by_raster, by_last, by_units, by_workers;  // a band's tiles, the rows of one and of the last, ...
+  int whole, stride;       // the next whole tile
+  int unit = 0, end_unit = 0;  // what is left of the run of K steps of shared tiles
 
   int tile, row, token, begin, end;  // the current piece
   int first, last;                   // the CTAs that have a part of the tile
 
-  // First unit of worker w.
-  __device__ __forceinline__ int start(int w) const { return static_cast<int>(static_cast<u32>(w) * (shared_tiles * steps) / workers); }
-  // The worker that has a unit.
-  __device__ __forceinline__ int owner(int unit) const {
-    return static_cast<int>((static_cast<u32>(unit + 1) * workers - 1) / (shared_tiles * steps));
+  // The first piece of CTA `cta` is the next. For runs of K, by_workers divides by their number.
+  __device__ __forceinline__ void start_with(int cta) {
+    if (cta < workers) unit = start(cta), end_unit = start(cta + 1);
   }
+
+  // First unit of worker w.
+  __device__ __forceinline__ int start(int w) const { return by_workers(w * (shared_tiles * steps)); }
+  // The worker that has a unit.
+  __device__ __forceinline__ int owner(int unit) const { return by_units((unit + 1) * workers - 1); }
 
   __device__ __forceinline__ bool advance() {
     if (unit < end_unit) {
-      tile = unit / steps;
+      tile = by_steps(unit);
       begin = unit - tile * steps;
       end = end_unit - tile * steps < steps ? end_unit - tile * steps : steps;
       first = owner(tile * steps);
@@ -46,15 +60,10 @@ struct Work {
     } else {
       return false;
     }
-    if (tokens == 1) {  // without divisions, which a small product would notice
-      token = 0, row = uniform(tile);
-    } else {
-      const int band = rows <= raster ? 0 : tile / (raster * tokens), in_band = tile - band * raster * tokens;
-      const int first_row = band * raster, height = rows - first_row < raster ? rows - first_row : raster;
-      token = uniform(in_band / height);
-      row = uniform(first_row + in_band) - token * uniform(height);
-    }
-    begin = uniform(begin), end = uniform(end);
+    const int band = by_band(tile), in_band = tile - band * raster * tokens, first_row = band * raster;
+    const bool full = rows - first_row >= raster;
+    token = full ? by_raster(in_band) : by_last(in_band);
+    row = first_row + in_band - token * (full ? raster : rows - first_row);
     return true;
   }
 
@@ -65,7 +74,6 @@ struct Work {
       end = middle;
     else
       begin = middle;
-    begin = uniform(begin), end = uniform(end);
   }
 };
 
