@@ -10,6 +10,7 @@ from lq_kernels import (
     Problem,
     gemm_q4_0_q8_1,
     kernel_names,
+    plans,
     q4_0,
     q4_0_linear,
     quantize_activation_q8_1,
@@ -362,6 +363,18 @@ def test_floats_take_two_launches_and_few_of_16_bits_one(name, launches, monkeyp
             else:
                 assert (defines, last) == (torch.bfloat16, True)
             launches.clear()
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "most"), [(4096, 4096, 4), (4112, 4096, 1), (48, 2**16, 4), (272, 2**16, 1), (272, 2**16 + 32, 0)]
+)
+def test_of_a_large_weight_decode_rounds_one_token_itself(rows, k, most):
+    decode = q4_0.OnQ4_0("decode_a16", plans.decode, lambda problem: None, reads_q8_1=True)
+    for m in range(1, 6):
+        assert decode.rounds(torch.empty(m, k, dtype=torch.bfloat16), rows) == (m <= most)
+    # What it says it takes has a cut.
+    cuts = decode_cuts.candidates(max(most, 1), rows // 16, k, 4, Scales(4, False, False, 128), 132)
+    assert most == 0 or next(cuts, None) is not None
 
 
 def test_blocks_that_bulk_copies_cannot_bring_are_refused(launches):
