@@ -15,7 +15,6 @@ from lq_kernels.cuda import constraints
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.gated import interleaved_rows
 from lq_kernels.invariance import ask
-from lq_kernels.jit import nvrtc
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.problem import Arch
 from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
@@ -146,6 +145,8 @@ def start_compiler(device: torch.device) -> None:
     :func:`lq_torch.warmup` finds the compiler started. An error is left to the first kernel that compiles.
     """
     if reads_fragments(device):
+        from lq_kernels.jit import nvrtc
+
         nvrtc.start()
 
 

@@ -124,9 +124,9 @@ struct Arguments {
   const u16* residual;
   u16* y;
   i64 m, n, k;
-  i64 blocks;      // of 16 rows: `cluster_blocks` for a cluster, one more for the first `more_blocks` clusters
+  i64 blocks;      // of 16 rows: `cluster_blocks` for a cluster, one more for each of the first `more_blocks`
   i64 cluster_blocks, more_blocks;
-  i64 last_pass;  // log2 of its slots, with 256 times that of clusters with a block more
+  i64 last_pass;   // log2 of its slots, and 256 times that of clusters with a block more
   i64 group_size;  // used where a group is a whole number of steps
   i64 slots;       // blocks in a pass, at most
   i64 stages;
@@ -781,6 +781,8 @@ static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do no
 
 extern "C" __global__ void __launch_bounds__(kThreads, LQ_CTAS)
     decode_a16(const u8* x, const u8* packed, const u8* scales, const u8* zeros, const u16* bias, const u16* residual, u16* y, i64 m,
-               i64 n, i64 k, i64 blocks, i64 cluster_blocks, i64 more_blocks, i64 last_pass, i64 group_size, i64 slots, i64 stages, i64 boxes, i64 pitch) {
-  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, cluster_blocks, more_blocks, last_pass, group_size, slots, stages, boxes, pitch});
+               i64 n, i64 k, i64 blocks, i64 cluster_blocks, i64 more_blocks, i64 last_pass, i64 group_size, i64 slots, i64 stages,
+               i64 boxes, i64 pitch) {
+  decode<LQ_TILES>(Arguments{x, packed, scales, zeros, bias, residual, y, m, n, k, blocks, cluster_blocks, more_blocks, last_pass,
+                             group_size, slots, stages, boxes, pitch});
 }

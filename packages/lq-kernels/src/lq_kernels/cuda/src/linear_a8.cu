@@ -102,7 +102,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map,
               const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales, const float* token_scales, const u16* bias,
               u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, i64 row_tiles,
-              i64 token_tiles, i64 steps, i64 raster, i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, i64 by_last, i64 by_units, i64 by_workers) {
+              i64 token_tiles, i64 steps, i64 raster, i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, i64 by_last,
+              i64 by_units, i64 by_workers) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;

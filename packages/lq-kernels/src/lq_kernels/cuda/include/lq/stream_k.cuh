@@ -27,14 +27,15 @@ struct Divisor {
 struct Work {
   int rows, tokens, raster, steps;  // row tiles (or pairs), token tiles, ...
   int shared_tiles, workers;
-  Divisor by_steps, by_band, by_raster, by_last, by_units, by_workers;  // a band's tiles, the rows of one and of the last, ...
-  int whole, stride;       // the next whole tile
-  int unit = 0, end_unit = 0;  // what is left of the run of K steps of shared tiles
+  Divisor by_steps, by_band, by_raster, by_last;  // ... the tiles of a band, its rows and those of the last one, ...
+  Divisor by_units, by_workers;                   // ... K steps of all shared tiles, and who shares them (or runs of K)
+  int whole, stride;                              // the next whole tile
+  int unit = 0, end_unit = 0;                     // what is left of the run of K steps of shared tiles
 
   int tile, row, token, begin, end;  // the current piece
   int first, last;                   // the CTAs that have a part of the tile
 
-  // The first piece of CTA `cta` is the next. For runs of K, by_workers divides by their number.
+  // The first piece of CTA `cta` is the next.
   __device__ __forceinline__ void start_with(int cta) {
     if (cta < workers) unit = start(cta), end_unit = start(cta + 1);
   }
