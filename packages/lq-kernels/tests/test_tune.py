@@ -86,6 +86,27 @@ def test_the_fastest_cut_of_each_kernel_is_found_and_the_finalists_are_timed_aga
             assert own[0] in again  # what the model chose, to say what was gained
 
 
+def test_the_order_of_the_fastest_cut_s_tiles_is_timed_last():
+    a8 = WEIGHTS[4]
+    cuts = [cut for _, cut, _ in search.proposals(a8, 4096, 132)]
+    fastest = next(cut for cut in cuts[1:] if not dict(cut)["shared_tiles"])
+    config = config_of("linear_a8", a8, 4096, 132, fastest)
+    orders = [fields_of(each) for each in TUNABLES["linear_a8"].orders(a8, 4096, config)]
+    assert len(orders) == len(set(orders)) > 3
+    assert fastest not in orders
+    for best in (fastest, orders[1]):
+        timer = FakeTimer(lambda kernel, cut, best=best: 4.0 if cut == best else 5.0 if cut == fastest else 9.0)
+        ((one,), failed) = search.search(a8, 4096, timer, 132)
+        assert not failed
+        assert (one.point.cut, one.point.us, one.tried) == (best, 4.0, len(cuts) + len(orders))
+        assert [cut for _, cut in timer.asked[-1][2]] == [fastest, *orders]
+        assert config_of("linear_a8", a8, 4096, 132, best)
+    # Tiles that are all taken at once have none, and neither have other kernels.
+    few = TUNABLES["linear_a8"].ranked(a8, 16, 132)[0]
+    assert not list(TUNABLES["linear_a8"].orders(a8, 16, few))
+    assert not list(TUNABLES["decode_a16"].orders(W4, 1, None))
+
+
 def test_what_was_fastest_with_more_tokens_is_timed_with_fewer(tmp_path):
     six = TUNABLES["decode_a16"].ranked(W4, 6, 132)
     timed = [cut for kernel, cut, _ in search.proposals(W4, 1, 132) if kernel == "decode_a16"]

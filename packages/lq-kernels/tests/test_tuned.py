@@ -407,6 +407,12 @@ def test_8_bit_tokens_have_their_own_points(folders):
     assert found.predicted_us == 11.0 + linear_a8.quantize_us(fp8)
     assert found.source == "h200.json"
     assert explain(int8).source == "model"
+    # The order of tiles is the table's, as far as there are rows.
+    for height, runs in ((1, 1), (7, 7), (500, -(-4096 // (128 * (1 + dict(cut)["multicast"]))))):
+        other = tuple((name, height if name == "raster" else value) for name, value in cut)
+        ship(folders, "h200", table_of(("linear_a8", each, Point(256, 11.0, other))))
+        lookup.forget()
+        assert dict(fields_of(linear_a8.choice_of(fp8).config)) == {**dict(cut), "raster": runs}
     # Sums that are not promoted as usual were not measured.
     assert linear_a8.choice(256, 4096, 4096, 8, "fp8", False, False, 0, 132, H200.name).measured is None
 

@@ -1,6 +1,7 @@
 """The kernels that can be tuned: which cuts they take for a weight, in the order of their models, and what is compiled."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -86,6 +87,10 @@ class Tunable(Protocol):
         """Return every configuration, the one that the model chooses first; ``[None]`` for a kernel without cuts."""
         ...
 
+    def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
+        """Return what takes the tiles of a configuration in another order, of which the model knows nothing."""
+        ...
+
     def unit(self, weight: Weight, config: Any) -> Unit:
         """Return what a configuration compiles."""
         ...
@@ -102,6 +107,9 @@ class _Decode:
         cuts = decode_cuts.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count)
         return sorted(cuts, key=lambda config: decode_cuts.cost(config, m, blocks, *sizes, sm_count))
 
+    def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
+        return ()
+
     def unit(self, weight: Weight, config: Any) -> Unit:
         return Unit("decode_a16", (*variant_of(weight).defines, *config.defines))
 
@@ -116,6 +124,9 @@ class _Prefill:
         sizes = (m, weight.n, weight.k, weight.bits)
         cuts = prefill_cuts.candidates(*sizes, weight.scale_bytes, sm_count)
         return sorted(cuts, key=lambda config: prefill_cuts.cost(config, *sizes, sm_count))
+
+    def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
+        return ()
 
     def unit(self, weight: Weight, config: Any) -> Unit:
         return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines))
@@ -132,6 +143,9 @@ class _A8:
         sizes = (m, weight.n, weight.k, weight.bits, promote)
         cuts = linear_a8.candidates(*sizes, sm_count)
         return sorted(cuts, key=lambda config: linear_a8.cost(config, *sizes, weight.scale_bytes, sm_count))
+
+    def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
+        return linear_a8.orders(config, m, weight.n)
 
     def unit(self, weight: Weight, config: Any) -> Unit:
         grouped = weight.groups > 0
@@ -150,6 +164,9 @@ class _Dense:
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         return [None]
 
+    def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
+        return ()
+
     def unit(self, weight: Weight, config: Any) -> Unit:
         defines = tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant_of(weight).defines)
         return Unit("dequantize_fragment", defines)
@@ -167,7 +184,10 @@ def config_of(kernel: str, weight: Weight, m: int, sm_count: int, cut: Cut) -> A
     Raises:
         SpecError: If the kernel does not take it.
     """
-    for config in TUNABLES[kernel].ranked(weight, m, sm_count):
+    tunable = TUNABLES[kernel]
+    ranked = tunable.ranked(weight, m, sm_count)
+    orders = itertools.chain.from_iterable(tunable.orders(weight, m, config) for config in ranked)
+    for config in itertools.chain(ranked, orders):
         if fields_of(config) == cut:
             return config
     raise SpecError(f"{kernel} does not take {dict(cut)} for {weight} and {m} tokens")

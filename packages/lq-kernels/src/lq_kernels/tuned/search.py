@@ -1,7 +1,8 @@
 """Search the fastest cut of every kernel for a weight and a number of tokens; what times them is the caller's.
 
 The kernels' models put the cuts in order. The best of them, and those that were fastest at numbers of tokens nearby, are timed
-twice: all of them shortly, then the fastest few for longer, in turn. A cut that fails is reported and left out.
+twice: all of them shortly, then the fastest few for longer, in turn. Then the order of the fastest one's tiles, where a kernel
+has several. A cut that fails is reported and left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from lq_kernels.prepare import Unit
-from lq_kernels.tuned.kernels import TUNABLES, fields_of
+from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of
 from lq_kernels.tuned.lookup import alike
 from lq_kernels.tuned.table import Cut, Point, Weight
 
@@ -114,8 +115,16 @@ def search(
     for kernel in dict.fromkeys(kernel for kernel, _ in long):
         cuts = {cut: us for (name, cut), us in long.items() if name == kernel}
         best_cut = min(cuts, key=lambda cut: cuts[cut])
-        tried = sum(name == kernel for name, _ in short)
-        found.append(Found(kernel, Point(m, cuts[best_cut], best_cut), cuts.get(first[kernel]), tried))
+        model_us = cuts.get(first[kernel])
+        best = config_of(kernel, weight, m, sm_count, best_cut)
+        orders = [fields_of(each) for each in TUNABLES[kernel].orders(weight, m, best)]
+        if orders:
+            again, more = _time(timer, weight, m, [(kernel, cut) for cut in (best_cut, *orders)], LONG)
+            late += more
+            cuts = {cut: us for (_, cut), us in again.items()} or cuts
+            best_cut = min(cuts, key=lambda cut: cuts[cut])
+        tried = sum(name == kernel for name, _ in short) + len(orders)
+        found.append(Found(kernel, Point(m, cuts[best_cut], best_cut), model_us, tried))
     return found, failed + late
 
 
