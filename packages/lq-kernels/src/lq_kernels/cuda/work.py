@@ -1,6 +1,7 @@
 """What the persistent CTAs of a kernel share (``Work`` in ``lq/stream_k.cuh``), in numbers with which they need not divide.
 
-A quotient takes a GPU 200 clocks and leaves the registers that all lanes share; a CTA needs up to seven before its first copy.
+A quotient takes a GPU some twenty instructions, one after the other, and leaves the registers that all lanes share; a CTA needs
+up to seven before its first copy.
 """
 
 import functools

@@ -115,16 +115,18 @@ def search(
     for kernel in dict.fromkeys(kernel for kernel, _ in long):
         cuts = {cut: us for (name, cut), us in long.items() if name == kernel}
         best_cut = min(cuts, key=lambda cut: cuts[cut])
-        model_us = cuts.get(first[kernel])
-        best = config_of(kernel, weight, m, sm_count, best_cut)
-        orders = [fields_of(each) for each in TUNABLES[kernel].orders(weight, m, best)]
+        point = Point(m, cuts[best_cut], best_cut)
+        config = config_of(kernel, weight, m, sm_count, best_cut)
+        orders = [fields_of(each) for each in TUNABLES[kernel].orders(weight, m, config)]
         if orders:
             again, more = _time(timer, weight, m, [(kernel, cut) for cut in (best_cut, *orders)], LONG)
             late += more
-            cuts = {cut: us for (_, cut), us in again.items()} or cuts
-            best_cut = min(cuts, key=lambda cut: cuts[cut])
+            (_, order), us = min(again.items(), key=lambda item: item[1], default=((kernel, best_cut), 0.0))
+            if order != best_cut and (kernel, best_cut) in again:
+                # By how much it is faster is what counts: a time of another minute is another time.
+                point = Point(m, cuts[best_cut] * us / again[kernel, best_cut], order)
         tried = sum(name == kernel for name, _ in short) + len(orders)
-        found.append(Found(kernel, Point(m, cuts[best_cut], best_cut), model_us, tried))
+        found.append(Found(kernel, point, cuts.get(first[kernel]), tried))
     return found, failed + late
 
 

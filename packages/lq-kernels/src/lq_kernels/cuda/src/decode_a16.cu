@@ -93,7 +93,6 @@ static_assert(!kTokensQ8_1 || kBits == 4, "bulk copies take whole multiples of 1
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brings x and is the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
-constexpr int kMaxStages = 16;  // as mbarriers_init_ring has it
 constexpr int kChunks = kSums ? 4 : kConverted ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
 constexpr int kChunksAhead = 4;                             // of Q8_1, on their way while one becomes 16 bits
 constexpr int kHeader = 512;                                // bytes, of mbarriers

@@ -55,7 +55,6 @@ constexpr int kConsumerWarps = kRows / 16;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kThreads = 128 + kConsumers;
 constexpr int kConsumerRegisters = 240;  // with 24 of the others as many as at launch (168)
-constexpr int kMaxStages = 16;  // as mbarriers_init_ring has it
 constexpr int kStep = 128;  // in features of a stage: 128 bytes of a token
 constexpr int kSlices = kStep / 32;
 constexpr int kBlocks = kRows / 16;
@@ -101,9 +100,7 @@ struct Weights {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map,
               const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales, const float* token_scales, const u16* bias,
-              u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, i64 row_tiles,
-              i64 token_tiles, i64 steps, i64 raster, i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, i64 by_last,
-              i64 by_units, i64 by_workers) {
+              u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, LQ_WORK_PARAMETERS) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -131,20 +128,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0, cta = static_cast<int>(blockIdx.x) / kSharers;
   const int blocks = static_cast<int>((n + 15) / 16);
-  Work work{static_cast<int>(row_tiles),
-            static_cast<int>(token_tiles),
-            static_cast<int>(raster),
-            static_cast<int>(steps),
-            static_cast<int>(shared_tiles),
-            static_cast<int>(workers),
-            Divisor(by_steps),
-            Divisor(by_band),
-            Divisor(by_raster),
-            Divisor(by_last),
-            Divisor(by_units),
-            Divisor(by_workers),
-            static_cast<int>(shared_tiles) + cta,
-            static_cast<int>(gridDim.x) / kSharers};
+  Work work LQ_WORK(cta, static_cast<int>(gridDim.x) / kSharers);
   work.start_with(cta);
   bool more = work.advance();
   __syncthreads();

@@ -122,7 +122,6 @@ constexpr int kThreads = 128 + kConsumers;
 // multiprocessor and the ring fills meanwhile: 4096x14336, 16 tokens, 18.0 -> 16.3 us with the quantizer (by itself up to 3% slower).
 constexpr bool kLean = kTransposed && kTokens <= 128 && kGroups == 4 && !kZero && !kRuns;
 constexpr int kBoundThreads = kLean ? 512 : kThreads;
-constexpr int kMaxStages = 16;  // as mbarriers_init_ring has it
 constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
 #ifndef LQ_STEP
@@ -309,8 +308,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
 #endif
 #endif
                 i64 m, i64 n, i64 k,
-                i64 all_blocks, i64 group_size, i64 ring_stages, i64 row_tiles, i64 token_tiles, i64 steps, i64 raster,
-                i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, i64 by_last, i64 by_units, i64 by_workers) {
+                i64 all_blocks, i64 group_size, i64 ring_stages, LQ_WORK_PARAMETERS) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -351,20 +349,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
   const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;  // among CTAs that share tokens
   const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
-  Work work{static_cast<int>(row_tiles),
-            static_cast<int>(token_tiles),
-            static_cast<int>(raster),
-            static_cast<int>(steps),
-            static_cast<int>(shared_tiles),
-            static_cast<int>(workers),
-            Divisor(by_steps),
-            Divisor(by_band),
-            Divisor(by_raster),
-            Divisor(by_last),
-            Divisor(by_units),
-            Divisor(by_workers),
-            static_cast<int>(shared_tiles) + cta,
-            static_cast<int>(gridDim.x) / kPair};
+  Work work LQ_WORK(cta, static_cast<int>(gridDim.x) / kPair);
   work.start_with(cta);
   const auto advance = [&] {
     if (!work.advance()) return false;

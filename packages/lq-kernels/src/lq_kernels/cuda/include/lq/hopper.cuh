@@ -40,17 +40,19 @@ __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// As many in a row, by one lane, which takes a few clocks for each: lanes that initialise one each take turns, at fifty.
+// As many in a row, by one lane: lanes that initialise one each take turns, with a branch and a fence for each.
 template <int kCount>
 __device__ __forceinline__ void mbarriers_init(u64* first, u32 arrivals) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) mbarrier_init(first + i, arrivals);
 }
 
-// Those of a ring of stages, of which there are at most 16 and mostly few.
+constexpr int kMaxStages = 16;  // of a ring
+
+// Those of a ring, which mostly has few stages.
 __device__ __forceinline__ void mbarriers_init_ring(u64* full, u32 full_arrivals, u64* empty, u32 empty_arrivals, int stages) {
 #pragma unroll
-  for (int i = 0; i < 16; i += 4) {
+  for (int i = 0; i < kMaxStages; i += 4) {
     if (i >= stages) break;
     mbarriers_init<4>(full + i, full_arrivals);
     mbarriers_init<4>(empty + i, empty_arrivals);

@@ -78,6 +78,16 @@ struct Work {
   }
 };
 
+// The parameters that cuda/work.py gives a kernel, in its order, and what a Work of them begins with. Macros: of a function that returns a
+// Work ptxas makes other code, which was not measured.
+#define LQ_WORK_PARAMETERS                                                                                                           \
+  i64 row_tiles, i64 token_tiles, i64 steps, i64 raster, i64 shared_tiles, i64 workers, i64 by_steps, i64 by_band, i64 by_raster, \
+      i64 by_last, i64 by_units, i64 by_workers
+#define LQ_WORK(CTA, CTAS)                                                                                                           \
+  {static_cast<int>(row_tiles), static_cast<int>(token_tiles), static_cast<int>(raster), static_cast<int>(steps),                   \
+   static_cast<int>(shared_tiles), static_cast<int>(workers), Divisor(by_steps), Divisor(by_band), Divisor(by_raster),              \
+   Divisor(by_last), Divisor(by_units), Divisor(by_workers), static_cast<int>(shared_tiles) + (CTA), CTAS}
+
 // Eight results of neighbouring out features; `whole` says that they lie at a multiple of 16 bytes.
 __device__ __forceinline__ void store_eight(u16* y, const uint4& values, i64 left, bool whole) {
   if (whole) {

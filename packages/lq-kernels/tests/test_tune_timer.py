@@ -1,0 +1,59 @@
+"""What the timing process of the tuner multiplies."""
+
+import pytest
+import torch
+from lq_kernels.tuned.kernels import TUNABLES, weight
+
+
+@pytest.mark.parametrize(
+    "each",
+    [
+        weight(4, 128, 100, 256),
+        weight(4, 32, 2048, 8192, symmetric=False),
+        weight(4, -1, 64, 136),
+        weight(8, -1, 64, 256),
+    ],
+    ids=str,
+)
+def test_operands_are_weights_in_fragment_order(each, monkeypatch):
+    from lq_kernels.cuda import decode_a16, prefill_a16
+    from lq_kernels.preshuffled import preshuffled_linear
+    from lq_kernels.tuned import timer
+
+    def linear(x, packed, scale, zero, bias, out_features, group_size, bits, config):
+        return preshuffled_linear(x, packed, scale, zero, bits=bits, group_size=group_size, out_features=out_features)
+
+    monkeypatch.setattr(decode_a16, "linear", linear)
+    monkeypatch.setattr(prefill_a16, "linear", linear)
+    calls = timer._a16_calls(each, torch.device("cpu"), torch.Generator().manual_seed(0))
+    kernels = {kernel for kernel, tunable in TUNABLES.items() if tunable.useful(each, 128)}
+    assert set(calls) == {"expected", *kernels}
+    x = torch.randn(3, each.k, dtype=torch.bfloat16)
+    results = [call(x, None) for call in calls.values()]
+    assert results[0].shape == (3, each.n)
+    assert not any(timer._difference(y, results[0]) for y in results)
+    assert "is wrong by" in timer._difference(results[0] * 1.2, results[0])
+    assert "finite" in timer._difference(results[0] / 0, results[0])
+
+
+@pytest.mark.parametrize(
+    "each", [weight(b, 128, 48, 256, activation=a) for b in (4, 8) for a in ("int8", "fp8")], ids=str
+)
+def test_operands_for_8_bit_tokens(each, monkeypatch):
+    from lq_kernels import int4_dynamic_linear, int8_dynamic_linear
+    from lq_kernels.cuda import linear_a8
+    from lq_kernels.tuned import timer
+
+    def linear(codes, token_scale, weight, scale, bias, out_features, group_size, dtype, *, lowest, config):
+        x = (codes.float() * token_scale[:, None]).to(dtype)
+        if each.bits == 8:
+            return int8_dynamic_linear(x, weight, scale)
+        sizes = {"group_size": group_size, "out_features": out_features, "activation": each.activation}
+        return int4_dynamic_linear(x, weight, scale, lowest=lowest, **sizes)
+
+    monkeypatch.setattr(linear_a8, "linear", linear)
+    calls = timer._a8_calls(each, torch.device("cpu"), torch.Generator().manual_seed(0))
+    x = torch.randn(5, each.k, dtype=torch.bfloat16)
+    y = calls["linear_a8"](x, None)
+    assert y.shape == (5, each.n)
+    assert not timer._difference(y, calls["expected"](x, None))
