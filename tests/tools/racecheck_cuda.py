@@ -4,7 +4,7 @@ First without the sanitizer, so that no compilation happens under it, then with 
 
     python3 tests/tools/racecheck_cuda.py
     compute-sanitizer --tool racecheck --kernel-name kns=decode_a16 --racecheck-num-workers 3 --report-api-errors no \
-        --error-exitcode 1 python3 tests/tools/racecheck_cuda.py 'decode-direct-*'
+        --error-exitcode 1 python3 tests/tools/racecheck_cuda.py 'decode-streamed-*'
 
 Kernels are compiled for racecheck (LQ_RACECHECK, see ``lq/hopper.cuh``): all threads arrive where one does it for others, as
 racecheck follows no order from a thread through ``__syncwarp`` or ``bar.sync`` to the one that arrives; and all warps wait at
@@ -32,15 +32,16 @@ from lq_kernels import q4_0 as q4_0_kernel
 from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16, prefill_cuts
 from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
-from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit import launcher
-from sanitize_cuda import FEATURES, ROWS, SHARED, Case, a8_operands, close, forms_of
+from sanitize_cuda import FEATURES, ROWS, SHARED, Case, a8_operands, close, forms_of, kept_forms
 
 Launches = Iterator[tuple[str, Callable[[], None]]]
 _SHORT = 512
 """In features: with two blocks of 16 rows a pass, five passes of a stage or more through a ring of two."""
 _TWO_PASSES = {"k": FEATURES, "slots": 8}
-"""Nine blocks in passes of eight and one, through a ring of two as well: boxes are used once, and nobody says they are free."""
+"""Nine blocks in passes of eight and one, or twice eight, through a ring of two as well: boxes are used once, and nobody says
+that they are free."""
 _whole = functools.partial(prefill_cuts.PrefillConfig, ctas=1, raster=1, shared_tiles=0, workers=0)
 """One CTA, or pair, has all tiles, each whole."""
 
@@ -88,12 +89,13 @@ def launches() -> Launches:
 
 
 def _decode() -> Launches:
-    """Every form in five passes, alone and in clusters of two and four; every epilogue and arrangement of scales in two."""
+    """Every form in five passes, or in two where x passes by, alone and in clusters of two and four; every epilogue and
+    arrangement of scales in two."""
     for form in forms_of(VARIANTS[0]):
-        way = "direct" if form.token_tiles * form.warp_blocks <= 2 else "bulk"
+        way, sizes = ("streamed", _TWO_PASSES) if form.streamed else ("kept", {})
         for cluster in (1, 2, 4):
             name = f"decode-{way}-{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
-            yield name, functools.partial(_run_decode, VARIANTS[0], "none", form, cluster)
+            yield name, functools.partial(_run_decode, VARIANTS[0], "none", form, cluster, **sizes)
     for epilogue in EPILOGUES:
         if epilogue != "none":
             form = forms_of(VARIANTS[0])[0]
@@ -112,12 +114,16 @@ def _run_decode(
     sizes = (case.m, case.blocks, case.k, variant.bits, variant.scale_bytes)
     config = decode_cuts.cut(*sizes, form, cluster, 1, SHARED, sums, 2)
     assert config is not None
-    case.run(decode_a16.linear, dataclasses.replace(config, slots=slots, stages=2, boxes=2, shared=SHARED))
+    if form.streamed:  # of as many slots as its stages have room for
+        assert (config.stages, config.boxes) == (2, 3 - form.warp_blocks)
+    else:
+        config = dataclasses.replace(config, slots=slots, stages=2, boxes=2)
+    case.run(decode_a16.linear, dataclasses.replace(config, shared=SHARED))
 
 
 def _decode_q8_1() -> Launches:
     """Tokens in Q8_1 blocks, in more chunks than are on their way at once; tokens rounded to theirs, in more than warps."""
-    for form in decode_cuts.forms(Scales(4, False, False, 128)):
+    for form in kept_forms():
         for cluster in (1, 2):
             name = f"{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
             yield f"q8_1-{name}", functools.partial(_run_decode_q8_1, form, cluster)

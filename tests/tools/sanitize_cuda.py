@@ -40,7 +40,6 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch
 from lq_formats import dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, FRAGMENT_INT4, FRAGMENT_INT8
-from lq_formats.layouts.fragment import BLOCK_BYTES
 from lq_kernels import gemm_q4_0_q8_1, interleave_rows, quantize_activation_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
 from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16, prefill_cuts
@@ -51,7 +50,6 @@ from lq_kernels.cuda.quantize_tokens import quantize_tokens
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
-from lq_kernels.preshuffled import arranged_groups
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
 from torch import Tensor
 
@@ -148,11 +146,11 @@ class Case:
             self.exact += residual.double()
         elif epilogue == "transposed":
             self.exact = self.exact.T
-        layout, groups = FRAGMENT_INT4 if variant.bits == 4 else FRAGMENT_INT8, arranged_groups(k, self.group)
+        layout = FRAGMENT_INT4 if variant.bits == 4 else FRAGMENT_INT8
         self.weight = (
             layout.pack(codes),
-            layout.arrange_scales(scales, groups),
-            None if zeros is None else layout.arrange_scales(zeros, groups),
+            layout.arrange_scales(scales, k, self.group),
+            None if zeros is None else layout.arrange_scales(zeros, k, self.group),
         )
         self.blocks = self.weight[0].shape[1]
 
@@ -184,6 +182,11 @@ def forms_of(variant: Variant) -> tuple[decode_cuts.Form, ...]:
     return decode_cuts.forms(variant.scales)
 
 
+def kept_forms() -> list[decode_cuts.Form]:
+    """Return the forms of Q4_0 whose tokens may come as something else, since they stay."""
+    return [form for form in decode_cuts.forms(Scales(4, False, False, 128)) if not form.streamed]
+
+
 def cuts_of(case: Case, form: decode_cuts.Form) -> Iterator[decode_cuts.DecodeConfig]:
     bits, scale_bytes = case.variant.bits, case.variant.scale_bytes
     sums = decode_cuts.sum_bytes(case.variant.scales)
@@ -194,8 +197,7 @@ def cuts_of(case: Case, form: decode_cuts.Form) -> Iterator[decode_cuts.DecodeCo
             if whole is None:
                 continue
             if whole.stages > 2:
-                spare = (whole.stages - 2) * 16 * (BLOCK_BYTES + scale_bytes)
-                wrapping = decode_cuts.cut(*sizes, whole.shared - spare, sums)
+                wrapping = decode_cuts.cut(*sizes, SHARED, sums, most_stages=2)
                 assert wrapping is not None
                 yield wrapping
             yield whole
@@ -305,7 +307,7 @@ def a8_operands(variant: linear_a8.A8Variant, m: int, n: int, k: int, group: int
     else:
         unsigned = torch.randint(0 if variant.lowest else 1, 16, (n, k), device="cuda", dtype=torch.uint8)
         layout = FRAGMENT_A8_INT8 if activation == "int8" else FRAGMENT_A8_FP8
-        weight, scale = layout.pack(unsigned), layout.arrange_scales(scales, arranged_groups(k, group))
+        weight, scale = layout.pack(unsigned), layout.arrange_scales(scales, k, group)
         w = (unsigned.double() - 8) * scales.double().repeat_interleave(group, 1)
     exact = dequantize_tokens_reference(codes, token_scale, torch.float64) @ w.T + bias.double()
     return (codes, token_scale, weight, scale, bias), exact
@@ -388,7 +390,7 @@ def decode_q8_1(selection: Selection) -> int:
             given = torch.randn(m, k).to((torch.bfloat16, torch.float16)[m % 2])
             blocks = quantize_q8_1(given).cuda()
             x = dequantize_q8_1_cuda(blocks)
-            for form in decode_cuts.forms(Scales(4, False, False, 128)):
+            for form in kept_forms():
                 for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
                     config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED)
                     if config is None:

@@ -60,30 +60,57 @@ def test_padding_is_the_code_of_zero() -> None:
 
 def test_scales_round_trip_with_the_rows_of_a_lane_together() -> None:
     scale = torch.randn(70, 3)
-    arranged = FRAGMENT_INT4.arrange_scales(scale, 4)
-    assert tuple(arranged.shape) == (4, 80)
+    arranged = FRAGMENT_INT4.arrange_scales(scale, 500, 128)
+    assert tuple(arranged.shape) == FRAGMENT_INT4.scale_shape(70, 500, 128) == (4, 80)
     assert arranged.is_contiguous()
     assert torch.equal(arranged[2, 16:22], scale[[16, 24, 17, 25, 18, 26], 2])
     assert int((arranged[3] != 0).sum()) == 0
     assert int((arranged[:3] != 0).sum()) == 210
-    assert torch.equal(FRAGMENT_INT4.restore_scales(arranged, 70, 3), scale)
+    assert torch.equal(FRAGMENT_INT4.restore_scales(arranged, 70, 500, 128), scale)
+
+
+STEPS = [(FRAGMENT_INT4, 32, 4), (FRAGMENT_INT4, 64, 2), (FRAGMENT_INT8, 32, 2)]
+
+
+@pytest.mark.parametrize(("layout", "group", "together"), STEPS)
+def test_a_block_s_scales_of_a_step_are_one_piece(layout: FragmentLayout, group: int, together: int) -> None:
+    n, k = 70, 3 * layout.step - group  # the last step is not full
+    scale = torch.randn(n, k // group)
+    arranged = layout.arrange_scales(scale, k, group)
+    assert tuple(arranged.shape) == layout.scale_shape(n, k, group) == (3, 80 * together)
+    for step, block, some in ((0, 0, 0), (1, 3, together - 1), (2, 2, together - 2)):
+        piece = arranged[step, (block * together + some) * 16 :][:4]
+        assert torch.equal(piece, scale[block * 16 + torch.tensor([0, 8, 1, 9]), step * together + some])
+    assert int((arranged != 0).sum()) == scale.numel()
+    assert torch.equal(layout.restore_scales(arranged, n, k, group), scale)
+    rows = torch.tensor([69, 0, 17, 17, 8])
+    assert torch.equal(layout.restore_scale_rows(arranged, rows, k, group), scale[rows])
+
+
+def test_one_scale_a_row_is_one_row_of_them() -> None:
+    scale = torch.randn(20, 1)
+    arranged = FRAGMENT_INT4.arrange_scales(scale, 32, 32)
+    assert tuple(arranged.shape) == (1, 32)
+    assert torch.equal(FRAGMENT_INT4.restore_scales(arranged, 20, 32, 32), scale)
+    with pytest.raises(ShapeError, match="32 in features have 1 groups at most"):
+        FRAGMENT_INT4.arrange_scales(torch.randn(20, 2), 32, 32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (1, 8), (65, 136), (200, 1000)])
 def test_some_rows_are_those_of_all(layout: FragmentLayout, n: int, k: int) -> None:
-    codes, scale = _codes(layout, n, k), torch.randn(n, 3)
-    packed, arranged = layout.pack(codes), layout.arrange_scales(scale, 4)
+    codes, scale = _codes(layout, n, k), torch.randn(n, k // 8)
+    packed, arranged = layout.pack(codes), layout.arrange_scales(scale, k, 8)
     for count in (0, 1, 33):
         rows = torch.randint(0, n, (count,))
         assert torch.equal(layout.unpack_rows(packed, rows, k), codes[rows])
-        assert torch.equal(layout.restore_scale_rows(arranged, rows, 3), scale[rows])
+        assert torch.equal(layout.restore_scale_rows(arranged, rows, k, 8), scale[rows])
     with pytest.raises(ShapeError, match="packed has shape"):
         layout.unpack_rows(packed, rows, k + layout.step)
     with pytest.raises(DTypeError, match="int32"):
         layout.unpack_rows(packed.view(torch.float32), rows, k)
     with pytest.raises(ShapeError, match="arranged"):
-        layout.restore_scale_rows(arranged, rows, 5)
+        layout.restore_scale_rows(arranged, rows, k + layout.step, 8)
 
 
 def test_foreign_tensors_are_refused() -> None:
@@ -93,4 +120,4 @@ def test_foreign_tensors_are_refused() -> None:
     with pytest.raises(DTypeError, match="int32"):
         FRAGMENT_INT4.unpack(packed.view(torch.float32), 64, 128)
     with pytest.raises(ShapeError, match="arranged"):
-        FRAGMENT_INT4.restore_scales(torch.zeros(1, 64), 64, 2)
+        FRAGMENT_INT4.restore_scales(torch.zeros(1, 64), 64, 256, 128)

@@ -62,10 +62,10 @@ def test_codes_above_the_lowest_need_no_repair():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scales_are_arranged_as_for_16_bits(layout):
     scale = torch.rand(20, 3)
-    arranged = layout.arrange_scales(scale, 3)
-    assert tuple(arranged.shape) == (3, 32)
+    arranged = layout.arrange_scales(scale, 384, 128)
+    assert tuple(arranged.shape) == layout.scale_shape(20, 384, 128) == (3, 32)
     assert torch.equal(arranged[:, :4], torch.stack((scale[0], scale[8], scale[1], scale[9]), dim=1))
-    assert torch.equal(layout.restore_scales(arranged, 20, 3), scale)
+    assert torch.equal(layout.restore_scales(arranged, 20, 384, 128), scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

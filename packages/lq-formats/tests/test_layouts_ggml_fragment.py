@@ -23,10 +23,10 @@ def weight_of(name: str, fragments: ggml_fragment.GGMLFragments, n: int, k: int)
     """Return the float64 weight that kernels see."""
     layout = GGML_FRAGMENTS[name]
     codes = layout.order.unpack(fragments.codes, n, k).double()
-    scale = layout.order.restore_scales(fragments.scale, n, k // 32).double().repeat_interleave(32, 1)
+    scale = layout.order.restore_scales(fragments.scale, n, k, 32).double().repeat_interleave(32, 1)
     if fragments.minima is None:
         return (codes - (1 << layout.bits - 1)) * scale
-    return codes * scale + layout.order.restore_scales(fragments.minima, n, k // 32).double().repeat_interleave(32, 1)
+    return codes * scale + layout.order.restore_scales(fragments.minima, n, k, 32).double().repeat_interleave(32, 1)
 
 
 @pytest.mark.parametrize("piece", [1 << 22, 1])
@@ -109,4 +109,4 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(DTypeError, match="scale has dtype"):
         layout.unpack(fragments._replace(scale=fragments.scale.float()), 16, 128)
     with pytest.raises(ShapeError, match="scale has shape"):
-        layout.unpack(fragments._replace(scale=fragments.scale[:2]), 16, 128)
+        layout.unpack(fragments._replace(scale=fragments.scale[:, :32]), 16, 128)

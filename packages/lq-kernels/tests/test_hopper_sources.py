@@ -9,7 +9,7 @@ import torch
 from lq_formats import CompileError
 from lq_kernels.cuda import decode_cuts
 from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, ROUNDED_DEFINES
-from lq_kernels.cuda.decode_cuts import alone, candidates, cost, cut, forms, sum_bytes
+from lq_kernels.cuda.decode_cuts import Form, alone, candidates, cost, cut, forms, sum_bytes
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit import compiler
@@ -17,6 +17,8 @@ from lq_kernels.jit import compiler
 PLAIN = Scales(1, False, False, 32)
 """Symmetric groups of 128, bf16."""
 Q4_0 = Scales(4, False, False, 128)
+KEPT = [form for form in forms(Q4_0) if not form.streamed]
+"""Forms that keep x in shared memory."""
 IDS = ["-".join(define.split("=")[1] for define in variant.defines) for variant in VARIANTS]
 
 
@@ -54,7 +56,7 @@ def test_epilogues_compile_without_spills(variant, epilogue):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("form", forms(Q4_0))
+@pytest.mark.parametrize("form", KEPT)
 def test_decode_of_q8_1_blocks_compiles_without_spills(disassemble, form):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
     tail = (*form.defines, *EPILOGUES["transposed"])
@@ -72,7 +74,7 @@ def test_decode_of_q8_1_blocks_compiles_without_spills(disassemble, form):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("form", forms(Q4_0))
+@pytest.mark.parametrize("form", KEPT)
 @pytest.mark.parametrize("dtype", ROUNDED_DEFINES, ids=str)
 def test_decode_that_rounds_tokens_compiles_without_spills(dtype, form, disassemble):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
@@ -149,7 +151,7 @@ def test_cuts_alike_are_all_cuts_with_these_fields(m, scales):
 
 
 def test_sums_of_tokens_have_room():
-    without, with_sums = (cut(5, 256, 4096, 4, 64, (1, 1, 2), 2, 66, 232448, sums) for sums in (0, 4))
+    without, with_sums = (cut(5, 256, 4096, 4, 64, Form(1, 1, 2), 2, 66, 232448, sums) for sums in (0, 4))
     assert with_sums.shared - without.shared == 16 * 8 * 4  # 16 K steps of a CTA, 8 tokens, a float
     assert replace(with_sums, shared=without.shared) == without
     assert sum_bytes(Scales(1, True, True, 128)) == 4
@@ -169,8 +171,41 @@ def test_zeros_of_x_s_dtype_need_no_sums():
         (fp16, fp16, True, True, True),
     ):
         assert Variant.of(x, scale, 4, 128, 4096, zero, minimum).scales.sums == sums
-    both = [forms(Scales(4, True, sums, 256)) for sums in (False, True)]
-    assert set(both[1]) - {(2, 1, 1)} < set(both[0])  # with fewer registers there are more forms
+
+
+def test_tokens_that_are_added_up_are_not_streamed():
+    for groups, size in itertools.product((0, 1, 2, 4), (32, 128, 256)):
+        assert not any(form.streamed for form in forms(Scales(groups, True, True, size)))
+        streamed = [form for form in forms(Scales(groups, True, False, size)) if form.streamed]
+        kept = {form for form in forms(Scales(groups, True, False, size)) if not form.streamed}
+        assert {form._replace(streamed=False) for form in streamed if form.warp_blocks == 1} == kept
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 33])
+def test_a_streamed_cut_has_a_room_for_x_in_every_stage(m, bits):
+    step = 512 // bits
+    for form in (form for form in forms(PLAIN) if form.streamed):
+        kept, here = form._replace(streamed=False), min(m, 8 * form.token_tiles)
+        for blocks, k, clusters in ((256, 14336, 64), (256, 4096, 15), (9, 1280, 1), (40, 4096, 8)):
+            sizes = (m, blocks, k, bits, 32)
+            found = cut(*sizes, form, 2, clusters, 232448)
+            rows = -(-blocks // clusters)
+            if rows > 16 * form.warp_blocks:
+                assert found is None  # three passes
+                continue
+            passes = -(-rows // found.slots)
+            assert found.boxes == passes <= 2
+            few, more, last = found.shares(blocks)
+            assert clusters * few + more == blocks
+            assert {1 << (last & 0xFF), 1 << (last >> 8)} == {found.slots}  # every pass has as many
+            assert found.pitch == 16 // found.slots * step * 2 + 16
+            x_bytes = -(-here * found.pitch // 128) * 128
+            fewer = cut(*sizes, form, 2, clusters, found.shared, most_stages=2)
+            assert found.shared - fewer.shared == (found.stages - fewer.stages) * (16 * (1024 + 32) + x_bytes)
+            # K that is no multiple of a step has numbers that nobody would bring, and x in one piece has not.
+            assert cut(m, blocks, k + 8, bits, 32, form, 2, clusters, 232448) is None
+            assert cut(m, blocks, 1288, bits, 32, kept, 2, clusters, 232448) is not None
 
 
 @pytest.mark.parametrize("warp_blocks", [1, 2])
@@ -183,7 +218,7 @@ def test_passes_cover_the_rows_and_leave_few_slots_empty(warp_blocks, share):
         last = places - (passes - 1) * slots
         assert last in (1, 2, 4, 8, 16)
         assert last == warp_blocks or rows - (passes - 1) * slots > last / 2
-        stages = decode_cuts._stage_count(rows, share, slots, warp_blocks)
+        stages = decode_cuts._stage_count(rows, share, slots, warp_blocks, False)
         assert stages * 16 >= places * share > (stages - passes) * 16
     assert decode_cuts._slots(17, 32, 2) == 16  # 16 and 2, not three times 8
     assert decode_cuts._passes(17, 16, 2) == (2, 18)
@@ -207,5 +242,5 @@ def test_no_two_ctas_share_a_multiprocessor_where_each_can_have_its_own(m):
 
 
 def test_a_cut_that_does_not_fit_is_none():
-    assert cut(32, 256, 14336, 4, 32, (4, 1, 1), 1, 132, 232448) is None
-    assert cut(1, 4, 4096, 4, 32, (1, 1, 3), 1, 8, 232448) is None
+    assert cut(32, 256, 14336, 4, 32, Form(2, 1, 1), 1, 132, 232448) is None
+    assert cut(1, 4, 4096, 4, 32, Form(1, 1, 3), 1, 8, 232448) is None

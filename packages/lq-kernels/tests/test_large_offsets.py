@@ -17,7 +17,6 @@ from lq_kernels import (
 )
 from lq_kernels.cuda import decode_a16, prefill_a16
 from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
-from lq_kernels.preshuffled import arranged_groups
 
 BF16 = torch.bfloat16
 MANY_ROWS = 131089
@@ -97,7 +96,7 @@ def many_results(kind, m, n, k, device="cuda"):
     codes, scales, w = weight(2 * n if epilogue == "silu_mul" else n, k, device=device)
     x = random((m, k), device=device)
     if kind.endswith("a8"):
-        packed = FRAGMENT_A8_INT8.pack(codes), FRAGMENT_A8_INT8.arrange_scales(scales, k // GROUP)
+        packed = FRAGMENT_A8_INT8.pack(codes), FRAGMENT_A8_INT8.arrange_scales(scales, k, GROUP)
         sizes = {"group_size": GROUP, "out_features": n, "activation": "int8"}
         with poisoned():
             y = int4_dynamic_linear(x, *packed, **sizes, kernel="cuda-a8" if device == "cuda" else "reference")
@@ -107,7 +106,7 @@ def many_results(kind, m, n, k, device="cuda"):
     if epilogue == "silu_mul":
         x *= 1 / float(w.norm(dim=1).mean())  # gates of about 1
         codes, scales = interleave_rows(codes), interleave_rows(scales)
-    packed = FRAGMENT_INT4.pack(codes), FRAGMENT_INT4.arrange_scales(scales, k // GROUP)
+    packed = FRAGMENT_INT4.pack(codes), FRAGMENT_INT4.arrange_scales(scales, k, GROUP)
     if epilogue == "silu_mul":
         with poisoned():
             y = preshuffled_gated_linear(x, *packed, **sizes)
@@ -149,7 +148,7 @@ def test_more_than_two_to_the_31_transposed_results(module):
     needs(20)
     m, n, k, group = 16400, MANY_ROWS, 128, 32
     codes, scales, w = weight(n, k, group=group, scale=torch.float16)
-    packed = FRAGMENT_INT4.pack(codes), FRAGMENT_INT4.arrange_scales(scales, k // group)
+    packed = FRAGMENT_INT4.pack(codes), FRAGMENT_INT4.arrange_scales(scales, k, group)
     x = random((m, k))
     with poisoned():
         y = module.linear(x, *packed, None, None, n, group, 4, transposed=True)
@@ -161,13 +160,17 @@ def test_more_than_two_to_the_31_transposed_results(module):
 # ---- weights of more than 2 GiB ----
 
 
-def in_blocks(layout, packed, scale, rows, k, groups):
+def in_blocks(layout, packed, scale, rows, k, group):
     """Yield slices of rows of a packed weight, and their codes and scales."""
     for part in slices(packed.shape[1], 256):
         here = slice(16 * part.start, min(16 * part.stop, rows))
         count = here.stop - here.start
         codes = layout.unpack(packed[:, part].contiguous(), count, k)
-        yield here, codes, layout.restore_scales(scale[:, 16 * part.start : 16 * part.stop].contiguous(), count, groups)
+        yield (
+            here,
+            codes,
+            layout.restore_scales(scale[:, 16 * part.start : 16 * part.stop].contiguous(), count, k, group),
+        )
 
 
 def large_weight(kind, m, rows, k, device="cuda"):
@@ -190,7 +193,7 @@ def large_weight(kind, m, rows, k, device="cuda"):
     packed = torch.randint(
         -(1 << 31), 1 << 31, layout.packed_shape(rows, k), generator=generator, device=device, dtype=torch.int32
     )
-    shape = arranged_groups(k, group), packed.shape[1] * 16
+    shape = layout.scale_shape(rows, k, group)
     scale = (torch.rand(shape, generator=generator, device=device) * 0.02 + 0.005).to(
         torch.float32 if bits == 8 else BF16
     )
@@ -205,7 +208,7 @@ def large_weight(kind, m, rows, k, device="cuda"):
         tokens = x.double()
 
     def columns():
-        for here, codes, scales in in_blocks(layout, packed, scale, rows, k, k // group):
+        for here, codes, scales in in_blocks(layout, packed, scale, rows, k, group):
             w = (codes.double() - (1 << (bits - 1))).view(len(codes), -1, group) * scales.double()[:, :, None]
             yield here, tokens @ w.view(len(codes), k).T
 
@@ -258,7 +261,7 @@ def test_tokens_of_more_than_two_to_the_31_numbers(kernel):
     codes, scales, w = weight(n, k)
     x = random((m, k))
     layout = FRAGMENT_A8_INT8 if kernel == "cuda-a8" else FRAGMENT_INT4
-    packed = layout.pack(codes), layout.arrange_scales(scales, k // GROUP)
+    packed = layout.pack(codes), layout.arrange_scales(scales, k, GROUP)
     with poisoned():
         if kernel == "cuda-a8":
             sizes = {"group_size": GROUP, "out_features": n, "activation": "int8"}

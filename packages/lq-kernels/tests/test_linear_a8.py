@@ -191,7 +191,7 @@ class Case:
         else:
             unsigned = torch.randint(0, 16, (n, k), generator=generator, device="cuda", dtype=torch.uint8)
             layout = FRAGMENT_A8_INT8 if activation == "int8" else FRAGMENT_A8_FP8
-            self.weight, self.scale = layout.pack(unsigned), layout.arrange_scales(scales, groups)
+            self.weight, self.scale = layout.pack(unsigned), layout.arrange_scales(scales, k, self.group_size)
             w = (unsigned.double() - 8) * scales.double().repeat_interleave(self.group_size, dim=1)
         x = self.x.double() * self.token_scale.double()[:, None]
         self.exact, self.magnitude = x @ w.T, x.abs() @ w.abs().T

@@ -258,10 +258,9 @@ class Case:
             zeros = (torch.rand(n, groups, generator=generator, device="cuda") * 15).to(scale)
         self.bias = torch.randn(n, generator=generator, device="cuda").to(x) if bias else None
         layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
-        padded = groups if self.group_size >= 128 or self.group_size == k else -(-k // 128) * (128 // self.group_size)
         self.packed = layout.pack(codes)
-        self.scales = layout.arrange_scales(scales, padded)
-        self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
+        self.scales = layout.arrange_scales(scales, k, self.group_size)
+        self.zeros = None if zeros is None else layout.arrange_scales(zeros, k, self.group_size)
 
         def spread(values):
             return values.repeat_interleave(self.group_size, dim=1)[:, :k]

@@ -30,7 +30,7 @@ class Case:
         scales = scales.to(x if bits == 4 else FP32)
         self.x = torch.randn(m, k, generator=generator, device="cuda").to(x)
         self.bias = torch.randn(n, generator=generator, device="cuda").to(x)
-        self.weight = layout.pack(codes), layout.arrange_scales(scales, groups), None
+        self.weight = layout.pack(codes), layout.arrange_scales(scales, k, group), None
         self.sizes = group, bits
         weight, factor = codes.double() - (1 << (bits - 1)), scales.double().T
         if group < k:  # a scaled weight is rounded; one scale a row multiplies the sum

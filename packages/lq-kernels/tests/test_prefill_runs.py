@@ -91,7 +91,7 @@ def test_there_are_no_more_runs_than_steps():
     for bits, layout in ((4, FRAGMENT_INT4), (8, FRAGMENT_INT8)):
         k = 1024 // bits
         packed = layout.pack(torch.zeros(128, k, dtype=torch.uint8))
-        scale = layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 1)
+        scale = layout.arrange_scales(torch.ones(128, 1, dtype=BF16), k, k)
         with pytest.raises(ShapeError, match=f"K={k}: 3 runs"):
             linear(torch.zeros(64, k, dtype=BF16), packed, scale, None, None, 128, k, bits, in_runs(64, 3, 64, 128))
 
@@ -118,9 +118,8 @@ class Case:
         if epilogue == "silu_mul":
             codes, scales, zeros = (each if each is None else interleave_rows(each) for each in (codes, scales, zeros))
         layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
-        padded = groups if self.group >= 128 or self.group == k else -(-k // 128) * (128 // self.group)
-        self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, padded)
-        self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
+        self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, k, self.group)
+        self.zeros = None if zeros is None else layout.arrange_scales(zeros, k, self.group)
         self.x = (torch.randn(m, k, device="cuda") / 8).to(x)
         self.bias = torch.randn(rows, device="cuda").to(x)
         self.options = {"minimum": zero == "minima", "transposed": epilogue == "transposed", "gated": rows > n}

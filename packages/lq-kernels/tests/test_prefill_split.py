@@ -121,12 +121,12 @@ def test_a_single_step_cannot_be_shared():
     for bits, layout in ((4, FRAGMENT_INT4), (8, FRAGMENT_INT8)):
         k = 512 // bits
         packed = layout.pack(torch.zeros(128, k, dtype=torch.uint8))
-        scale = layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 1)
+        scale = layout.arrange_scales(torch.ones(128, 1, dtype=BF16), k, k)
         with pytest.raises(ShapeError, match=f"K={k}: a pair shares two steps"):
             linear(torch.zeros(64, k, dtype=BF16), packed, scale, None, None, 128, k, bits, split(64, 64, 128))
         packed, scale = (
             layout.pack(torch.zeros(128, 3 * k, dtype=torch.uint8)),
-            layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 1),
+            layout.arrange_scales(torch.ones(128, 1, dtype=BF16), 3 * k, 3 * k),
         )
         parts = split(64, 64, 128, shared=1, parts=2)
         with pytest.raises(ShapeError, match=f"K={3 * k}: a pair shares two steps"):
@@ -177,9 +177,8 @@ class Case:
             sums, off = sums.T, off.T
         self.exact, self.off = sums, off
         layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
-        padded = groups if self.group >= 128 or self.group == k else -(-k // 128) * (128 // self.group)
-        self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, padded)
-        self.zeros = None if zeros is None else layout.arrange_scales(zeros, padded)
+        self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, k, self.group)
+        self.zeros = None if zeros is None else layout.arrange_scales(zeros, k, self.group)
 
     def run(self, tokens, ctas=66, raster=3, tile_rows=ROWS, wide=False, shared=0, parts=1):
         rows = self.packed.shape[1] * 16

@@ -8,7 +8,6 @@ from lq_kernels import Arch, Problem, select
 from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16, quantize_tokens
 from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.prepare import Unit, compile_units, into_cache, representatives, units
-from lq_kernels.preshuffled import arranged_groups
 from lq_kernels.tuned import lookup
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -65,7 +64,7 @@ def fragment(bits, n, k, group_size, scale, zero):
     """A weight in fragment order that holds nothing: launchers look at its sizes."""
     layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
     shape = layout.packed_shape(n, k)
-    scales = torch.empty(arranged_groups(k, group_size), shape[1] * 16, dtype=scale)
+    scales = torch.empty(layout.scale_shape(n, k, group_size), dtype=scale)
     return torch.empty(shape, dtype=torch.int32), scales, torch.empty_like(scales) if zero else None
 
 

@@ -27,7 +27,6 @@ from lq_kernels.cuda.variant import Variant
 from lq_kernels.dynamic_reference import dequantize_tokens_reference, quantize_tokens_reference
 from lq_kernels.gated import interleaved_rows
 from lq_kernels.jit.workspace import workspace
-from lq_kernels.preshuffled import arranged_groups
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BOUND = {BF16: 8e-3, FP16: 1.5e-3}
@@ -66,11 +65,11 @@ class Form:
 DECODE = (
     Form(BF16, BF16, 4, 128, False, 1),
     Form(BF16, BF16, 4, 128, False, 2, "residual"),
-    Form(BF16, BF16, 4, 128, False, 4, "silu_mul"),
+    Form(BF16, BF16, 4, 128, False, 2, "silu_mul"),
     Form(BF16, FP16, 4, 32, False, 1, "transposed"),
     Form(FP16, FP16, 4, 32, False, 2),
-    Form(FP16, FP16, 4, 128, False, 4),
-    Form(BF16, BF16, 4, 64, True, 4, "residual"),
+    Form(FP16, FP16, 4, 128, False, 2),
+    Form(BF16, BF16, 4, 64, True, 2, "residual"),
     Form(BF16, BF16, 4, 64, True, 1, "silu_mul"),
     Form(BF16, BF16, 4, 128, True, 1),
     Form(FP16, FP16, 4, 32, True, 2, "transposed"),
@@ -79,7 +78,7 @@ DECODE = (
     Form(BF16, FP32, 4, 256, True, 2),
     Form(FP16, BF16, 4, -1, True, 1, "residual"),
     Form(FP16, FP32, 8, -1, False, 2),
-    Form(BF16, FP32, 8, -1, False, 4),
+    Form(BF16, FP32, 8, -1, False, 1),
 )
 PREFILL = (
     Form(BF16, BF16, 4, 128, False, 256),
@@ -256,11 +255,10 @@ class Product:
         layout = FRAGMENT_INT4 if form.bits == 4 else FRAGMENT_INT8
         if gated:
             codes, scales, zeros = (t if t is None else interleave_rows(t) for t in (codes, scales, zeros))
-        padded = arranged_groups(k, self.group)
         self.weight = (
             layout.pack(codes),
-            layout.arrange_scales(scales, padded),
-            None if zeros is None else layout.arrange_scales(zeros, padded),
+            layout.arrange_scales(scales, k, self.group),
+            None if zeros is None else layout.arrange_scales(zeros, k, self.group),
         )
 
     def run(self, kernel, config):
@@ -354,7 +352,7 @@ class A8Product:
             codes = torch.randint(low, 16, (n, k), generator=generator, device=device, dtype=torch.uint8)
             layout = FRAGMENT_A8_INT8 if form.activation == "int8" else FRAGMENT_A8_FP8
             self.weight = layout.pack(codes)
-            self.scale = layout.arrange_scales(scales, arranged_groups(k, self.group))
+            self.scale = layout.arrange_scales(scales, k, self.group)
             self.w = (codes.double() - 8) * scales.double().repeat_interleave(self.group, dim=1)
 
     def run(self, codes, token_scale, config):

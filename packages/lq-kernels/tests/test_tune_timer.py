@@ -12,25 +12,31 @@ from lq_kernels.tuned.kernels import TUNABLES, weight
         weight(4, 32, 2048, 8192, symmetric=False),
         weight(4, -1, 64, 136),
         weight(8, -1, 64, 256),
+        weight(4, 32, 48, 256, activation="q8_1"),
     ],
     ids=str,
 )
 def test_operands_are_weights_in_fragment_order(each, monkeypatch):
-    from lq_kernels.cuda import decode_a16, prefill_a16
+    from lq_kernels.cuda import decode_a16, prefill_a16, quantize_q8_1
     from lq_kernels.preshuffled import preshuffled_linear
     from lq_kernels.tuned import timer
 
-    def linear(x, packed, scale, zero, bias, out_features, group_size, bits, config):
-        return preshuffled_linear(x, packed, scale, zero, bits=bits, group_size=group_size, out_features=out_features)
+    def linear(x, packed, scale, zero, bias, out_features, group_size, bits, config, transposed):
+        y = preshuffled_linear(x, packed, scale, zero, bits=bits, group_size=group_size, out_features=out_features)
+        return y.t().float() if transposed else y
 
     monkeypatch.setattr(decode_a16, "linear", linear)
     monkeypatch.setattr(prefill_a16, "linear", linear)
-    calls = timer._a16_calls(each, torch.device("cpu"), torch.Generator().manual_seed(0))
+    rounded = []
+    monkeypatch.setattr(quantize_q8_1, "round_q8_1", lambda x: rounded.append(x) or x)
+    make = timer._q8_1_calls if each.activation else timer._a16_calls
+    calls = make(each, torch.device("cpu"), torch.Generator().manual_seed(0))
     kernels = {kernel for kernel, tunable in TUNABLES.items() if tunable.useful(each, 128)}
     assert set(calls) == {"expected", *kernels}
     x = torch.randn(3, each.k, dtype=torch.bfloat16)
     results = [call(x, None) for call in calls.values()]
-    assert results[0].shape == (3, each.n)
+    assert results[0].shape == ((each.n, 3) if each.activation else (3, each.n))
+    assert len(rounded) == (len(calls) if each.activation else 0)
     assert not any(timer._difference(y, results[0]) for y in results)
     assert "is wrong by" in timer._difference(results[0] * 1.2, results[0])
     assert "finite" in timer._difference(results[0] / 0, results[0])

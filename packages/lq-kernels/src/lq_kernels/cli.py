@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "--activation",
         default="none",
         metavar="LIST",
-        help="what tokens are quantized to: none, int8, fp8 (default: none)",
+        help="what tokens are quantized to: none, int8, fp8, q8_1 (default: none)",
     )
     add("--tokens", metavar="LIST", help="numbers of tokens (default: 1 to 4096, 16 of them)")
     add("--budget", type=float, metavar="SECONDS", help="start no new measurement after so long (default: no limit)")

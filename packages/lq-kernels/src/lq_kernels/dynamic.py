@@ -11,7 +11,7 @@ from torch import Tensor
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels.dynamic_reference import LAYOUTS, Activation
 from lq_kernels.invariance import ask
-from lq_kernels.preshuffled import arranged_groups, start_compiler
+from lq_kernels.preshuffled import start_compiler
 from lq_kernels.validation import ACTIVATIONS, check_activations, check_bias, check_devices, check_int4
 
 
@@ -83,7 +83,7 @@ def pack_int4_dynamic(
         activation: What tokens are quantized to: int8 and fp8 need different bits.
 
     Returns:
-        packed (:class:`lq_formats.layouts.Fragment8Layout`), scale ``(groups, rows)`` arranged alike, and whether the code -8
+        packed (:class:`lq_formats.layouts.Fragment8Layout`), scale arranged alike, and whether the code -8
         occurs, which takes more instructions to unpack to fp8. Symmetric round-to-nearest does not give it.
 
     Raises:
@@ -94,7 +94,7 @@ def pack_int4_dynamic(
     start_compiler(qweight.device)
     codes = unpack_int4(qweight, in_features)
     layout = LAYOUTS[activation]
-    arranged = layout.arrange_scales(scale, arranged_groups(in_features, group_size))
+    arranged = layout.arrange_scales(scale, in_features, group_size)
     lowest = activation == "fp8" and bool((codes == 0).any())
     return layout.pack(codes), arranged, lowest
 
@@ -107,7 +107,7 @@ def restore_int4_dynamic(
     _check_packed(packed, scale, group_size, out_features, in_features, activation)
     layout = LAYOUTS[activation]
     codes = layout.unpack(packed, out_features, in_features)
-    return pack_int4(codes), layout.restore_scales(scale, out_features, in_features // group_size)
+    return pack_int4(codes), layout.restore_scales(scale, out_features, in_features, group_size)
 
 
 def int4_dynamic_linear(
@@ -127,7 +127,7 @@ def int4_dynamic_linear(
     Args:
         x: ``(..., K)`` fp16, bf16 or fp32.
         packed: As :func:`pack_int4_dynamic` returns it for this ``activation``.
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (``scale_shape`` of the layout).
         bias: ``(N,)`` in x's dtype.
         group_size: In features per scale; K for one scale a row.
         out_features: N.
@@ -193,7 +193,7 @@ def _check_packed(
         )
     if group_size < 1 or in_features % group_size:
         raise ShapeError(f"group_size={group_size} does not divide the {in_features} in features")
-    expected = (arranged_groups(in_features, group_size), shape[1] * 16)
+    expected = LAYOUTS[activation].scale_shape(out_features, in_features, group_size)
     if tuple(scale.shape) != expected or not scale.is_contiguous():
         raise ShapeError(
             f"scale has shape {tuple(scale.shape)}: expected {expected} for group_size={group_size}, contiguous"

@@ -67,7 +67,7 @@ def int4_dynamic_dequantize(
     """Return the ``(N, K)`` weight of int4 codes in fragment order, rounded once to ``dtype``."""
     layout = LAYOUTS[activation]
     codes = layout.unpack(packed, out_features, in_features)
-    scales = layout.restore_scales(scale, out_features, in_features // group_size)
+    scales = layout.restore_scales(scale, out_features, in_features, group_size)
     if group_size == in_features:
         spec = QuantSpec(4, "row", None, True, scale.dtype)
     else:

@@ -144,24 +144,22 @@ def int4_fragments(
     k: int, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return a canonical int4 weight's codes, scales and zeros in fragment order, made once a weight."""
-    from lq_kernels.preshuffled import arranged_groups
-
-    groups = arranged_groups(k, group_size)
+    sizes = k, group_size
     packed = once(qweight, f"fragment-int4-{k}", lambda: FRAGMENT_INT4.pack(unpack_int4(qweight, k)))
-    scales = once(scale, f"fragment-scale-{groups}", lambda: FRAGMENT_INT4.arrange_scales(scale, groups))
+    scales = once(scale, f"fragment-scale-{sizes}", lambda: FRAGMENT_INT4.arrange_scales(scale, *sizes))
     if zero is None:
         return packed, scales, None
     wide = scale.dtype
-    zeros = once(zero, f"fragment-zero-{groups}-{wide}", lambda: FRAGMENT_INT4.arrange_scales(zero.to(wide), groups))
+    zeros = once(zero, f"fragment-zero-{sizes}-{wide}", lambda: FRAGMENT_INT4.arrange_scales(zero.to(wide), *sizes))
     return packed, scales, zeros
 
 
 def int8_fragments(qweight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return an int8 weight's codes and scales, one a row, in fragment order, made once a weight."""
-    n = qweight.shape[0]
+    n, k = qweight.shape
     packed = once(qweight, "fragment-int8", lambda: FRAGMENT_INT8.pack(INT8.unpack(qweight)))
     scales = once(
-        scale, f"fragment-scale-{n}", lambda: FRAGMENT_INT8.arrange_scales(scale.expand(n)[:, None].contiguous(), 1)
+        scale, f"fragment-scale-{n}", lambda: FRAGMENT_INT8.arrange_scales(scale.expand(n)[:, None].contiguous(), k, k)
     )
     return packed, scales
 

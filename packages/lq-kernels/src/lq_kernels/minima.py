@@ -32,7 +32,7 @@ def minima_linear(
     Args:
         x: ``(..., K)`` fp16, bf16 or fp32.
         packed: Codes, :class:`lq_formats.layouts.FragmentLayout` of 4 bits.
-        scale: ``(groups, rows)``, arranged alike; see :data:`lq_formats.layouts.GGML_FRAGMENTS`.
+        scale: Arranged alike (``scale_shape`` of the layout); see :data:`lq_formats.layouts.GGML_FRAGMENTS`.
         minimum: As ``scale``, in its dtype.
         group_size: In features per scale, less than K.
         out_features: N.

@@ -68,7 +68,7 @@ def dense(problem: Problem) -> Plan:
 
 
 def weight_of(problem: Problem) -> Weight:
-    """Return the weight of an int4, int8 or preshuffled problem as tables name it."""
+    """Return the weight of an int4, int8 or preshuffled problem as tables name it, with activations that are not quantized."""
     spec = problem.spec
     variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
     rows = -(-problem.n // BLOCK_ROWS) * BLOCK_ROWS

@@ -79,7 +79,8 @@ def _of_q8_1(problem: Problem) -> Iterator[Unit]:
     for unit in _a16(tokens):
         if unit.source != "dequantize_fragment":
             yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"]))
-            if unit.source == "decode_a16" and "LQ_TILES=1" in unit.defines:  # more tokens are made bf16 in a launch
+            # More tokens are made bf16 in a launch.
+            if unit.source == "decode_a16" and "LQ_TILES=1" in unit.defines and "LQ_STREAMED=1" not in unit.defines:
                 for tail in (*direct, *decode_a16.ROUNDED_DEFINES.values()):
                     yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *tail))
     yield Unit("dequantize_q8_1")

@@ -35,7 +35,8 @@ def preshuffle_int4(
         in_features: K.
 
     Returns:
-        packed (:class:`lq_formats.layouts.FragmentLayout`), scale and zero ``(groups, rows)``, zero in scale's dtype.
+        packed (:class:`lq_formats.layouts.FragmentLayout`), scale and zero (its ``scale_shape``), zero in
+        scale's dtype.
 
     Raises:
         ShapeError, GroupSizeError, DTypeError: If the arguments do not fit each other.
@@ -43,9 +44,9 @@ def preshuffle_int4(
     check_int4(qweight, scale, zero, group_size, in_features)
     start_compiler(qweight.device)
     packed = FRAGMENT_INT4.pack(unpack_int4(qweight, in_features))
-    groups = arranged_groups(in_features, group_size)
-    arranged = FRAGMENT_INT4.arrange_scales(scale, groups)
-    return packed, arranged, None if zero is None else FRAGMENT_INT4.arrange_scales(zero.to(scale.dtype), groups)
+    sizes = in_features, group_size
+    arranged = FRAGMENT_INT4.arrange_scales(scale, *sizes)
+    return packed, arranged, None if zero is None else FRAGMENT_INT4.arrange_scales(zero.to(scale.dtype), *sizes)
 
 
 def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,8 @@ def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         )
     start_compiler(weight.device)
     packed = FRAGMENT_INT8.pack(INT8.unpack(weight))
-    return packed, FRAGMENT_INT8.arrange_scales(scale.expand(weight.shape[0])[:, None], 1)
+    rows, columns = weight.shape
+    return packed, FRAGMENT_INT8.arrange_scales(scale.expand(rows)[:, None], columns, columns)
 
 
 def preshuffle_q4_0(weight_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +72,7 @@ def preshuffle_q4_0(weight_q: Tensor) -> tuple[Tensor, Tensor]:
         weight_q: ``(N, K // 32, 18) uint8``.
 
     Returns:
-        packed, and scale ``(groups, rows)`` fp16: what :func:`preshuffled_linear` multiplies with ``bits=4, group_size=32``.
+        packed, and scale fp16: what :func:`preshuffled_linear` multiplies with ``bits=4, group_size=32``.
 
     Raises:
         ShapeError, DTypeError: If these are not such blocks.
@@ -87,18 +89,20 @@ def restore_int4(
     packed: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, out_features: int, in_features: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Undo :func:`preshuffle_int4`; zero stays in scale's dtype."""
-    groups = in_features // group_size
+    sizes = out_features, in_features, group_size
     return (
         pack_int4(FRAGMENT_INT4.unpack(packed, out_features, in_features)),
-        FRAGMENT_INT4.restore_scales(scale, out_features, groups),
-        None if zero is None else FRAGMENT_INT4.restore_scales(zero, out_features, groups),
+        FRAGMENT_INT4.restore_scales(scale, *sizes),
+        None if zero is None else FRAGMENT_INT4.restore_scales(zero, *sizes),
     )
 
 
 def restore_int8(packed: Tensor, scale: Tensor, *, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     """Undo :func:`preshuffle_int8`; scale is ``(N,)``."""
     codes = FRAGMENT_INT8.unpack(packed, out_features, in_features)
-    return INT8.pack(codes), FRAGMENT_INT8.restore_scales(scale, out_features, 1)[:, 0].contiguous()
+    return INT8.pack(codes), FRAGMENT_INT8.restore_scales(scale, out_features, in_features, in_features)[
+        :, 0
+    ].contiguous()
 
 
 def restore_q4_0(
@@ -168,7 +172,7 @@ def preshuffled_linear(
     Args:
         x: ``(..., K)`` fp16, bf16 or fp32.
         packed: As :func:`preshuffle_int4` or :func:`preshuffle_int8` returns it.
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (:meth:`lq_formats.layouts.FragmentLayout.scale_shape`).
         zero: As ``scale``; None for symmetric weights, as 8-bit ones are.
         bits: 4 or 8.
         group_size: In features per scale; K for one scale a row.
@@ -232,7 +236,7 @@ def preshuffled_gated_linear(
     Args:
         x: ``(..., K)`` fp16, bf16 or fp32.
         packed: As :func:`preshuffle_int4` or :func:`preshuffle_int8` returns it for interleaved rows.
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (:meth:`lq_formats.layouts.FragmentLayout.scale_shape`).
         zero: As ``scale``; None for symmetric weights.
         bits: 4 or 8.
         group_size: In features per scale; K for one scale a row.
@@ -289,15 +293,6 @@ def preshuffled_dequantize(
     return w
 
 
-def arranged_groups(in_features: int, group_size: int) -> int:
-    """Return how many groups arranged scales have: whole K steps of the packed weight, one for one scale a row."""
-    if group_size == in_features:
-        return 1
-    step = FRAGMENT_INT4.step
-    padded = -(-in_features // step) * step
-    return -(-padded // group_size)
-
-
 def check_fragments(
     packed: Tensor,
     scale: Tensor,
@@ -321,7 +316,7 @@ def check_fragments(
         raise ShapeError("a weight in fragment order is contiguous; call .contiguous() on its tensors")
     if bits == 8 and zero is not None:
         raise ShapeError("8-bit weights in fragment order have no zeros")
-    expected = (arranged_groups(k, group_size), shape[1] * 16)
+    expected = layout.scale_shape(out_features, k, group_size)
     for name, tensor in (("scale", scale), (second, zero)):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected {expected} for group_size={group_size}")

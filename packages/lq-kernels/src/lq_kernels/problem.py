@@ -72,7 +72,8 @@ class Problem:
         spec: How the weights are quantized.
         dtype: dtype of x (and of y).
         arch: Where it runs.
-        activation: What x is quantized to, ``"int8"`` or ``"fp8"``; empty where it is not.
+        activation: What x is quantized to, ``"int8"`` or ``"fp8"``; ``"q8_1"`` where a launch rounds it right before the
+            product; empty where it is not.
         batch_invariant: Whether no row of the result may depend on the others (:class:`lq_kernels.batch_invariant`).
 
     Raises:

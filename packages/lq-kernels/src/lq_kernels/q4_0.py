@@ -21,6 +21,7 @@ from torch import Tensor
 from lq_kernels.hopper import once
 from lq_kernels.plans import Plan
 from lq_kernels.problem import Q4_0_SPEC, Problem
+from lq_kernels.tuned.table import Q8_1
 
 BLOCK = 32
 _DEQUANTIZE_US = 1.5
@@ -153,19 +154,17 @@ def pack_codes(weight_q: Tensor) -> Tensor:
 
 def pack_scales(weight_q: Tensor) -> Tensor:
     """Return the scales of Q4_0 blocks ``(N, B, 18)``, fp16, arranged alike."""
-    from lq_kernels.preshuffled import arranged_groups
-
-    groups = arranged_groups(weight_q.shape[1] * BLOCK, BLOCK)
+    k = weight_q.shape[1] * BLOCK
     # As integers, so that a NaN keeps its bits.
     bits = weight_q[..., :2].contiguous().view(torch.int16)[..., 0]
-    return FRAGMENT_INT4.arrange_scales(bits, groups).view(torch.float16)
+    return FRAGMENT_INT4.arrange_scales(bits, k, BLOCK).view(torch.float16)
 
 
 def unpack_rows(packed: Tensor, scale: Tensor, rows: Tensor, in_features: int) -> Tensor:
     """Return some rows ``(R,) int64`` as Q4_0 blocks ``(R, in_features // 32, 18)``."""
     count = in_features // BLOCK
     codes = FRAGMENT_INT4.unpack_rows(packed, rows, in_features).view(-1, count, 2, BLOCK // 2)
-    bits = FRAGMENT_INT4.restore_scale_rows(scale.view(torch.int16), rows, count)
+    bits = FRAGMENT_INT4.restore_scale_rows(scale.view(torch.int16), rows, in_features, BLOCK)
     halves = bits.flatten().view(torch.uint8).view(-1, count, 2)
     return torch.cat((halves, codes[:, :, 0] | (codes[:, :, 1] << 4)), dim=-1)
 
@@ -200,5 +199,5 @@ def quantized(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, 
 
 
 def _int4(problem: Problem) -> Problem:
-    dtype = torch.bfloat16 if problem.op == "q4_0_q8_1" else problem.dtype
-    return replace(problem, op="preshuffled", spec=spec(problem.k), dtype=dtype)
+    int4 = replace(problem, op="preshuffled", spec=spec(problem.k))
+    return replace(int4, dtype=torch.bfloat16, activation=Q8_1) if problem.op == "q4_0_q8_1" else int4

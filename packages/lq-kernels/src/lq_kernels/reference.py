@@ -67,10 +67,9 @@ def preshuffled_dequantize_reference(
     """Return the ``(N, K)`` weight of bits in fragment order, rounded once to ``dtype``."""
     layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
     codes = layout.unpack(packed, out_features, in_features)
-    groups = in_features // group_size
-    scales = layout.restore_scales(scale, out_features, groups)
-    zeros = None if zero is None else layout.restore_scales(zero, out_features, groups)
-    if groups == 1:
+    scales = layout.restore_scales(scale, out_features, in_features, group_size)
+    zeros = None if zero is None else layout.restore_scales(zero, out_features, in_features, group_size)
+    if group_size == in_features:
         spec = QuantSpec(bits, "row", None, zero is None, scale.dtype)
     else:
         spec = QuantSpec(bits, "group", group_size, zero is None, scale.dtype)
@@ -111,7 +110,8 @@ def minima_dequantize_reference(
     groups = in_features // group_size
     codes = FRAGMENT_INT4.unpack(packed, out_features, in_features).view(out_features, groups, group_size).to(compute)
     scales, minima = (
-        FRAGMENT_INT4.restore_scales(each, out_features, groups).to(compute)[..., None] for each in (scale, minimum)
+        FRAGMENT_INT4.restore_scales(each, out_features, in_features, group_size).to(compute)[..., None]
+        for each in (scale, minimum)
     )
     return (codes * scales + minima).view(out_features, in_features).to(dtype)
 

@@ -45,7 +45,8 @@ class FragmentLayout:
     Padding has the code of zero (8, or 128).
 
     Scales and zeros ``(N, G)`` are arranged alike, ``(Gp, ceil(N / 16) * 16)``, and a lane's two rows are neighbours: within
-    a block the order of rows is 0, 8, 1, 9, ..., 7, 15. Padding has scale 0 and zero 0.
+    a block the order of rows is 0, 8, 1, 9, ..., 7, 15. Padding has scale 0 and zero 0. Where a K step has ``c`` groups, a
+    block's of a step lie together, so that they too are one contiguous piece: ``(Gp / c, ceil(N / 16) * c * 16)``.
     """
 
     bits: int
@@ -140,43 +141,65 @@ class FragmentLayout:
             codes = torch.where(high, data[..., 1], data[..., 0]).permute(0, 1, 2, 4, 5, 3, 6)
         return codes.reshape(count, shape[0] * self.step)[:, :in_features].contiguous()
 
-    def arrange_scales(self, values: Tensor, groups: int) -> Tensor:
-        """Return scales or zeros ``(N, G)`` as ``(groups, ceil(N / 16) * 16)``, padded with zeros.
+    def scale_shape(self, out_features: int, in_features: int, group_size: int) -> tuple[int, int]:
+        """Return the shape of arranged scales; ``group_size`` is in features per scale, K for one scale a row."""
+        groups, together = self._groups(in_features, group_size)
+        return groups // together, -(-out_features // BLOCK_ROWS) * together * BLOCK_ROWS
 
-        Args:
-            values: ``(N, G)``, any dtype.
-            groups: Groups after padding, at least G.
+    def arrange_scales(self, values: Tensor, in_features: int, group_size: int) -> Tensor:
+        """Return scales or zeros ``(N, G)``, of any dtype, in the shape of :meth:`scale_shape`, padded with zeros.
+
+        Raises:
+            ShapeError: If there are more groups than so many in features have.
         """
         n, present = check_matrix(values, "values")
+        groups, together = self._groups(in_features, group_size)
+        if present > groups:
+            raise ShapeError(
+                f"values has shape {tuple(values.shape)}: {in_features} in features have {groups} groups at most"
+            )
         blocks = -(-n // BLOCK_ROWS)
         padded = torch.nn.functional.pad(values, (0, groups - present, 0, blocks * BLOCK_ROWS - n))
-        # Dimensions: 0 block, 1 rh, 2 g, 3 group
-        return padded.view(blocks, 2, 8, groups).permute(3, 0, 2, 1).reshape(groups, blocks * BLOCK_ROWS).contiguous()
+        # Dimensions: 0 block, 1 rh, 2 g, 3 step, 4 group of the step
+        split = padded.view(blocks, 2, 8, groups // together, together).permute(3, 0, 4, 2, 1)
+        return split.reshape(groups // together, blocks * together * BLOCK_ROWS).contiguous()
 
-    def restore_scales(self, arranged: Tensor, out_features: int, groups: int) -> Tensor:
-        """Return the ``(out_features, groups)`` that :meth:`arrange_scales` was given.
+    def restore_scales(self, arranged: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor:
+        """Return the ``(out_features, in_features // group_size)`` that :meth:`arrange_scales` was given.
 
         Raises:
             ShapeError: If ``arranged`` is not so many.
         """
-        blocks = -(-out_features // BLOCK_ROWS)
-        if arranged.dim() != 2 or arranged.shape[1] != blocks * BLOCK_ROWS or arranged.shape[0] < groups:
-            expected = (f">= {groups}", blocks * BLOCK_ROWS)
-            raise ShapeError(f"arranged has shape {tuple(arranged.shape)}: expected {expected}")
-        count = arranged.shape[0]
-        rows = arranged.view(count, blocks, 8, 2).permute(1, 3, 2, 0).reshape(blocks * BLOCK_ROWS, count)
-        return rows[:out_features, :groups].contiguous()
+        shape = self.scale_shape(out_features, in_features, group_size)
+        if tuple(arranged.shape) != shape:
+            raise ShapeError(f"arranged has shape {tuple(arranged.shape)}: expected {shape}")
+        together, rows = self._groups(in_features, group_size)[1], -(-out_features // BLOCK_ROWS) * BLOCK_ROWS
+        # Dimensions: 0 step, 1 block, 2 group of the step, 3 g, 4 rh
+        split = arranged.view(shape[0], rows // BLOCK_ROWS, together, 8, 2).permute(1, 4, 3, 0, 2)
+        return split.reshape(rows, shape[0] * together)[:out_features, : in_features // group_size].contiguous()
 
-    def restore_scale_rows(self, arranged: Tensor, rows: Tensor, groups: int) -> Tensor:
-        """Return the ``(R, groups)`` that :meth:`arrange_scales` was given for some rows ``(R,) int64``.
+    def restore_scale_rows(self, arranged: Tensor, rows: Tensor, in_features: int, group_size: int) -> Tensor:
+        """Return the ``(R, in_features // group_size)`` that :meth:`arrange_scales` was given for some rows ``(R,) int64``.
 
         Raises:
             ShapeError: If ``arranged`` is not of so many groups.
         """
-        if arranged.dim() != 2 or arranged.shape[0] < groups:
-            raise ShapeError(f"arranged has shape {tuple(arranged.shape)}: expected (>= {groups}, rows)")
+        groups, together = self._groups(in_features, group_size)
+        width = together * BLOCK_ROWS
+        if arranged.dim() != 2 or arranged.shape[0] != groups // together or arranged.shape[1] % width:
+            expected = f"({groups // together}, a multiple of {width})"
+            raise ShapeError(f"arranged has shape {tuple(arranged.shape)}: expected {expected}")
         block, g, high = _place(rows)
-        return arranged[:groups, block * BLOCK_ROWS + 2 * g + high].t().contiguous()
+        # Dimensions: 0 row, 1 step, 2 group of the step: what is indexed comes first
+        some = arranged.view(groups // together, -1, together, BLOCK_ROWS)[:, block, :, 2 * g + high]
+        return some.reshape(rows.shape[0], groups)[:, : in_features // group_size].contiguous()
+
+    def _groups(self, in_features: int, group_size: int) -> tuple[int, int]:
+        """Return how many groups there are in whole K steps (one for one scale a row), and how many of a step lie together."""
+        if group_size == in_features:
+            return 1, 1
+        padded = -(-in_features // self.step) * self.step
+        return -(-padded // group_size), max(1, self.step // group_size)
 
 
 def _place(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

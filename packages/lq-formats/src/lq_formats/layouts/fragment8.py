@@ -103,17 +103,25 @@ class Fragment8Layout:
         codes = split.permute(1, 8, 3, 0, 2, 5, 6, 4, 7).reshape(blocks * BLOCK_ROWS, steps * self.step)
         return codes[:out_features, :in_features].contiguous()
 
-    def arrange_scales(self, values: Tensor, groups: int) -> Tensor:
-        """Return scales ``(N, G)`` as ``(groups, ceil(N / 16) * 16)``; see :class:`FragmentLayout`."""
-        return FRAGMENT_INT4.arrange_scales(values, groups)
+    def scale_shape(self, out_features: int, in_features: int, group_size: int) -> tuple[int, int]:
+        """Return the shape of arranged scales; see :class:`FragmentLayout`, and for the next two."""
+        return FRAGMENT_INT4.scale_shape(out_features, in_features, group_size)
 
-    def restore_scales(self, arranged: Tensor, out_features: int, groups: int) -> Tensor:
-        """Return the ``(out_features, groups)`` that :meth:`arrange_scales` was given.
+    def arrange_scales(self, values: Tensor, in_features: int, group_size: int) -> Tensor:
+        """Return scales ``(N, G)`` in the shape of :meth:`scale_shape`.
+
+        Raises:
+            ShapeError: If there are more groups than so many in features have.
+        """
+        return FRAGMENT_INT4.arrange_scales(values, in_features, group_size)
+
+    def restore_scales(self, arranged: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor:
+        """Return the ``(out_features, in_features // group_size)`` that :meth:`arrange_scales` was given.
 
         Raises:
             ShapeError: If ``arranged`` is not so many.
         """
-        return FRAGMENT_INT4.restore_scales(arranged, out_features, groups)
+        return FRAGMENT_INT4.restore_scales(arranged, out_features, in_features, group_size)
 
 
 def _split(codes: Tensor) -> tuple[Tensor, Tensor]:

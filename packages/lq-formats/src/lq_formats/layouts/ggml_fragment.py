@@ -1,7 +1,7 @@
 """GGML_FRAGMENTS: ggml's weights in groups of 32 as tensor cores take them, stored once.
 
 Four block formats are affine in groups of 32, so the kernels for fragment order multiply them. Codes are in
-:class:`~lq_formats.layouts.FragmentLayout`, scales and minima fp16 ``(groups, rows)``, arranged alike::
+:class:`~lq_formats.layouts.FragmentLayout`, scales and minima are fp16 and arranged alike::
 
     type   weight              codes            scale     minima         fields                   bits a weight
     Q4_0   (u - 8) scale       FRAGMENT_INT4    d         -              -                        4.5
@@ -36,7 +36,6 @@ from lq_formats.layouts.ggml import GGML_PLANES, GGMLPlanesLayout
 
 GROUP: Final = 32
 """In features that share a scale."""
-_STEP: Final = FRAGMENT_INT4.step  # scales are padded to whole steps of the longer one
 _PIECE = 1 << 22  # weights that are unpacked at a time
 
 
@@ -77,8 +76,7 @@ class GGMLFragmentsLayout:
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Return the shape of scales and of minima: one row of 32 in features has one scale, all else whole K steps."""
-        groups = 1 if in_features == GROUP else -(-in_features // _STEP) * (_STEP // GROUP)
-        return groups, -(-out_features // BLOCK_ROWS) * BLOCK_ROWS
+        return self.order.scale_shape(out_features, in_features, GROUP)
 
     def why_not(self, blocks: Tensor) -> str | None:
         """Return why blocks ``(N, K // block size, block bytes)`` cannot be held so, or None.
@@ -115,10 +113,9 @@ class GGMLFragmentsLayout:
         for some in _row_slices(rows, columns):
             part = (self.planes.low.read(blocks[some], block) ^ self.planes.flip).flatten(1)
             codes[:, some.start // BLOCK_ROWS : -(-some.stop // BLOCK_ROWS)] = self.order.pack(part)
-        groups = self.scale_shape(rows, columns)[0]
         # As integers, so that a NaN keeps its bits.
         scale, *rest = (
-            self.order.arrange_scales(bits.view(torch.int16), groups).view(torch.float16)
+            self.order.arrange_scales(bits.view(torch.int16), columns, GROUP).view(torch.float16)
             for bits in self._factors(blocks)
         )
         fields = blocks[..., :16].flatten().view(torch.int32).view(rows, columns // 64) if self.has_fields else None
@@ -200,7 +197,7 @@ class GGMLFragmentsLayout:
             return
         for i, factors in enumerate((fragments.scale, fragments.minima)):
             if factors is not None:
-                bits = self.order.restore_scale_rows(factors.view(torch.int16), rows, number)
+                bits = self.order.restore_scale_rows(factors.view(torch.int16), rows, in_features, GROUP)
                 blocks[..., 2 * i : 2 * i + 2] = bits.flatten().view(torch.uint8).view(count, number, 2)
 
 

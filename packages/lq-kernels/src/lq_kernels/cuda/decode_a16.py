@@ -4,6 +4,7 @@ Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
-from lq_kernels.tuned.table import Weight
+from lq_kernels.tuned.table import Q8_1, Weight
 
 THREADS = 320
 Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
@@ -29,7 +30,16 @@ _Q8_1_BLOCK = 32
 
 @functools.lru_cache(maxsize=4096)
 def choice(
-    m: int, blocks: int, k: int, bits: int, scales: Scales, sm_count: int, device: str
+    m: int,
+    blocks: int,
+    k: int,
+    bits: int,
+    scales: Scales,
+    sm_count: int,
+    device: str,
+    *,
+    streamed: bool = True,
+    behind: bool = False,
 ) -> Choice[DecodeConfig] | None:
     """Return the cut that was measured to be fastest on ``device``, or is by the model; None if none fits.
 
@@ -41,13 +51,24 @@ def choice(
         scales: Of the variant.
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
+        streamed: Whether x may be streamed.
+        behind: Whether the product stands right behind a launch that x comes from: what was measured so, or else what is
+            fastest by itself, with a multiprocessor for each CTA (:func:`lq_kernels.cuda.decode_cuts.alone`).
     """
     sizes = (m, blocks, k, bits, scales, sm_count)
-    weight = Weight(bits, scales.groups, scales.zero, scales.bytes, "", blocks * BLOCK_ROWS, k)
+    activation = Q8_1 if behind else ""
+    weight = Weight(bits, scales.groups, scales.zero, scales.bytes, activation, blocks * BLOCK_ROWS, k)
     found = tuple(measurements("decode_a16", m, weight, device, sm_count))
-    measured = [config for each in found for config in candidates(*sizes, dict(each.point.cut))]
+    if behind and not found:
+        chosen = choice(*sizes, device, streamed=streamed)
+        return chosen and replace(chosen, config=alone(chosen.config, m, sm_count))
+
+    def able(configs: Iterable[DecodeConfig]) -> list[DecodeConfig]:
+        return [config for config in configs if streamed or not config.streamed]
+
+    measured = able(config for each in found for config in candidates(*sizes, dict(each.point.cut), behind=behind))
     chosen = choose(
-        measured or candidates(*sizes), lambda config: cost(config, m, blocks, k, bits, sm_count), SAME, found
+        measured or able(candidates(*sizes)), lambda config: cost(config, m, blocks, k, bits, sm_count), SAME, found
     )
     if chosen is None or chosen.measured is None:
         return chosen
@@ -61,11 +82,15 @@ def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
     """Return the cut of a problem, or None if the tokens do not fit shared memory or the grid."""
     bits, symmetric = problem.spec.bits, problem.spec.symmetric
     variant = Variant.of(problem.dtype, problem.spec.scale_dtype, bits, problem.group_size, problem.k, not symmetric)
-    return _choice(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch)
+    behind = problem.activation == Q8_1
+    return _choice(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch, behind=behind)
 
 
-def _choice(m: int, blocks: int, k: int, variant: Variant, arch: Arch) -> Choice[DecodeConfig] | None:
-    return choice(m, blocks, k, variant.bits, variant.scales, arch.sm_count, arch.name)
+def _choice(
+    m: int, blocks: int, k: int, variant: Variant, arch: Arch, *, streamed: bool = True, behind: bool = False
+) -> Choice[DecodeConfig] | None:
+    sizes = (m, blocks, k, variant.bits, variant.scales, arch.sm_count, arch.name)
+    return choice(*sizes, streamed=streamed, behind=behind)
 
 
 def linear(
@@ -91,7 +116,7 @@ def linear(
     Args:
         x: ``(M, K)`` bf16 or fp16, K a multiple of 8.
         packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (``scale_shape`` of the layout).
         zero: As ``scale``, in its dtype; None for symmetric weights.
         bias: ``(out_features,)`` in x's dtype, or None; of a gated product that of the gates, then that of the ups.
         out_features: Rows of the weight; of a gated product half as many.
@@ -153,9 +178,9 @@ def linear_q8_1(
     Args:
         blocks: ``(M, K // 32, 36) uint8``, contiguous, not empty; :func:`why_not_q8_1` says which K.
         packed: As for :func:`linear`, and so are the others.
-        scale: ``(groups, rows)``.
+        scale: Arranged alike.
         out_features: Rows of the weight.
-        config: How to cut, for tuning; by default :func:`choice`.
+        config: How to cut, for tuning, without ``streamed``; by default :func:`choice`.
 
     Raises:
         ShapeError: If K is none that it takes, or the tokens do not fit shared memory or the grid.
@@ -181,9 +206,9 @@ def linear_rounding(
     Args:
         x: ``(M, K)`` bf16 or fp16, not empty, K a multiple of 32.
         packed: As for :func:`linear`, and so are the others.
-        scale: ``(groups, rows)``.
+        scale: Arranged alike.
         out_features: Rows of the weight.
-        config: How to cut, for tuning; by default :func:`choice`.
+        config: How to cut, for tuning, without ``streamed``; by default :func:`choice`.
 
     Raises:
         ShapeError: If the tokens do not fit shared memory or the grid.
@@ -214,12 +239,19 @@ def _prepare(
     tokens: tuple[str, ...] = (),
     quantized: bool = True,
 ) -> Launch:
-    if config is None and (chosen := _choice(m, blocks, k, variant, _arch(index))):
-        config = chosen.config
+    # Tokens come from a quantizer of theirs, if not to this kernel; what becomes something else in it stays where it is.
+    behind = epilogue == "transposed" and quantized
+    if config is None:
+        arch = _arch(index)
+        chosen = _choice(m, blocks, k, variant, arch, streamed=not tokens, behind=behind and not tokens)
+        if chosen is not None:
+            config = alone(chosen.config, m, arch.sm_count) if behind and tokens else chosen.config
     if config is None:
         raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
-    if epilogue == "transposed" and quantized:  # tokens come from a quantizer of theirs
-        config = alone(config, m, _arch(index).sm_count)
+    if tokens and config.streamed:
+        raise ShapeError(
+            f"{tokens[0]}: tokens that become something else stay in shared memory; pass a config that is not streamed"
+        )
     return Launch(
         index,
         "decode_a16",

@@ -15,10 +15,16 @@ from lq_kernels.cuda.variant import Scales
 
 SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
-SAME = ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters", "stages")
+SAME = ("token_tiles", "warp_blocks", "ctas", "streamed", "cluster", "clusters", "stages")
 """Fields of a cut from which the others follow."""
 _WARPS = 8
 _HEADER = 512
+_PLACES = 2 * _WARPS
+"""Of a block and K step, in a stage."""
+_STREAMED_PASSES = 2
+"""At most, where x is streamed: the warp that brings it adds up all passes but the last, when it has brought all."""
+_BEHIND_STAGES = 8
+"""At most, where x is streamed behind the launch that it comes from (4096x14336, 1 to 8 tokens: with 11 within 1% of it)."""
 _MAX_STAGES = 16
 _MAX_GRID_Y = 65535
 _PLACE = 0.7
@@ -31,19 +37,22 @@ class Form(NamedTuple):
     """What a cut compiles, beside the weight's variant.
 
     Attributes:
-        token_tiles: Tiles of 8 tokens in a CTA: 1, 2 or 4.
+        token_tiles: Tiles of 8 tokens in a CTA: 1 or 2.
         warp_blocks: Blocks of 16 rows that a warp multiplies with what it reads of the tokens: 1 or 2.
         ctas: CTAs of an SM that registers must do for.
+        streamed: Whether x passes by with the weights, stage by stage. Otherwise a CTA keeps its part of x.
     """
 
     token_tiles: int
     warp_blocks: int
     ctas: int
+    streamed: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
-        return (f"LQ_TILES={self.token_tiles}", f"LQ_WARP_BLOCKS={self.warp_blocks}", f"LQ_CTAS={self.ctas}")
+        sizes = (f"LQ_TILES={self.token_tiles}", f"LQ_WARP_BLOCKS={self.warp_blocks}", f"LQ_CTAS={self.ctas}")
+        return (*sizes, "LQ_STREAMED=1") if self.streamed else sizes
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,11 @@ class DecodeConfig:
         slots: Blocks of 16 rows in a pass: a power of two, from 1 or 2 to 8 or 16.
         cluster: CTAs that share K.
         clusters: Clusters in the grid.
-        stages: Stages of 16 KB in the ring.
+        stages: Stages in the ring: of 16 KB of weights, and of x where it is streamed.
         boxes: Buffers for sums that travel between CTAs: 1 where every cluster has one pass, else 2.
-        pitch: Bytes from token to token in shared memory.
+        pitch: Bytes from token to token in shared memory: in a stage, where x is streamed.
         shared: Bytes of shared memory.
+        streamed: As :class:`Form` has it. All passes, two at most, then have as many slots.
     """
 
     token_tiles: int
@@ -73,11 +83,12 @@ class DecodeConfig:
     boxes: int
     pitch: int
     shared: int
+    streamed: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros that the cut sets."""
-        return Form(self.token_tiles, self.warp_blocks, self.ctas).defines
+        return Form(self.token_tiles, self.warp_blocks, self.ctas, self.streamed).defines
 
     def shares(self, blocks: int) -> tuple[int, int, int]:
         """Return the blocks of a cluster, how many clusters have one more, and what the last pass of both has.
@@ -87,6 +98,8 @@ class DecodeConfig:
         few, more = divmod(blocks, self.clusters)
 
         def last_pass(rows: int) -> int:
+            if self.streamed:
+                return self.slots.bit_length() - 1
             return _last_slots((rows - 1) % self.slots + 1, self.warp_blocks).bit_length() - 1 if rows else 0
 
         return few, more, last_pass(few) | last_pass(few + 1) << 8
@@ -95,23 +108,21 @@ class DecodeConfig:
 def forms(scales: Scales) -> tuple[Form, ...]:
     """Return what is compiled for a weight.
 
-    Nothing in a form spills. Two blocks of a warp are compiled for one CTA of an SM, which may have more registers, and for
-    two.
+    Nothing in a form spills. Of every form that was tried (67 in all) these are within 0.05% of the fastest, on average of
+    140 products of 14 weights with 1 to 16 tokens (H200).
 
     Args:
         scales: Of the variant.
     """
     groups, zero, sums, scale_bytes = scales
     few = groups <= 1 and not sums and scale_bytes <= (4 if zero else 2) * BLOCK_ROWS  # registers for a group's scales
-    many = groups == 4 and sums
-    found = [Form(1, 1, 3 if few else 2), Form(1, 2, 1), Form(2, 1, 1 if many else 2)]
-    if scale_bytes <= 16 * BLOCK_ROWS:
-        found.append(Form(1, 2, 2))
-    if not many:
-        found.append(Form(2, 2, 1))
-    if groups < 4:
-        found.append(Form(4, 1, 1))
-    return tuple(found)
+    most = 3 if few else 2
+    if not sums:
+        found = [Form(1, 1, most), Form(2, 1, 2), Form(1, 1, most, True), Form(2, 1, 2, True)]
+        return (*found, Form(1, 2, 2, True)) if scale_bytes <= 16 * BLOCK_ROWS else tuple(found)
+    # Nobody adds up tokens that pass by.
+    found = [Form(1, 1, 2), Form(1, 2, 1), Form(2, 1, 1 if groups == 4 else 2)]
+    return (*found, Form(1, 2, 2)) if scale_bytes <= 16 * BLOCK_ROWS else tuple(found)
 
 
 def cut(
@@ -128,28 +139,30 @@ def cut(
     most_stages: int = _MAX_STAGES,
 ) -> DecodeConfig | None:
     """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
-    token_tiles, warp_blocks, ctas = form
+    token_tiles, warp_blocks, ctas, streamed = form
     step = 512 // bits
     steps = -(-k // step)
     if cluster > steps or clusters > blocks:
         return None
     share, rows = -(-steps // cluster), -(-blocks // clusters)
     most = 8 * warp_blocks
-    slots = _slots(rows, share, warp_blocks)
-    passes, _ = _passes(rows, slots, warp_blocks)
-    pitch = share * step * 2 + 16
+    slots = min(most, _last_slots(rows, warp_blocks)) if streamed else _slots(rows, share, warp_blocks)
+    passes = -(-rows // slots)
+    if streamed and (passes > _STREAMED_PASSES or k % step):
+        return None
+    pitch = (_PLACES // slots if streamed else share) * step * 2 + 16
     boxes = min(passes, 2)
-    buffers = boxes * (1 if token_tiles * warp_blocks <= 2 else 2)
-    row = 8 * token_tiles + (4 if token_tiles == 2 and warp_blocks == 1 else 2)
-    fixed = _HEADER + buffers * 16 * most * row * 4 + min(m, 8 * token_tiles) * pitch
-    fixed += share * sum_bytes * 8 * token_tiles
-    wanted = _stage_count(rows, share, slots, warp_blocks)
-    stage = _stage_bytes(scale_bytes)
+    row = 8 * token_tiles + (4 if token_tiles == 2 else 2)
+    fixed = _HEADER + boxes * 16 * most * row * 4 + share * sum_bytes * 8 * token_tiles
+    if not streamed:
+        fixed += min(m, 8 * token_tiles) * pitch
+    wanted = _stage_count(rows, share, slots, warp_blocks, streamed)
+    stage = _stage_bytes(scale_bytes, min(m, 8 * token_tiles) * pitch if streamed else 0)
     stages = min(most_stages, wanted, (shared - fixed) // stage)
     if stages < min(wanted, 2):
         return None
     size = fixed + stages * stage
-    return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size)
+    return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size, streamed)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -175,15 +188,16 @@ def _slots(rows: int, share: int, warp_blocks: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _stage_count(rows: int, share: int, slots: int, warp_blocks: int) -> int:
+def _stage_count(rows: int, share: int, slots: int, warp_blocks: int, streamed: bool) -> int:
     """Return how many stages a CTA fills in all."""
     full = (rows - 1) // slots
-    last = _last_slots(rows - full * slots, warp_blocks)
-    return sum(count * -(-share * each // (2 * _WARPS)) for count, each in ((full, slots), (1, last)))
+    last = slots if streamed else _last_slots(rows - full * slots, warp_blocks)
+    return sum(count * -(-share * each // _PLACES) for count, each in ((full, slots), (1, last)))
 
 
-def _stage_bytes(scale_bytes: int) -> int:
-    return 2 * _WARPS * (BLOCK_BYTES + scale_bytes)
+def _stage_bytes(scale_bytes: int, x_bytes: int) -> int:
+    """Return the bytes of a stage; x begins where a bulk copy's fastest targets do."""
+    return _PLACES * (BLOCK_BYTES + scale_bytes) + -(-x_bytes // 128) * 128
 
 
 def candidates(
@@ -194,6 +208,8 @@ def candidates(
     scales: Scales,
     sm_count: int,
     alike: Mapping[str, int] | None = None,
+    *,
+    behind: bool = False,
 ) -> Iterator[DecodeConfig]:
     """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
@@ -209,29 +225,32 @@ def candidates(
         sm_count: Multiprocessors.
         alike: Fields by name; only cuts that have those of ``SAME`` are yielded, and none that takes more room than it
             needs. None for all.
+        behind: Whether the product stands right behind a launch that x comes from, while which weights fill a deep ring.
     """
-    sums, stage = sum_bytes(scales), _stage_bytes(scales.bytes)
+    sums = sum_bytes(scales)
     only = None if alike is None else tuple(alike.get(name, -1) for name in SAME)
-    most_tiles = next((tiles for tiles in (1, 2, 4) if m <= 8 * tiles), 4)
     for form in forms(scales):
-        token_tiles, warp_blocks, ctas = form
-        if token_tiles > most_tiles or -(-m // (8 * token_tiles)) > _MAX_GRID_Y or (only and form != only[:3]):
+        token_tiles, warp_blocks, ctas, streamed = form
+        if (token_tiles > 1 and m <= 8) or -(-m // (8 * token_tiles)) > _MAX_GRID_Y or (only and form != only[:4]):
             continue
-        most_stages = _stages(token_tiles, bits) + 1  # the next kernel fills its own ring in what this one leaves
-        for per_sm in (2, 1) if warp_blocks == 1 else (ctas,):
+        # The next kernel fills its own ring in what this one leaves. x waits for that kernel, and passes by later than weights.
+        most_stages = _BEHIND_STAGES if behind and streamed else _stages(token_tiles, bits) + (2 if streamed else 1)
+        for per_sm in (2, 1) if warp_blocks == 1 or streamed else (ctas,):
             for cluster in (1, 2, 4, 8):
                 once = _clusters(sm_count, cluster)
                 if once < 1 or per_sm > ctas or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
                 for clusters in _grids(blocks, once * per_sm):
-                    if only and (cluster, clusters) != only[3:5]:
+                    if only and (cluster, clusters) != only[4:6]:
                         continue
                     sizes = (m, blocks, k, bits, scales.bytes, form, cluster, clusters)
                     largest = cut(*sizes, SHARED[per_sm], sums, most_stages)
                     if largest is None:
                         continue
+                    x_bytes = min(m, 8 * token_tiles) * largest.pitch if streamed else 0
+                    stage = _stage_bytes(scales.bytes, x_bytes)
                     for stages in (largest.stages, *range(largest.stages - 1, 1, -1)):
-                        if only and stages != only[5]:
+                        if only and stages != only[6]:
                             continue
                         size = largest.shared - (largest.stages - stages) * stage
                         found = replace(largest, stages=stages, shared=size)
@@ -268,30 +287,31 @@ def _stages(token_tiles: int, bits: int) -> int:
 def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count: int) -> float:
     """Return a time in microseconds (H200), less what every cut of a product takes.
 
-    Fitted to 5364 cuts of 29 products (21 of int4 in groups of 128, 8 of int8) with 1 to 32 tokens, weights not in a cache,
-    launch behind launch. Its first choice takes 2.2% longer than the fastest timed, on average of the 232, and 18% at
-    worst, on products that were left out of the fit as well; the best of its first 8 0.1%, 4% at worst. Scales' bytes are
-    not in it: int4 in other groups, and with zeros, was not timed.
+    Fitted to some 13,000 cuts of 28 weights (14 sizes, int4 in groups of 128 and int8) with 1 to 16 tokens, weights not in a
+    cache, launch behind launch. Its first choice takes 3.4% longer than the fastest timed, on average of the 140 products, and
+    26% at worst, on sizes that were left out of the fit as well; the best of its first 12 0.3%, 5% at worst. Scales' bytes
+    are not in it: int4 in other groups, and with zeros, was not timed.
 
     What takes time, in the order of the sum:
 
-    - Blocks and K steps of the multiprocessor with most CTAs: 5.2 ns, and 2.9 ns a tile of tokens for 128 in features. Where
-      more CTAs fit than run, those of the next kernel come early and take places unevenly: as if there were 0.53 CTAs more for
-      each, or 1.5 where the grid leaves multiprocessors free. So a cut that takes more shared memory may be faster.
-    - Stages of a CTA, which a warp goes through one by one even if slots are empty: 180 ns for steps of 128 in features.
-    - Stages that wait for room in the ring: 570 ns for each time around.
-    - Passes: 430 ns for each CTA of a multiprocessor and 230 ns for 8 tokens whose sums are sent, 310 ns more where warps have
-      two blocks.
-    - x from L2: 26 ns a KB for each CTA of a multiprocessor, less in larger tiles.
-    - Stages that the next kernel cannot fill meanwhile, because its CTAs do not fit beside: 240 ns.
-    - A tile of tokens: 270 ns. Clusters of 8 that share multiprocessors, which may not spread evenly: 400 ns.
+    - Blocks and K steps of the multiprocessor with most CTAs: 7.7 ns. Where more CTAs fit than run, those of the next kernel
+      come early and take places unevenly: as if there were 0.53 CTAs more for each, or 1.5 where the grid leaves
+      multiprocessors free, at 5.3 ns, and 2.3 a tile of tokens for 128 in features. So a cut that takes more shared memory
+      may be faster.
+    - Stages of a CTA, which a warp goes through one by one even if slots are empty: 110 ns for steps of 128 in features.
+    - Stages that wait for room in the ring: 450 ns for each time around.
+    - Passes: 340 ns for each CTA of a multiprocessor, and 180 for 8 tokens where warps have two blocks.
+    - x from L2: 24 ns a KB for each CTA of a multiprocessor, less in larger tiles; 16 where it is streamed, in each pass.
+    - Stages that the next kernel cannot fill meanwhile, because its CTAs do not fit beside: 160 ns.
+    - A tile of tokens: 290 ns. Clusters of 8 that share multiprocessors, which may not spread evenly: 220 ns. The first stage,
+      which is multiplied when all its x has come where x is streamed: 220 ns.
     """
     tokens = -(-m // (8 * config.token_tiles))
     steps = -(-k // (512 // bits))
     share = -(-steps // config.cluster)
     rows = -(-blocks // config.clusters)
-    passes, _ = _passes(rows, config.slots, config.warp_blocks)
-    needed = _stage_count(rows, share, config.slots, config.warp_blocks)
+    passes = -(-rows // config.slots)
+    needed = _stage_count(rows, share, config.slots, config.warp_blocks, config.streamed)
     here = min(m, 8 * config.token_tiles)
     tiles = here / 8
     features = 4 / bits  # of a step, in 128
@@ -305,14 +325,17 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     beside = min(1.0, (room - at_once) / at_once)  # part of the next kernel's CTAs that find room
     rounds = -(-per_sm // min(config.ctas, room))
 
+    x_ns, x_passes = (16, passes) if config.streamed else (24, 1)
     return (
-        (per_sm + more) * rows * share * (0.0052 + 0.0029 * config.token_tiles * features)
-        + rounds * (0.18 * needed * features + 0.57 * max(0, needed - config.stages) / config.stages)
-        + passes * (0.43 * load + (0.23 + 0.31 * (config.warp_blocks - 1)) * tiles)
-        + 0.026 * here * share * features / 4 * load / math.sqrt(config.token_tiles)
-        + 0.24 * (1 - beside) * min(needed, config.stages) * min(load, config.ctas, room)
-        + 0.27 * config.token_tiles
-        + (0.4 if config.cluster == 8 and per_sm > 1 else 0.0)
+        per_sm * rows * share * 0.0077
+        + more * rows * share * (0.0053 + 0.0023 * config.token_tiles * features)
+        + rounds * (0.11 * needed * features + 0.45 * max(0, needed - config.stages) / config.stages)
+        + passes * (0.34 * load + 0.18 * (config.warp_blocks - 1) * tiles)
+        + 1e-3 * x_ns * x_passes * here * share * features / 4 * load / math.sqrt(config.token_tiles)
+        + 0.16 * (1 - beside) * min(needed, config.stages) * min(load, config.ctas, room)
+        + 0.29 * config.token_tiles
+        + (0.22 if config.cluster == 8 and per_sm > 1 else 0.0)
+        + (0.22 if config.streamed else 0.0)
     )
 
 

@@ -16,12 +16,22 @@ from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
-from lq_kernels.tuned.table import Weight
+from lq_kernels.tuned.table import Q8_1, Weight
 
 
 @functools.lru_cache(maxsize=4096)
 def choice(
-    m: int, n: int, k: int, bits: int, groups: int, zero: bool, scale_bytes: int, sm_count: int, device: str
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    groups: int,
+    zero: bool,
+    scale_bytes: int,
+    sm_count: int,
+    device: str,
+    *,
+    behind: bool = False,
 ) -> Choice[PrefillConfig]:
     """Return the cut that was measured to be fastest on ``device``, or is by the model.
 
@@ -35,13 +45,20 @@ def choice(
         scale_bytes: Bytes of scales and zeros beside the codes of a block and K step.
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
+        behind: Whether the product stands right behind a launch that x comes from: what was measured so comes first.
 
     Raises:
         ShapeError: If there are too many tiles to count.
     """
     cuts = candidates(m, n, k, bits, scale_bytes, sm_count)
-    weight = Weight(bits, groups, zero, scale_bytes, "", -(-n // BLOCK_ROWS) * BLOCK_ROWS, k)
-    found = measurements("prefill_a16", m, weight, device, sm_count)
+    rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
+    found = [
+        each
+        for activation in ((Q8_1, "") if behind else ("",))
+        for each in measurements(
+            "prefill_a16", m, Weight(bits, groups, zero, scale_bytes, activation, rows, k), device, sm_count
+        )
+    ]
     chosen = choose(cuts, lambda config: cost(config, m, n, k, bits, sm_count), SAME, found)
     assert chosen is not None, "tiles of 16 tokens fit any size"
     return chosen
@@ -51,12 +68,12 @@ def choice_of(problem: Problem) -> Choice[PrefillConfig]:
     """Return the cut of a problem."""
     spec = problem.spec
     variant = Variant.of(problem.dtype, spec.scale_dtype, spec.bits, problem.group_size, problem.k, not spec.symmetric)
-    return _choice(problem.m, problem.n, problem.k, variant, problem.arch)
+    return _choice(problem.m, problem.n, problem.k, variant, problem.arch, behind=problem.activation == Q8_1)
 
 
-def _choice(m: int, n: int, k: int, variant: Variant, arch: Arch) -> Choice[PrefillConfig]:
+def _choice(m: int, n: int, k: int, variant: Variant, arch: Arch, *, behind: bool = False) -> Choice[PrefillConfig]:
     scales = (variant.groups, variant.zero, variant.scale_bytes)
-    return choice(m, n, k, variant.bits, *scales, max(arch.sm_count, 1), arch.name)
+    return choice(m, n, k, variant.bits, *scales, max(arch.sm_count, 1), arch.name, behind=behind)
 
 
 def predict_us(problem: Problem) -> float:
@@ -89,7 +106,7 @@ def linear(
     Args:
         x: ``(M, K)`` bf16 or fp16, K a multiple of 8.
         packed: The weight in fragment order (:class:`lq_formats.layouts.FragmentLayout`).
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (``scale_shape`` of the layout).
         zero: As ``scale``, in its dtype; None for symmetric weights. 4 bits only.
         bias: ``(out_features,)`` in x's dtype, or None; of a gated product that of the gates, then that of the ups.
         out_features: Rows of the weight; of a gated product half as many.
@@ -171,7 +188,8 @@ def _prepare(
     epilogue: str,
 ) -> _Plan:
     rows = 2 * n if epilogue == "silu_mul" else n
-    config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index))).config
+    behind = epilogue == "transposed"  # tokens come from a quantizer of theirs
+    config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index)), behind=behind).config
     if config.split and config.steps(k, variant.bits) < 2 * config.parts:
         step = 128 if config.wide else 512 // variant.bits
         raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")

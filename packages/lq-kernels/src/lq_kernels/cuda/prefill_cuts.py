@@ -24,8 +24,10 @@ SPLIT_TOKENS = (32, 64, 96, 128)
 RUNS_TOKENS = (64, 96, 128)
 """Tokens of a tile whose K a CTA may multiply in runs: sums are twice in registers, and few tokens share K."""
 _SHARED = 232448
-_MAX_STAGES = 16
-_BARRIERS = 3 * _MAX_STAGES * 8
+_BARRIERS = 3 * 16 * 8
+_STAGES = 5
+"""Of a ring, at most. With more, all multiprocessors ask for so many weights at once that x waits behind them: int4, 16 and 32
+tokens, 5.5 and 4% on average, and up to 10%, that all of shared memory took longer."""
 _MAX_TILES = 1 << 30
 _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
 SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
@@ -35,8 +37,8 @@ _TALL_TOKENS = (64, 96, 128)
 _TALL_MOST_TOKENS, _TALL_WAVES, _TALL_GAIN = 2048, 3, 0.93
 """Up to how many tokens, and tiles a CTA, they make sense, and how much of the other tiles' time they may take."""
 _PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 128: 137, 192: 203, 256: 268}
-"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200); 96 is
-between what was measured."""
+"""Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200), when
+rings were larger; 96 is between what was measured."""
 _NARROW, _WIDE = 1.19, 1.04
 """... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features."""
 _SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09}
@@ -143,7 +145,7 @@ def ring(
     # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag and two
     # barriers.
     fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 24
-    stages = min(_MAX_STAGES, (_SHARED - fixed - _BARRIERS) // stage)
+    stages = min(_STAGES, (_SHARED - fixed - _BARRIERS) // stage)
     return stages, fixed + _BARRIERS + stages * stage
 
 

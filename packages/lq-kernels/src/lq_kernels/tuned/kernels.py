@@ -10,9 +10,9 @@ from lq_formats import SpecError
 from lq_formats.layouts.fragment import BLOCK_ROWS
 
 from lq_kernels.cuda import decode_cuts, linear_a8, prefill_cuts
-from lq_kernels.cuda.variant import Variant
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.prepare import Unit
-from lq_kernels.tuned.table import Cut, Weight, cut_of
+from lq_kernels.tuned.table import Q8_1, Cut, Weight, cut_of
 
 DTYPE = torch.bfloat16
 """dtype of the activations that are timed; fp16 takes as long."""
@@ -27,25 +27,28 @@ def weight(bits: int, group_size: int, n: int, k: int, *, symmetric: bool = True
         n: Out features.
         k: In features.
         symmetric: Whether there are no zero points.
-        activation: ``"int8"`` or ``"fp8"`` where tokens are quantized, else empty.
+        activation: ``"int8"`` or ``"fp8"`` where tokens are quantized, ``"q8_1"`` where a launch rounds them (4 bits in
+            groups of 32, whose scales are fp16: ggml's Q4_0), else empty.
 
     Raises:
         SpecError: If there is no kernel for it to tune.
     """
     size = k if group_size == -1 or group_size == k or bits == 8 else group_size
     divisor = 16 if activation and bits == 8 else 8
-    grouped = size != k
+    grouped, of_8_bits = size != k, activation in ("int8", "fp8")
     if (
         bits not in (4, 8)
-        or activation not in ("", "int8", "fp8")
+        or activation not in ("", "int8", "fp8", Q8_1)
         or k % divisor
-        or (grouped and (k % size or (size not in (32, 64) and size % 128) or (activation and size % 128)))
+        or (grouped and (k % size or (size not in (32, 64) and size % 128) or (of_8_bits and size % 128)))
         or (not symmetric and (activation or bits == 8))
+        or (activation == Q8_1 and (bits, size) != (4, 32))
     ):
         raise SpecError(
             f"no kernel to tune for int{bits}, groups of {size}, {activation or '16-bit'} tokens, {n}x{k}"
             f"{'' if symmetric else ', with zeros'}: expected 4 or 8 bits, in features divisible by {divisor}, and groups of "
-            "32, 64 or a multiple of 128 that divides them (8 bits: one scale a row; 8-bit tokens: multiples of 128)"
+            "32, 64 or a multiple of 128 that divides them (8 bits: one scale a row; 8-bit tokens: multiples of 128; q8_1: 4 "
+            "bits in groups of 32)"
         )
     variant = Variant.of(DTYPE, torch.bfloat16, bits, size, k, not symmetric)
     rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
@@ -58,7 +61,9 @@ def group_size(weight: Weight) -> int:
 
 
 def scale_dtype(weight: Weight) -> torch.dtype:
-    """Return the dtype of the scales: of their size where they are read with the codes."""
+    """Return the dtype of the scales: of their size where they are read with the codes; Q4_0's are fp16."""
+    if weight.activation == Q8_1:
+        return torch.float16
     if not weight.groups:
         return torch.float32 if weight.bits == 8 or weight.activation else torch.bfloat16
     size = weight.scale_bytes // (BLOCK_ROWS * weight.groups * (2 if weight.zero else 1))
@@ -68,6 +73,11 @@ def scale_dtype(weight: Weight) -> torch.dtype:
 def variant_of(weight: Weight) -> Variant:
     """Return what the kernels for 16-bit tokens are compiled for."""
     return Variant.of(DTYPE, scale_dtype(weight), weight.bits, group_size(weight), weight.k, weight.zero)
+
+
+def epilogue_of(weight: Weight) -> tuple[str, ...]:
+    """Return the macros of what becomes of products: ggml's are ``(N, M) float32``."""
+    return EPILOGUES["transposed" if weight.activation == Q8_1 else "none"]
 
 
 class Tunable(Protocol):
@@ -100,25 +110,26 @@ class _Decode:
     same: tuple[str, ...] = decode_cuts.SAME
 
     def useful(self, weight: Weight, m: int) -> bool:
-        return not weight.activation and m <= 128
+        return weight.activation in ("", Q8_1) and m <= 128
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         blocks, sizes = weight.n // BLOCK_ROWS, (weight.k, weight.bits)
-        cuts = decode_cuts.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count)
+        behind = weight.activation == Q8_1
+        cuts = decode_cuts.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count, behind=behind)
         return sorted(cuts, key=lambda config: decode_cuts.cost(config, m, blocks, *sizes, sm_count))
 
     def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
         return ()
 
     def unit(self, weight: Weight, config: Any) -> Unit:
-        return Unit("decode_a16", (*variant_of(weight).defines, *config.defines))
+        return Unit("decode_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight)))
 
 
 class _Prefill:
     same: tuple[str, ...] = prefill_cuts.SAME
 
     def useful(self, weight: Weight, m: int) -> bool:
-        return not weight.activation
+        return weight.activation in ("", Q8_1)
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         sizes = (m, weight.n, weight.k, weight.bits)
@@ -129,14 +140,14 @@ class _Prefill:
         return ()
 
     def unit(self, weight: Weight, config: Any) -> Unit:
-        return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines))
+        return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight)))
 
 
 class _A8:
     same: tuple[str, ...] = linear_a8.SAME
 
     def useful(self, weight: Weight, m: int) -> bool:
-        return bool(weight.activation)
+        return weight.activation in ("int8", "fp8")
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         promote = linear_a8.promotes(weight.activation, weight.groups > 0)

@@ -15,8 +15,9 @@ from lq_kernels.tuned.kernels import TUNABLES, config_of, weight
 from lq_kernels.tuned.lookup import source_digests
 from lq_kernels.tuned.search import CANDIDATES, Failed, Found, Timer, proposals, search
 from lq_kernels.tuned.shapes import MODELS, Shape, linear_shapes
-from lq_kernels.tuned.table import Cut, Point, Stamp, Table, Weight, read, write
+from lq_kernels.tuned.table import Q8_1, Cut, Point, Stamp, Table, Weight, read, write
 
+Q8_1_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 A8_TOKENS = tuple(m for m in TOKENS if m >= 16)
 SHAPES: tuple[Shape, ...] = (
@@ -55,6 +56,7 @@ def device_preset() -> list[Task]:
         (main, A8_TOKENS, {"bits": 8, "group_size": -1, "activation": "fp8"}),
         (main, A8_TOKENS, {"bits": 4, "group_size": 128, "activation": "fp8"}),
         (main, A8_TOKENS, {"bits": 4, "group_size": 128, "activation": "int8"}),
+        (main, Q8_1_TOKENS, {"bits": 4, "group_size": 32, "activation": Q8_1}),
     ]
     models = tuple(dict.fromkeys(shape for model in MODELS.values() for shape in linear_shapes(model)))
     rest = tuple(shape for shape in models if shape not in SHAPES)

@@ -13,9 +13,11 @@ from typing import Protocol
 from lq_kernels.prepare import Unit
 from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of
 from lq_kernels.tuned.lookup import alike
-from lq_kernels.tuned.table import Cut, Point, Weight
+from lq_kernels.tuned.table import Q8_1, Cut, Point, Weight
 
 CANDIDATES = 12
+_BEHIND = 2
+"""Times as many where a product stands behind another launch: the models know less of that."""
 SHORT, LONG = 3, 9
 """Replays of a cut in each round."""
 _FINALISTS = 3
@@ -73,8 +75,9 @@ def proposals(
         tunable = TUNABLES[kernel]
         if tunable.useful(weight, m):
             ranked = tunable.ranked(weight, m, sm_count)
+            most = candidates * (_BEHIND if weight.activation == Q8_1 else 1)
             again = (alike(cut, ranked, tunable.same) for cut in known.get(kernel, ()))
-            for config in dict.fromkeys([*ranked[:candidates], *(config for config in again if config is not None)]):
+            for config in dict.fromkeys([*ranked[:most], *(config for config in again if config is not None)]):
                 yield kernel, fields_of(config), tunable.unit(weight, config)
 
 

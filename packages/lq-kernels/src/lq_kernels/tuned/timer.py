@@ -16,10 +16,9 @@ from lq_formats import LQError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
 from torch import Tensor
 
-from lq_kernels.preshuffled import arranged_groups
 from lq_kernels.problem import Arch
 from lq_kernels.tuned.kernels import DTYPE, config_of, group_size, scale_dtype
-from lq_kernels.tuned.table import Cut, Weight
+from lq_kernels.tuned.table import Q8_1, Cut, Weight
 
 COLD_BYTES = 160 << 20
 MAX_COPIES = 64
@@ -107,7 +106,7 @@ class GraphTimer:
             torch.cuda.empty_cache()
             nbytes = weight.n * weight.k * weight.bits // 8
             count = max(2, min(MAX_COPIES, math.ceil(COLD_BYTES / nbytes)))
-            make = _a8_calls if weight.activation else _a16_calls
+            make = {"": _a16_calls, Q8_1: _q8_1_calls}.get(weight.activation, _a8_calls)
             generator = torch.Generator(self._device).manual_seed(0)
             first = make(weight, self._device, generator)
             copies = [first, *(make(weight, self._device, generator) for _ in range(count - 1))]
@@ -115,7 +114,9 @@ class GraphTimer:
         return self._copies[1]
 
 
-def _a16_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
+def _a16_calls(
+    weight: Weight, device: torch.device, generator: torch.Generator, *, transposed: bool = False
+) -> dict[str, _Call]:
     from lq_kernels import dequant_blas
     from lq_kernels.cuda import decode_a16, prefill_a16
 
@@ -123,18 +124,33 @@ def _a16_calls(weight: Weight, device: torch.device, generator: torch.Generator)
     size, rows = group_size(weight), weight.n
     shape = layout.packed_shape(rows, weight.k)
     packed = torch.randint(-(2**31), 2**31 - 1, shape, device=device, dtype=torch.int32, generator=generator)
-    scales = (arranged_groups(weight.k, size), shape[1] * 16)
+    scales = layout.scale_shape(rows, weight.k, size)
     scale = (torch.rand(scales, device=device, generator=generator) * 0.01 + 0.001).to(scale_dtype(weight))
     zero = None
     if weight.zero:
         zero = torch.randint(0, 16, scales, device=device, generator=generator).to(scale.dtype)
     rest = (packed, scale, zero, None, rows, size, weight.bits)
+
+    def turned(y: Tensor) -> Tensor:
+        return y.t().float() if transposed else y
+
     return {
-        _EXPECTED: lambda x, config: dequant_blas.preshuffled_linear(x, *rest),
-        "decode_a16": lambda x, config: decode_a16.linear(x, *rest, config),
-        "prefill_a16": lambda x, config: prefill_a16.linear(x, *rest, config),
+        _EXPECTED: lambda x, config: turned(dequant_blas.preshuffled_linear(x, *rest)),
+        "decode_a16": lambda x, config: decode_a16.linear(x, *rest, config, transposed),
+        "prefill_a16": lambda x, config: prefill_a16.linear(x, *rest, config, transposed),
         "dequant_blas": lambda x, config: dequant_blas.preshuffled_linear(x, *rest),
     }
+
+
+def _q8_1_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
+    from lq_kernels.cuda.quantize_q8_1 import round_q8_1
+
+    calls = _a16_calls(weight, device, generator, transposed=True)
+
+    def behind(call: _Call) -> _Call:
+        return lambda x, config: call(round_q8_1(x), config)
+
+    return {name: behind(call) for name, call in calls.items() if name != "dequant_blas"}
 
 
 def _a8_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
@@ -147,7 +163,7 @@ def _a8_calls(weight: Weight, device: torch.device, generator: torch.Generator) 
     if weight.bits == 4:
         unsigned = torch.randint(1, 16, (rows, weight.k), device=device, dtype=torch.uint8, generator=generator)
         packed = LAYOUTS[weight.activation].pack(unsigned)
-        scales: tuple[int, ...] = (arranged_groups(weight.k, size), packed.shape[1] * 16)
+        scales: tuple[int, ...] = LAYOUTS[weight.activation].scale_shape(rows, weight.k, size)
     else:
         packed = torch.randint(-100, 101, (rows, weight.k), device=device, generator=generator).float().to(codes)
         scales = (rows,)

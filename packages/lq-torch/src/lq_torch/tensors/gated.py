@@ -29,7 +29,7 @@ class GatedTensor(LowBitTensor):
     Attributes:
         stacked: The class of the same weight with its rows in order.
         packed: Codes of interleaved rows, :class:`lq_formats.layouts.FragmentLayout`.
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (``scale_shape`` of the layout).
     """
 
     stacked: ClassVar[Any]

@@ -48,7 +48,7 @@ class GGMLTensor(LowBitTensor):
         codes: Of planes ``(N, words) int32``, of fragments those of :class:`lq_formats.layouts.FragmentLayout`; None where
             there are blocks, as are the following.
         high: Of planes, ``(N, words)`` uint8 or int16; None for types without upper bits, too.
-        scale: Of planes ``(N, words) int32``, of fragments ``(groups, rows)`` fp16.
+        scale: Of planes ``(N, words) int32``, of fragments fp16 (their ``scale_shape``).
         minima: Of fragments, as ``scale``; None for types without minima.
         fields: Of fragments, ``(N, words) int32``: the bytes of Q4_K that scales and minima are computed from; else None.
         ggml_type: The format's name, for example ``"q4_0"``.
@@ -166,8 +166,9 @@ class GGMLTensor(LowBitTensor):
         """Return rows ``(R,)`` dequantized with the others of their blocks of 16: more work than need be, in a few launches."""
         block, count = rows // BLOCK_ROWS, rows.shape[0]
         codes, *tables = (each for each in fragments if each is not None)
-        groups = fragments.scale.shape[0]
-        some = (table.view(groups, -1, BLOCK_ROWS).index_select(1, block).flatten(1) for table in tables)
+        steps = fragments.scale.shape[0]
+        together = GGML_FRAGMENTS[self.ggml_type].scale_shape(BLOCK_ROWS, self.shape[1])[1]  # of a block
+        some = (table.view(steps, -1, together).index_select(1, block).flatten(1) for table in tables)
         parts = GGMLFragments(codes.index_select(1, block), *some)
         w = self._dequantized(parts, count * BLOCK_ROWS, self.dtype).view(count, BLOCK_ROWS, self.shape[1])
         return w[torch.arange(count, device=w.device), rows % BLOCK_ROWS]

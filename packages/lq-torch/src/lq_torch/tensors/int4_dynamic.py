@@ -22,7 +22,7 @@ class Int4DynamicTensor(LowBitTensor):
 
     Attributes:
         packed: int32, :class:`lq_formats.layouts.Fragment8Layout`.
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (``scale_shape`` of the layout).
         group_size: In features per scale (K: one scale a row).
         activation: ``"int8"`` or ``"fp8"``: what activations are quantized to.
         lowest: Whether the code -8 occurs, as fp8 kernels need to know.

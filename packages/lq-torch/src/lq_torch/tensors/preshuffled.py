@@ -30,7 +30,7 @@ class Int4PreshuffledTensor(LowBitTensor):
 
     Attributes:
         packed: int32, :class:`lq_formats.layouts.FragmentLayout`.
-        scale: ``(groups, rows)``, arranged alike.
+        scale: Arranged alike (``scale_shape`` of the layout).
         zero: As ``scale``, in its dtype; None for symmetric weights.
         group_size: In features per scale (K: one scale a row).
         integer_zero: Whether zeros are saved as uint8.

@@ -6,7 +6,8 @@
 //   the previous kernel: the ring is filled while that kernel still runs. Filling it takes a microsecond to issue, so another warp
 //   waits for that kernel and brings x.
 // - Rows are shared among clusters in blocks of 16, which balances any matrix; the CTAs of a cluster share K. A CTA's part of x
-//   is loaded once and stays in shared memory.
+//   is loaded once and stays in shared memory; or, where that would leave no room for the next kernel's CTAs, x passes by with the
+//   weights (LQ_STREAMED): a stage has room for its K steps of x, which come when that kernel's predecessor has ended.
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
 //   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
 //   Few warps a scheduler hide little latency, so codes are loaded half a stage ahead. A warp has two K steps of a block in a
@@ -14,8 +15,7 @@
 //   as codes. Zeros of x's type take the place of 8 where codes are unpacked, at no instruction more: exactly where they are integers,
 //   else u - zero is rounded once. Others, and minima, multiply sums of x, which are the same for all rows: each is computed once, when its
 //   chunk of x has come.
-// - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K: from the
-//   threads themselves for up to two tiles of tokens, from a buffer and in bulk for more, whose many small stores take longer. No atomics,
+// - Partial sums go to the CTA that owns the row through distributed shared memory and are added in the order of K. No atomics,
 //   no workspace in global memory, nothing to reset: results are bitwise reproducible, and a token's result does not depend on
 //   the other tokens.
 //
@@ -27,12 +27,13 @@
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32: the type of scales and zeros), LQ_GROUPS (groups in
 // a step: 1, 2, 4; 0: one scale a row), LQ_ZERO (0, 1; 2: minima of groups, weights are u * scale + minimum), LQ_TILES (tiles of 8
-// tokens: 1, 2, 4), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32
+// tokens: 1, 2), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32
 // (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a
 // gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n
 // for ups; 0), LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`, which the warp that brings them makes d q in X where
-// they lie, a chunk ahead of the products; k is a multiple of 128; 0); and with LQ_ROUNDED (Bf16, Fp16) where x, of that type, is to be
-// what its Q8_1 blocks would stand for: the warps that multiply make it that where it lies, before they do; k is a multiple of 32.
+// they lie, a chunk ahead of the products; k is a multiple of 128; 0); LQ_STREAMED (1: x passes by, all passes have as many slots, there
+// are two at most, and k is a multiple of a step; 0); and with LQ_ROUNDED (Bf16, Fp16) where x, of that type, is to be what its Q8_1
+// blocks would stand for: the warps that multiply make it that where it lies, before they do; k is a multiple of 32.
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -87,6 +88,11 @@ constexpr bool kRounded = false;
 using Given = X;
 #endif
 constexpr bool kConverted = kTokensQ8_1 || kRounded;  // x becomes X in shared memory
+#ifndef LQ_STREAMED
+#define LQ_STREAMED 0
+#endif
+constexpr bool kStreamed = LQ_STREAMED != 0;
+static_assert(!kStreamed || (!kConverted && !kSums), "x that passes by is multiplied as it comes, and not added up");
 static_assert(!kRounded || (!kTokensQ8_1 && !kSums), "tokens come as one thing, and nobody adds them up when they have come");
 static_assert(!kTokensQ8_1 || kBits == 4, "bulk copies take whole multiples of 16 bytes: a K step of 128 is 144 bytes of Q8_1");
 
@@ -102,7 +108,8 @@ constexpr int kBlockBytes = 1024;                // of codes in a K step
 constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
 constexpr int kHalfQuads = kStep / 64;           // pieces of 32 in features (one ldmatrix.x4 of tokens) in half a step
 constexpr int kScaleBytes = kBlockRows * static_cast<int>(sizeof(ScaleBits));  // of a block and group
-constexpr int kSlotScales = kGroups * kScaleBytes * (kZero ? 2 : 1);           // of a block and step, zeros included
+constexpr int kStepScales = kGroups * kScaleBytes;                             // of a block and step, which lie together
+constexpr int kSlotScales = kStepScales * (kZero ? 2 : 1);                     // ... and its zeros
 constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
 constexpr int kTokenSums = kSums ? kScaleCount : 0;  // of x in a step, for a token
@@ -204,9 +211,8 @@ __device__ constexpr Count x_bytes(Count features) {
 template <int kTokenTiles>
 __device__ __forceinline__ void decode(const Arguments& p) {
   constexpr int kTokens = 8 * kTokenTiles;
-  constexpr bool kDirect = kTokenTiles * kWarpBlocks <= 2;  // threads send their sums themselves
-  // Floats; padded against bank conflicts. Where threads send a row's sums of two tiles they lie as a thread has them, two of each.
-  constexpr bool kPairs = kDirect && kTokenTiles == 2;
+  // Floats; padded against bank conflicts. A row's sums of two tiles lie as a thread has them, two of each.
+  constexpr bool kPairs = kTokenTiles == 2;
   constexpr int kPitch = kTokens + (kPairs ? 4 : 2), kBuffer = 128 * kWarpBlocks * kPitch;
   extern __shared__ __align__(128) u8 shared[];
   u64* full = reinterpret_cast<u64*>(shared);
@@ -216,7 +222,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u64* received = x_ready + kChunks;                      // two: a pass's sums are in the inbox
   u64* released = received + 2;                           // two: every CTA has read them
   u8* ring = shared + kHeader;
-  const int stages = static_cast<int>(p.stages);
+  const int stages = static_cast<int>(p.stages), pitch = static_cast<int>(p.pitch);
+  // Of a stage: weights, and x of the same steps if it passes by with them.
+  const int most_tokens = static_cast<int>(p.m < kTokens ? p.m : kTokens);
+  const int stage_bytes = kStage + (kStreamed ? (most_tokens * pitch + 127) / 128 * 128 : 0);
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
@@ -225,11 +234,11 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   // have time initialise the barriers, while the others find out what to copy.
   if (warp < 4) {
     if (elect_one()) {
-      if (warp == 0) mbarriers_init_ring(full, 1, empty, kWarps * kArrivingLanes, stages);
-      if (warp == 1) mbarriers_init<kChunks>(x_full, 1);
+      if (warp == 0) mbarriers_init_ring(full, kStreamed ? 2 : 1, empty, kWarps * kArrivingLanes, stages);
+      if (!kStreamed && warp == 1) mbarriers_init<kChunks>(x_full, 1);
       if (kConverted && warp == 2) mbarriers_init<kChunks>(x_ready, kArrivingLanes);
       if (warp == 3) {
-        mbarriers_init<2>(received, !kDirect ? 1 + (kRacecheck ? kConsumers : 1) : ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
+        mbarriers_init<2>(received, ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
         mbarriers_init<2>(released, ranks * kArrivingLanes);
       }
       mbarrier_init_fence();
@@ -254,7 +263,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     // The producer. Control flow and addresses are uniform, so that copies are issued without a loop over lanes.
     const u64 policy = policy_evict_first();
     const int steps_per_group = static_cast<int>(p.group_size / kStep);
-    const i64 code_pitch = static_cast<i64>(blocks) * kBlockBytes, scale_pitch = static_cast<i64>(blocks) * kScaleBytes;
+    const i64 code_pitch = static_cast<i64>(blocks) * kBlockBytes, scale_pitch = static_cast<i64>(blocks) * kStepScales;
     int stage = 0, filled = 0, block = first_block, left = my_blocks, step = 0;
     Pass now = pass_of(0);
     u32 parity = 1;  // of the empty barrier to wait for, from the second round on
@@ -273,31 +282,25 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         mbarrier_arrive_expect(full + stage, parts * here * (kBlockBytes + kSlotScales));
         // Copies are issued as fast as their addresses are there: the next ones by an addition.
         int k_step = first_step + step, group_steps = 0;
-        u8* to = ring + stage * kStage;
+        u8* to = ring + stage * stage_bytes;
         u8* scale_to = to + 2 * kWarps * kBlockBytes;
         const u8* from = p.packed + (static_cast<i64>(k_step) * blocks + block) * kBlockBytes;
         i64 scale_from = 0;
         if constexpr (!kPerRow) {
-          const int group = kGroups > 1 ? k_step * kGroups : steps_per_group == 1 ? k_step : k_step / steps_per_group;
+          const int group = kGroups > 1 || steps_per_group == 1 ? k_step : k_step / steps_per_group;  // or all of a step
           if (kGroups == 1 && steps_per_group > 1) group_steps = steps_per_group - (k_step - group * steps_per_group);
-          scale_from = (static_cast<i64>(group) * blocks + block) * kScaleBytes;
+          scale_from = (static_cast<i64>(group) * blocks + block) * kStepScales;
         }
 #pragma unroll 2
         for (int part = 0; part < parts; ++part) {
           bulk_copy(to, from, here * kBlockBytes, full + stage, policy);
           to += stride * kBlockBytes, from += code_pitch;
           if constexpr (!kPerRow) {
-#pragma unroll
-            for (int i = 0; i < kGroups; ++i) {
-              const i64 at = scale_from + i * scale_pitch;
-              bulk_copy(scale_to + i * stride * kScaleBytes, p.scales + at, here * kScaleBytes, full + stage, policy);
-              if constexpr (kZero)
-                bulk_copy(scale_to + (kGroups + i) * stride * kScaleBytes, p.zeros + at, here * kScaleBytes, full + stage, policy);
-            }
+            bulk_copy(scale_to, p.scales + scale_from, here * kStepScales, full + stage, policy);
+            if constexpr (kZero)
+              bulk_copy(scale_to + stride * kStepScales, p.zeros + scale_from, here * kStepScales, full + stage, policy);
             scale_to += stride * kSlotScales;
-            if (kGroups > 1)
-              scale_from += kGroups * scale_pitch;
-            else if (steps_per_group == 1)
+            if (kGroups > 1 || steps_per_group == 1)
               scale_from += scale_pitch;
             else if (--group_steps == 0)
               scale_from += scale_pitch, group_steps = steps_per_group;
@@ -316,9 +319,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     return;
   }
 
-  float* inbox = reinterpret_cast<float*>(ring + stages * kStage);  // buffers of sums of the warps' rows x kTokens, by source
-  float* outbox = inbox + p.boxes * kBuffer;                        // ... and by owner, what is sent in bulk
-  u8* tokens = reinterpret_cast<u8*>(kDirect ? outbox : outbox + p.boxes * kBuffer);
+  float* inbox = reinterpret_cast<float*>(ring + stages * stage_bytes);  // buffers of sums of the warps' rows x kTokens, by source
+  u8* tokens = reinterpret_cast<u8*>(inbox + p.boxes * kBuffer);
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
   const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
   float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
@@ -338,14 +340,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     const int box = pass % 2, sources = ranks * now.k_parts();
     const int owned_shift = now.log_slots + 4 - log_ranks, owned_rows = 1 << owned_shift;
     if (thread == 0)
-      mbarrier_arrive_expect(received + box, !kDirect   ? (kBuffer - part_of_buffer) * 4
-                                             : ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * (kPairs ? 64 : token_pairs * 8)
-                                                         : 0);
+      mbarrier_arrive_expect(received + box, ranks > 1 ? kWarps * kWarpBlocks * kBlockRows * (kPairs ? 64 : token_pairs * 8) : 0);
     mbarrier_wait(received + box, pass / 2 % 2);
-    if (!kDirect && count == kConsumers && ranks > 1) {
-      __syncwarp();
-      cluster_arrive();
-    }
     const int rows_left = (my_blocks - pass * slots) * kBlockRows - rank * owned_rows;
     const i64 row0 = static_cast<i64>(first_block + pass * slots) * kBlockRows + rank * owned_rows;
     for (int i = thread; i < owned_rows / kFeatureRows * token_pairs; i += count) {
@@ -388,40 +384,66 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   };
 
   if (warp == kWarps + 1) {
-    wait_for_previous_kernel();
-    const u8* next_x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
-    u8* next_to = tokens + raw;
-    int next = 0, left_k = k_here;
+    const u64 keep = policy_evict_last();
+    const u8* const x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
     const i64 x_pitch = x_bytes(p.k);
-    const int pitch = static_cast<int>(p.pitch);
-    // The next chunks, up to `end`.
-    auto bring = [&](int end) {
-      const u64 keep = policy_evict_last();
+    wait_for_previous_kernel();
+    if constexpr (kStreamed) {
+      // As the producer does, to the same barriers.
+      int stage = 0, step = 0;
+      u32 parity = 1;
 #pragma unroll 1
-      for (; next < end && left_k > 0; ++next) {
-        const int bytes = x_bytes(left_k < chunk_k ? left_k : chunk_k);
+      for (int filled = 0; filled < total; ++filled) {
+        const int parts = steps - step < full_pass.stage_steps() ? steps - step : full_pass.stage_steps();
+        if (filled >= stages) {
+          mbarrier_wait(empty + stage, parity);
+          fence_async_proxy();
+        }
         if (elect_one()) {
-          mbarrier_arrive_expect(x_full + next, m * bytes);
-          const u8* from = next_x;
-          u8* to = next_to;
+          const int bytes = x_bytes(parts * kStep);
+          mbarrier_arrive_expect(full + stage, m * bytes);
+          const u8* from = x + x_bytes(step * kStep);
+          u8* to = ring + stage * stage_bytes + kStage;
 #pragma unroll 4
-          for (int token = 0; token < m; ++token, from += x_pitch, to += pitch) bulk_copy(to, from, bytes, x_full + next, keep);
+          for (int token = 0; token < m; ++token, from += x_pitch, to += pitch) bulk_copy(to, from, bytes, full + stage, keep);
         }
         __syncwarp();
-        next_x += bytes, next_to += bytes, left_k -= chunk_k;
+        step += full_pass.stage_steps();
+        if (step >= steps) step = 0;
+        if (++stage == stages) stage = 0, parity ^= 1;
       }
-    };
-    bring(kTokensQ8_1 ? kChunksAhead : kChunks);
-    if constexpr (kTokensQ8_1) {
+    } else {
+      const u8* next_x = x;
+      u8* next_to = tokens + raw;
+      int next = 0, left_k = k_here;
+      // The next chunks, up to `end`.
+      auto bring = [&](int end) {
 #pragma unroll 1
-      for (int chunk = 0; chunk * chunk_k < k_here; ++chunk) {
-        bring(chunk + kChunksAhead + 1);
-        const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
-        mbarrier_wait(x_full + chunk, 0);
-        convert_q8_1<X>(tokens, static_cast<int>(p.pitch), m, raw, from / 32, to / 32);
-        if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
+        for (; next < end && left_k > 0; ++next) {
+          const int bytes = x_bytes(left_k < chunk_k ? left_k : chunk_k);
+          if (elect_one()) {
+            mbarrier_arrive_expect(x_full + next, m * bytes);
+            const u8* from = next_x;
+            u8* to = next_to;
+#pragma unroll 4
+            for (int token = 0; token < m; ++token, from += x_pitch, to += pitch) bulk_copy(to, from, bytes, x_full + next, keep);
+          }
+          __syncwarp();
+          next_x += bytes, next_to += bytes, left_k -= chunk_k;
+        }
+      };
+      bring(kTokensQ8_1 ? kChunksAhead : kChunks);
+      if constexpr (kTokensQ8_1) {
+#pragma unroll 1
+        for (int chunk = 0; chunk * chunk_k < k_here; ++chunk) {
+          bring(chunk + kChunksAhead + 1);
+          const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
+          mbarrier_wait(x_full + chunk, 0);
+          convert_q8_1<X>(tokens, pitch, m, raw, from / 32, to / 32);
+          if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
+        }
+        __syncwarp();
       }
-      __syncwarp();
     }
     wait_for_barriers_of_cluster();
     for (int pass = 0; pass + 1 < passes; ++pass) {
@@ -438,20 +460,23 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   }
 
   // The consumers. In features past the end are read, and must be zero.
-  for (int token = warp; token < m; token += kWarps)
-    for (int unit = k_here / 8 + lane; unit < steps * kStep / 8; unit += 32)
-      *reinterpret_cast<uint4*>(tokens + token * p.pitch + unit * 16) = uint4{0, 0, 0, 0};
-  named_barrier(1, kConsumers);
+  if constexpr (!kStreamed) {
+    for (int token = warp; token < m; token += kWarps)
+      for (int unit = k_here / 8 + lane; unit < steps * kStep / 8; unit += 32)
+        *reinterpret_cast<uint4*>(tokens + token * p.pitch + unit * 16) = uint4{0, 0, 0, 0};
+    named_barrier(1, kConsumers);
+  }
 
   const int g = lane / 4, t = lane % 4;
   auto slot_of = [&](Pass pass) { return kWarpBlocks * warp & (pass.slots() - 1); };
   auto step_of = [&](Pass pass) { return kWarpSteps * (kWarpBlocks * warp >> pass.log_slots); };  // of a stage, this warp's first
   auto codes_of = [&](Pass pass) { return (step_of(pass) * pass.slots() + slot_of(pass)) * kBlockBytes + lane * 16; };
-  u32 tokens_at[kTokenTiles];  // this lane's row of a token tile; a token that does not exist reads the last, its sums are not stored
+  // This lane's row of a token tile, in a stage if x passes by; a token that does not exist reads the last, its sums are not stored.
+  u32 tokens_at[kTokenTiles];
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
     const int token = c * 8 + lane % 8;
-    tokens_at[c] = shared_address(tokens) + (token < m ? token : m - 1) * static_cast<u32>(p.pitch) + lane / 8 * 16;
+    tokens_at[c] = (kStreamed ? kStage : shared_address(tokens)) + (token < m ? token : m - 1) * static_cast<u32>(pitch) + lane / 8 * 16;
   }
 
   int stage = 0, next_chunk = 0;
@@ -509,7 +534,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   };
 
   auto next_stage = [&] {
-    ++stage, stage_at += kStage;
+    ++stage, stage_at += stage_bytes;
     if (stage == stages) stage = 0, parity ^= 1, stage_at = shared_address(ring);
     mbarrier_wait(full + stage, parity);
     load_words();
@@ -520,7 +545,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     for (int chunk = warp; chunk * chunk_k < k_here; chunk += kWarps) {
       const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
       mbarrier_wait(x_full + chunk, 0);
-      round_q8_1<Given, X>(tokens, static_cast<int>(p.pitch), m, from / 32, to / 32);
+      round_q8_1<Given, X>(tokens, pitch, m, from / 32, to / 32);
       __syncwarp();
       if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
     }
@@ -538,10 +563,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   for (int pass = 0; pass < passes; ++pass) {
     const Pass now = pass_of(pass);
     const int slot = slot_of(now), first = step_of(now), stages_here = now.stages(steps);
-    u32 group_scales = now.slots() * kScaleBytes, step_scales = now.slots() * kSlotScales;
-    u32 to_scales = 2 * kWarps * kBlockBytes + first * step_scales + slot * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
+    u32 to_zeros = now.slots() * kStepScales, step_scales = now.slots() * kSlotScales;  // from scales
+    u32 to_scales = 2 * kWarps * kBlockBytes + first * step_scales + slot * kStepScales + 2 * g * static_cast<int>(sizeof(ScaleBits));
     int stage_steps = now.stage_steps();
-    keep(group_scales), keep(step_scales), keep(to_scales), keep(stage_steps);
+    keep(to_zeros), keep(step_scales), keep(to_scales), keep(stage_steps);
     const int block = first_block + pass * slots + slot;
     const bool rows_exist = pass * slots + slot < my_blocks;
     float acc[kWarpBlocks][kTokenTiles][4] = {};
@@ -585,7 +610,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           if (first) {
 #pragma unroll
             for (int b = 0; b < kWarpBlocks; ++b) {
-              const u32 pair = less_zero(X{}, load_word(step_scale + (kGroups + quad / kGroupQuads) * group_scales + b * kScaleBytes));
+              const u32 pair = less_zero(X{}, load_word(step_scale + to_zeros + quad / kGroupQuads * kScaleBytes + b * kStepScales));
               zeros[b][0] = __byte_perm(pair, pair, 0x1010);
               zeros[b][1] = __byte_perm(pair, pair, 0x3232);
             }
@@ -623,12 +648,12 @@ __device__ __forceinline__ void decode(const Arguments& p) {
           if ((quad + 1) % kGroupQuads == 0) {
 #pragma unroll
             for (int b = 0; b < kWarpBlocks; ++b) {
-              const u32 at = step_scale + quad / kGroupQuads * group_scales + b * kScaleBytes;
+              const u32 at = step_scale + quad / kGroupQuads * kScaleBytes + b * kStepScales;
               load_pair<Scale>(sums[b].scale, at);
               if constexpr (kSums && !kSumsAtOnce) {
                 // What zeros that are not 8, or minima, add: their share of the sums of x.
                 float zero[2];
-                load_pair<Scale>(zero, at + kGroups * group_scales);
+                load_pair<Scale>(zero, at + to_zeros);
                 excess(zero, sums[b].scale);
 #pragma unroll
                 for (int c = 0; c < kTokenTiles; ++c) {
@@ -652,10 +677,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         for (int c = 0; c < kTokenTiles; ++c) sum[c] = exists ? load_float(step_sums + (group * kTokens + c * 8) * 4) : 0.0f;
 #pragma unroll
         for (int b = 0; b < kWarpBlocks; ++b) {
-          const u32 at = step_scale + group * group_scales + b * kScaleBytes;
+          const u32 at = step_scale + group * kScaleBytes + b * kStepScales;
           float scale[2], zero[2];
           load_pair<Scale>(scale, at);
-          load_pair<Scale>(zero, at + kGroups * group_scales);
+          load_pair<Scale>(zero, at + to_zeros);
           excess(zero, scale);
           if (!exists) zero[0] = zero[1] = 0.0f;
 #pragma unroll
@@ -667,14 +692,17 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     if (kPerRow && pass == 0) wait_for_others();  // the scales above need not wait
     u32 x_at[kTokenTiles];
 #pragma unroll
-    for (int c = 0; c < kTokenTiles; ++c) x_at[c] = tokens_at[c] + first * kStep * 2;
+    for (int c = 0; c < kTokenTiles; ++c) {
+      x_at[c] = tokens_at[c] + first * kStep * 2;
+      if constexpr (kStreamed) keep(x_at[c]);  // in a stage
+    }
     u32 x_sums = my_sums + first * (kTokenSums * kTokens * 4);
     int mine = rows_exist ? steps - first : 0;  // this warp's steps from here on, and the other warps' between them
     if (pass > 0) next_chunk = stages_here;  // x is there
     for (int at = 0;;) {
       const u32 scale = stage_at + to_scales;
       u64* const used = empty + stage;
-      if (at == next_chunk) {
+      if (!kStreamed && at == next_chunk) {
         // The next chunk of x; what lies past the end of K was zeroed.
         const int from = next_chunk * stage_steps;
         if (from * kStep < k_here) mbarrier_wait(chunk_ready++, 0);
@@ -684,9 +712,15 @@ __device__ __forceinline__ void decode(const Arguments& p) {
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) order_after(x_at[c]);
       }
-      if (mine > 0) multiply(Int<0>{}, scale, x_sums, x_at);
+      u32 x_here[kTokenTiles];
+#pragma unroll
+      for (int c = 0; c < kTokenTiles; ++c) {
+        x_here[c] = x_at[c] + (kStreamed ? stage_at : 0);
+        if constexpr (kStreamed) order_after(x_here[c]);
+      }
+      if (mine > 0) multiply(Int<0>{}, scale, x_sums, x_here);
       if constexpr (kWarpSteps == 2) {
-        if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_sums + kTokenSums * kTokens * 4, x_at);
+        if (mine > 1) multiply(Int<1>{}, scale + step_scales, x_sums + kTokenSums * kTokens * 4, x_here);
       }
       if constexpr (kRacecheck) fence_async_proxy();
       __syncwarp();
@@ -695,8 +729,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       next_stage();
       mine -= stage_steps;
       x_sums += stage_steps * (kTokenSums * kTokens * 4);
+      if constexpr (!kStreamed)
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
+        for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
     }
     if (pass + 1 < passes) {
       enter(pass_of(pass + 1));
@@ -717,7 +752,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
 
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
-    // have read those, which also means that what this CTA sent then has left.
+    // have read those.
     const int box = pass % 2, owned_shift = now.log_slots + 4 - log_ranks, k_part = kWarpBlocks * warp >> now.log_slots;
     if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
 #pragma unroll
@@ -726,55 +761,33 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       // A gate and its up are sent as neighbours, so that one CTA owns both.
       const int row = (slot + b) * kBlockRows + (kGated ? 2 * g + r : g + 8 * r), owner = row >> owned_shift;
       const int at = box * kBuffer + ((k_part << owned_shift) + (row & ((1 << owned_shift) - 1))) * kPitch + (kPairs ? 4 : 2) * t;
+      // A cluster of one CTA has no asynchronous stores.
+      const float(&first)[4] = acc[b][0];
       if constexpr (kPairs) {
-        const float(&first)[4] = acc[b][0];
         const float(&second)[4] = acc[b][kTokenTiles - 1];
         const float4 value{kUnit * first[2 * r], kUnit * first[2 * r + 1], kUnit * second[2 * r], kUnit * second[2 * r + 1]};
         if (ranks == 1)
           *reinterpret_cast<float4*>(inbox + at) = value;
         else
           store_async(map_shared(inbox + rank * part_of_buffer + at, owner), value, map_shared(received + box, owner));
-      } else if constexpr (kDirect) {
-        // A cluster of one CTA has no asynchronous stores.
-        if (t < token_pairs && ranks == 1)
-          *reinterpret_cast<float2*>(inbox + at) = float2{kUnit * acc[b][0][2 * r], kUnit * acc[b][0][2 * r + 1]};
-        else if (t < token_pairs)
-          store_async(map_shared(inbox + rank * part_of_buffer + at, owner), kUnit * acc[b][0][2 * r],
-                      kUnit * acc[b][0][2 * r + 1], map_shared(received + box, owner));
-      } else {
-        float* to = (owner == rank ? inbox : outbox) + owner * part_of_buffer + at;
-#pragma unroll
-        for (int c = 0; c < kTokenTiles; ++c)
-          *reinterpret_cast<float2*>(to + c * 8) = float2{kUnit * acc[b][c][2 * r], kUnit * acc[b][c][2 * r + 1]};
+      } else if (t < token_pairs) {
+        const float2 value{kUnit * first[2 * r], kUnit * first[2 * r + 1]};
+        if (ranks == 1)
+          *reinterpret_cast<float2*>(inbox + at) = value;
+        else
+          store_async(map_shared(inbox + rank * part_of_buffer + at, owner), value.x, value.y, map_shared(received + box, owner));
       }
     }
-    if constexpr (kDirect) {
-      __syncwarp();
-      if (lane < kArrivingLanes && ranks == 1) mbarrier_arrive(received + box);
-    } else {
-      fence_async_proxy();
-      named_barrier(1, kConsumers);
-      if (kRacecheck) mbarrier_arrive(received + box);
-      if (warp == 0 && elect_one()) {
-        if (!kRacecheck) mbarrier_arrive(received + box);
-        for (int owner = 0; owner < ranks; ++owner)
-          if (owner != rank)
-            bulk_copy_to_cluster(map_shared(inbox + box * kBuffer + rank * part_of_buffer, owner),
-                                 outbox + box * kBuffer + owner * part_of_buffer, part_of_buffer * 4, map_shared(received + box, owner));
-      }
-      __syncwarp();
-    }
+    __syncwarp();
+    if (lane < kArrivingLanes && ranks == 1) mbarrier_arrive(received + box);
   }
-  if (passes == 0) return;
-  finish(passes - 1, threadIdx.x, kConsumers);
-  // Bulk copies read what they send from this CTA's shared memory: it must not go before the others have it.
-  if (!kDirect && ranks > 1) cluster_wait();
+  if (passes > 0) finish(passes - 1, threadIdx.x, kConsumers);
 }
 
 #ifndef LQ_CTAS
 #define LQ_CTAS 1
 #endif
-static_assert(LQ_TILES != 4 || kGroups != 4, "four groups' scales and sums do not fit the registers");
+static_assert(LQ_TILES * LQ_WARP_BLOCKS <= 2, "threads send what they have of one row at once");
 
 }  // namespace
 

@@ -11,6 +11,7 @@ using namespace lq;
 namespace {
 
 constexpr int kStep = LQ_BITS == 4 ? 128 : 64;
+constexpr int kTogether = LQ_GROUPS > 1 ? LQ_GROUPS : 1;  // groups of a step, whose scales lie beside each other
 constexpr int kWarps = 8;
 
 __device__ __forceinline__ u16 out_bits(Bf16 t, float v) { return from_float(t, v); }
@@ -37,7 +38,9 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) dequantize_fragment(co
         if (row >= n) continue;
         for (int h = 0; h < 2; ++h) {
           if (column + h >= k) continue;
-          const i64 group = LQ_GROUPS == 0 ? 0 : (column + h) / group_size, at = (group * blocks + block) * 16 + 2 * g + rh;
+          // Of 32 bits, as in features are: a quotient of 64 takes several times as long. Groups may end within a step.
+          const u32 group = LQ_GROUPS == 0 ? 0 : static_cast<u32>(column + h) / static_cast<u32>(group_size);
+          const i64 at = ((group / kTogether * blocks + block) * kTogether + group % kTogether) * 16 + 2 * g + rh;
           float value;
           if (LQ_BITS == 4)
             value = static_cast<float>(words[w] >> (4 * (i + 4 * h)) & 0xF) - 8.0f;

@@ -118,10 +118,6 @@ constexpr int kWarpgroups = kRows / 64;  // that multiply
 constexpr int kConsumerWarps = 4 * kWarpgroups;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kThreads = 128 + kConsumers;
-// Registers of a CTA are those of so many threads. What runs right behind a quantizer of tokens leaves it a quarter, so that both fit a
-// multiprocessor and the ring fills meanwhile: 4096x14336, 16 tokens, 18.0 -> 16.3 us with the quantizer (by itself up to 3% slower).
-constexpr bool kLean = kTransposed && kTokens <= 128 && kGroups == 4 && !kZero && !kRuns;
-constexpr int kBoundThreads = kLean ? 512 : kThreads;
 constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
 #ifndef LQ_STEP
@@ -142,11 +138,12 @@ constexpr int kSets = 2 * kPending;
 constexpr int kBoxBytes = kTokens * 128;  // of x: 64 in features
 constexpr int kXBytes = kStep / 64 * kBoxBytes;
 constexpr int kScaleBytes = 16 * static_cast<int>(sizeof(ScaleBits));  // of a block and group
-constexpr int kBlockScaleBytes = kGroups * kScaleBytes * (kZero ? 2 : 1);
-constexpr int kGroupBytes = kBlocks * kScaleBytes;                     // of a tile and group
+constexpr int kStepScales = kGroups * kScaleBytes;                     // of a block and K step, which lie together
+constexpr int kBlockScaleBytes = kStepScales * (kZero ? 2 : 1);
 constexpr int kPieceBytes = kBlocks * kBlockBytes;
 constexpr int kStage = kXBytes + kPieces * kPieceBytes;
-constexpr int kScaleStage = kGroups * kGroupBytes * (kZero ? 2 : 1);
+constexpr int kZeros = kBlocks * kStepScales;  // from a tile's scales
+constexpr int kScaleStage = kBlocks * kBlockScaleBytes;
 constexpr int kUnits = kTokens / 8;              // of tokens
 constexpr int kOwnTokens = kSplit ? kTokens / 2 : kTokens;  // of a tile, that a CTA adds up and stores
 constexpr int kOwnUnits = kOwnTokens / 8;
@@ -238,8 +235,8 @@ struct Weights {
   __device__ __forceinline__ void load_scales(const u8* scales) {
 #pragma unroll
     for (int group = 0; group < kBodyGroups; ++group) {
-      const u8* const scale_at = scales + group * kGroupBytes;
-      const u8* const zero_at = scale_at + kGroups * kGroupBytes;
+      const u8* const scale_at = scales + group * kScaleBytes;
+      const u8* const zero_at = scale_at + kZeros;
       if constexpr (kSame<X, Scale>) {
         const u32 pair = *reinterpret_cast<const u32*>(scale_at);
         spread(scale[group], pair);
@@ -298,7 +295,7 @@ __device__ __forceinline__ uint4 load_eight(const u16* from, i64 left, bool whol
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     prefill_a16(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map, const u8* packed, const u8* scales,
                 const u8* zeros, const u16* bias, const u16* residual, u16* y, float4* partials, int* arrivals,
 #if LQ_ASIDE
@@ -405,15 +402,11 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
                             full + stage, policy);
             }
             if (!kPerRow && (!kMulticast || here > 0)) {
-              const int group = kGroups > 1 ? step * kGroups : steps_per_group == 1 ? step : step / steps_per_group;
+              const int group = kGroups > 1 || steps_per_group == 1 ? step : step / steps_per_group;  // or all of a step
+              const i64 from = (static_cast<i64>(group) * blocks + block) * kStepScales;
               u8* const to = scale_ring + stage * kScaleStage;
-#pragma unroll 1
-              for (int i = 0; i < kGroups; ++i) {
-                const i64 from = (static_cast<i64>(group + i) * blocks + block) * kScaleBytes;
-                bulk_copy(to + i * kGroupBytes, scales + from, here * kScaleBytes, full + stage, policy);
-                if constexpr (kZero)
-                  bulk_copy(to + (kGroups + i) * kGroupBytes, zeros + from, here * kScaleBytes, full + stage, policy);
-              }
+              bulk_copy(to, scales + from, here * kStepScales, full + stage, policy);
+              if constexpr (kZero) bulk_copy(to + kZeros, zeros + from, here * kStepScales, full + stage, policy);
             }
           }
           __syncwarp();
@@ -527,12 +520,12 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
     return;
   }
 
-  increase_registers<kWarpgroups == 3 ? 160 : kLean ? 176 : 232>();
+  increase_registers<kWarpgroups == 3 ? 160 : 232>();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
   const bool whole = is_whole();
   u8* const my_staging = staging + warpgroup * (kSplit ? kBox / kWarpgroups : kChunk * kPitch);
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
-  const u8* const my_scales = scale_ring + block * kScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
+  const u8* const my_scales = scale_ring + block * kStepScales + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
   // For the results. Without it the compiler has the ring's address computed in every K step (int8, 256 tokens).
   const u32 ring_address = kAside ? uniform(shared_address(ring)) : 0;
@@ -636,7 +629,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads, 1)
             if (half + 1 < kHalves) {
               if constexpr (kRest) mbarrier_wait(rest + last, rest_parity);
               weights.load_codes(my_codes + last * kStage + 512);
-              if constexpr (kGroups > 1) weights.load_scales(my_scales + last * kScaleStage + kBodyGroups * kGroupBytes);
+              if constexpr (kGroups > 1) weights.load_scales(my_scales + last * kScaleStage + kBodyGroups * kScaleBytes);
               tokens += kBoxBytes / 16;
             } else {
               // All lanes have read what they unpack of `last`, and one will release it for all. Here that is a NOP; in release(), which

@@ -196,15 +196,8 @@ __device__ __forceinline__ u32 map_shared(u32 address, u32 rank) {
 
 __device__ __forceinline__ u32 map_shared(const void* pointer, u32 rank) { return map_shared(shared_address(pointer), rank); }
 
-// Copy `bytes` (a multiple of 16) of this CTA's shared memory to another's; they complete on that CTA's barrier. `to` and `barrier`
-// come from map_shared. The source was written with fence_async_proxy after it.
-__device__ __forceinline__ void bulk_copy_to_cluster(u32 to, const void* shared, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "r"(shared_address(shared)), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
-// Store a pair, or four, in the shared memory of a CTA of the cluster, 8 or 16 bytes that complete on that CTA's barrier. Addresses as above.
+// Store a pair, or four, in the shared memory of a CTA of the cluster, 8 or 16 bytes that complete on that CTA's barrier. Addresses come
+// from map_shared.
 __device__ __forceinline__ void store_async(u32 to, float first, float second, u32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(first), "f"(second),
                "r"(barrier)
