@@ -4,7 +4,7 @@ Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
 ROUNDED_DEFINES = {torch.bfloat16: ("LQ_ROUNDED=Bf16",), torch.float16: ("LQ_ROUNDED=Fp16",)}
 """... with which tokens of a dtype are made what their Q8_1 blocks would stand for."""
 _Q8_1_BLOCK = 32
+_KEPT_STAGES = 6
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,7 +52,8 @@ def choice(
         scales: Of the variant.
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
-        streamed: Whether x may be streamed.
+        streamed: Whether x may be streamed. Where not, since tokens become something else in shared memory, cuts are those
+            nearest to what was measured.
         behind: Whether the product stands right behind a launch that x comes from: what was measured so, or else what is
             fastest by itself, with a multiprocessor for each CTA (:func:`lq_kernels.cuda.decode_cuts.alone`).
     """
@@ -63,19 +65,28 @@ def choice(
         chosen = choice(*sizes, device, streamed=streamed)
         return chosen and replace(chosen, config=alone(chosen.config, m, sm_count))
 
-    def able(configs: Iterable[DecodeConfig]) -> list[DecodeConfig]:
-        return [config for config in configs if streamed or not config.streamed]
-
-    measured = able(config for each in found for config in candidates(*sizes, dict(each.point.cut), behind=behind))
-    chosen = choose(
-        measured or able(candidates(*sizes)), lambda config: cost(config, m, blocks, k, bits, sm_count), SAME, found
-    )
+    cuts = [dict(each.point.cut) for each in found]
+    if streamed:
+        known = [config for cut in cuts for config in candidates(*sizes, cut, behind=behind)] or candidates(*sizes)
+    else:
+        known = _kept(cuts, *sizes)
+    chosen = choose(known, lambda config: cost(config, m, blocks, k, bits, sm_count), SAME, found)
     if chosen is None or chosen.measured is None:
         return chosen
     # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
     # three and others one, which takes up to 30% longer.
     shared = min(dict(chosen.measured.point.cut).get("shared", 0), SHARED[1])
     return replace(chosen, config=replace(chosen.config, shared=max(chosen.config.shared, shared)))
+
+
+def _kept(
+    cuts: Iterable[Mapping[str, int]], m: int, blocks: int, k: int, bits: int, scales: Scales, sm_count: int
+) -> list[DecodeConfig]:
+    """Return what comes nearest to measured cuts among those that keep x: with most stages, as products begin later; or all."""
+    sizes = (m, blocks, k, bits, scales, sm_count)
+    twins = ({**cut, "streamed": 0, "stages": stages} for cut in cuts for stages in range(_KEPT_STAGES, 0, -1))
+    nearest = next(filter(None, (list(candidates(*sizes, twin)) for twin in twins)), None)
+    return nearest or [config for config in candidates(*sizes) if not config.streamed]
 
 
 def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
