@@ -33,13 +33,11 @@ On an H200, 4096x14336, quantizer included: 1 token 11.9 us, 13.5 in a launch mo
 _MOST_ROUNDED = 4
 """Tokens of 16 bits that the kernel makes Q8_1's numbers of itself, at most: every CTA does so with its part of them ..."""
 _ROUNDING_WEIGHT = 2**24
-"""... where the weight has no more numbers than so. A larger one fills its ring while a launch quantizes more than one token.
+"""... where the weight has no more numbers than so. A larger one fills its ring while a launch quantizes them.
 
-On an H200, a launch and two: 4096x4096, 1, 2 and 4 tokens, 4.5 / 4.9 / 5.7 us and 5.2 / 5.6 / 5.7; 14336x4096,
-11.6 / 11.7 / 12.1 and 11.5 / 11.3 / 11.8; 4096x14336, 10.7 / 12.1 / 13.1 and 12.1 / 12.3 / 12.1.
+On an H200, a launch and two, 1, 2 and 4 tokens: 4096x4096 4.6 / 4.8 / 5.8 us and 5.1 / 5.3 / 5.8; 14336x4096 11.0 / 11.6 / 11.9
+and 11.0 / 11.4 / 11.6; 4096x14336 11.0 / 12.1 / 13.2 and 10.9 / 11.1 / 11.5: the fastest cut of each.
 """
-_ROUNDING_FEATURES = 2**16
-"""In features of one token that a larger weight's kernel rounds itself: shared memory holds them, however they are cut."""
 _CHUNK = 2**24  # elements that are repacked at a time, a byte each and a few copies
 
 
@@ -110,7 +108,7 @@ class OnQ4_0:  # noqa: N801
     def rounds(self, x: Tensor, n: int) -> bool:
         """Return whether the kernel rounds activations ``(M, K)`` to Q8_1's numbers itself, for ``n`` out features."""
         m, k = x.shape
-        few = (m <= _MOST_ROUNDED and n * k <= _ROUNDING_WEIGHT) or (m == 1 and k <= _ROUNDING_FEATURES)
+        few = m <= _MOST_ROUNDED and n * k <= _ROUNDING_WEIGHT
         return self._reads_q8_1 and few and x.dtype in (torch.bfloat16, torch.float16)
 
     def why_not(self, problem: Problem) -> str | None:

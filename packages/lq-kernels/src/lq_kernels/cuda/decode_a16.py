@@ -26,7 +26,6 @@ Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
 ROUNDED_DEFINES = {torch.bfloat16: ("LQ_ROUNDED=Bf16",), torch.float16: ("LQ_ROUNDED=Fp16",)}
 """... with which tokens of a dtype are made what their Q8_1 blocks would stand for."""
 _Q8_1_BLOCK = 32
-_KEPT_STAGES = 6
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,9 +81,9 @@ def choice(
 def _kept(
     cuts: Iterable[Mapping[str, int]], m: int, blocks: int, k: int, bits: int, scales: Scales, sm_count: int
 ) -> list[DecodeConfig]:
-    """Return what comes nearest to measured cuts among those that keep x: with most stages, as products begin later; or all."""
+    """Return the cuts that keep x and are otherwise like measured ones, with fewer stages if need be; or all that keep it."""
     sizes = (m, blocks, k, bits, scales, sm_count)
-    twins = ({**cut, "streamed": 0, "stages": stages} for cut in cuts for stages in range(_KEPT_STAGES, 0, -1))
+    twins = ({**cut, "streamed": 0, "stages": stages} for cut in cuts for stages in range(cut.get("stages", 0), 0, -1))
     nearest = next(filter(None, (list(candidates(*sizes, twin)) for twin in twins)), None)
     return nearest or [config for config in candidates(*sizes) if not config.streamed]
 
