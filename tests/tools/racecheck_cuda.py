@@ -12,8 +12,8 @@ the first cluster barrier, without which decode of passes that its ring does not
 compiles what is shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at: of 8-bit weights it sees the
 epilogue.
 
-In 25 of the 78 launches CTAs of a cluster arrive at each other's mbarriers: decode-kept-*-cluster2 and -cluster4 (five passes: boxes
-are used again), prefill-multicast-*, prefill-runs and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
+In 25 of the 78 launches CTAs of a cluster arrive at each other's mbarriers: decode-kept-*-cluster2 and -cluster4 (five passes:
+boxes are used again), prefill-multicast-*, prefill-runs and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
 
 tests/tools/sanitize_cuda.py has more launches, for the other tools.
 """

@@ -78,6 +78,9 @@ def test_tokens_that_have_to_stay_take_the_measured_cut_otherwise():
     assert config.stages <= streamed.stages
     for name in ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters"):
         assert getattr(config, name) == getattr(streamed, name)
+    many = tuple(sorted({**dict(fields_of(streamed)), "stages": 1 << 30}.items()))
+    save(("decode_a16", Q4_0, Point(1, 9.5, many)))
+    assert decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config.stages <= 16, "whatever a file says"
     stays = decode_cut(Q4_0, 1, streamed=False, stages=3, clusters=132)
     save(("decode_a16", Q4_0, Point(1, 9.5, fields_of(stays))))
     assert decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config == stays

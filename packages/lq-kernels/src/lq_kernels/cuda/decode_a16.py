@@ -13,7 +13,7 @@ from lq_formats.layouts import FRAGMENT_INT4
 from lq_formats.layouts.fragment import BLOCK_ROWS
 from torch import Tensor
 
-from lq_kernels.cuda.decode_cuts import SAME, SHARED, DecodeConfig, alone, candidates, cost
+from lq_kernels.cuda.decode_cuts import MAX_STAGES, SAME, SHARED, DecodeConfig, alone, candidates, cost
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
@@ -83,7 +83,8 @@ def _kept(
 ) -> list[DecodeConfig]:
     """Return the cuts that keep x and are otherwise like measured ones, with fewer stages if need be; or all that keep it."""
     sizes = (m, blocks, k, bits, scales, sm_count)
-    twins = ({**cut, "streamed": 0, "stages": stages} for cut in cuts for stages in range(cut.get("stages", 0), 0, -1))
+    most = ((cut, min(cut.get("stages", 0), MAX_STAGES)) for cut in cuts)  # a file may hold any number
+    twins = ({**cut, "streamed": 0, "stages": each} for cut, stages in most for each in range(stages, 0, -1))
     nearest = next(filter(None, (list(candidates(*sizes, twin)) for twin in twins)), None)
     return nearest or [config for config in candidates(*sizes) if not config.streamed]
 

@@ -24,8 +24,9 @@ _PLACES = 2 * _WARPS
 _STREAMED_PASSES = 2
 """At most, where x is streamed: the warp that brings it adds up all passes but the last, when it has brought all."""
 _BEHIND_STAGES = 8
-"""At most, where x is streamed behind the launch that it comes from (4096x14336, 1 to 8 tokens: with 11 within 1% of it)."""
-_MAX_STAGES = 16
+"""At most, where x is streamed behind the launch that it comes from: 9 to 11 were as fast (4096x14336)."""
+MAX_STAGES = 16
+"""Of a ring, for which the kernel has barriers."""
 _MAX_GRID_Y = 65535
 _PLACE = 0.7
 """Part of the time of a block and K step that a slot without a block takes as well (:func:`_slots`)."""
@@ -136,7 +137,7 @@ def cut(
     clusters: int,
     shared: int,
     sum_bytes: int = 0,
-    most_stages: int = _MAX_STAGES,
+    most_stages: int = MAX_STAGES,
 ) -> DecodeConfig | None:
     """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
     token_tiles, warp_blocks, ctas, streamed = form
