@@ -87,6 +87,19 @@ def test_a_block_s_scales_of_a_step_are_one_piece(layout: FragmentLayout, group:
     assert torch.equal(layout.restore_scale_rows(arranged, rows, k, group), scale[rows])
 
 
+@pytest.mark.parametrize("group", [24, 40, 48, 96, 120, 136, 256])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_groups_that_end_within_a_step_have_rows_of_their_own(layout: FragmentLayout, group: int) -> None:
+    n, k = 33, 3 * group
+    scale = torch.randn(n, 3)
+    arranged = layout.arrange_scales(scale, k, group)
+    assert tuple(arranged.shape) == layout.scale_shape(n, k, group)
+    assert arranged.shape[1] == 48
+    assert torch.equal(layout.restore_scales(arranged, n, k, group), scale)
+    rows = torch.randint(0, n, (5,))
+    assert torch.equal(layout.restore_scale_rows(arranged, rows, k, group), scale[rows])
+
+
 def test_one_scale_a_row_is_one_row_of_them() -> None:
     scale = torch.randn(20, 1)
     arranged = FRAGMENT_INT4.arrange_scales(scale, 32, 32)

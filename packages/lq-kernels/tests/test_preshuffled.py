@@ -74,6 +74,20 @@ def test_nothing_is_lost(n, k, bits, group, zero, scale_dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("group", [8, 16, 24, 40, 48, 80])
+def test_nor_with_groups_that_end_within_a_k_step(group, zero, device):
+    canonical, (packed, scale, zeros), w, _ = make(33, 240, 4, group, zero, torch.float16, device)
+    sizes = {"group_size": group, "out_features": 33, "in_features": 240}
+    codes, scales, back = restore_int4(packed, scale, zeros, **sizes)
+    assert torch.equal(codes.cpu(), canonical[0])
+    assert torch.equal(scales.cpu(), canonical[1])
+    assert back is None if canonical[2] is None else torch.equal(back.cpu(), canonical[2].to(torch.float16))
+    dense = preshuffled_dequantize(packed, scale, zeros, bits=4, **sizes, dtype=torch.float32)
+    assert float((dense - w).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("n", "k"), [(0, 64), (1, 32), (7, 32), (17, 96), (40, 160), (100, 1056), (64, 512)])
 def test_q4_0_comes_back_byte_for_byte(n, k, device, monkeypatch):
     blocks = torch.randint(0, 256, (n, k // 32, 18), dtype=torch.uint8)

@@ -45,7 +45,7 @@ class FragmentLayout:
     Padding has the code of zero (8, or 128).
 
     Scales and zeros ``(N, G)`` are arranged alike, ``(Gp, ceil(N / 16) * 16)``, and a lane's two rows are neighbours: within
-    a block the order of rows is 0, 8, 1, 9, ..., 7, 15. Padding has scale 0 and zero 0. Where a K step has ``c`` groups, a
+    a block the order of rows is 0, 8, 1, 9, ..., 7, 15. Padding has scale 0 and zero 0. Where a K step is ``c`` whole groups, a
     block's of a step lie together, so that they too are one contiguous piece: ``(Gp / c, ceil(N / 16) * c * 16)``.
     """
 
@@ -199,7 +199,7 @@ class FragmentLayout:
         if group_size == in_features:
             return 1, 1
         padded = -(-in_features // self.step) * self.step
-        return -(-padded // group_size), max(1, self.step // group_size)
+        return -(-padded // group_size), max(1, self.step // group_size) if self.step % group_size == 0 else 1
 
 
 def _place(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,7 +47,8 @@ class Variant:
         x: dtype of activations and results, bf16 or fp16.
         scale: dtype of scales and zeros.
         bits: 4 or 8.
-        groups: Groups in a K step, 128 in features of 4 bits and 64 of 8: 1, 2 or 4; 0 for one scale a row.
+        groups: Groups in a K step, 128 in features of 4 bits and 64 of 8, whose scales lie together: 1 (also where they are
+            longer, or end within a step), 2, 4 and so on; 0 for one scale a row.
         zero: Whether there are zero points, or minima.
         minimum: Whether they are minima: a weight is ``u * scale + minimum``. 4 bits in groups.
     """
@@ -65,7 +66,8 @@ class Variant:
         x: torch.dtype, scale: torch.dtype, bits: int, group_size: int, k: int, zero: bool, minimum: bool = False
     ) -> "Variant":
         """Return the variant for a weight with K = ``k`` and groups of ``group_size``."""
-        groups = 0 if group_size == k else max(1, 512 // bits // group_size)
+        step = 512 // bits
+        groups = 0 if group_size == k else step // group_size if step % group_size == 0 else 1
         return Variant(x, scale, bits, groups, zero, minimum)
 
     @functools.cached_property
