@@ -7,7 +7,7 @@
 //   waits for that kernel and brings x.
 // - Rows are shared among clusters in blocks of 16, which balances any matrix; the CTAs of a cluster share K. A CTA's part of x
 //   is loaded once and stays in shared memory; or, where that would leave no room for the next kernel's CTAs, x passes by with the
-//   weights (LQ_STREAMED): a stage has room for its K steps of x, which come when that kernel's predecessor has ended.
+//   weights (LQ_STREAMED): a stage has room for the x of its K steps, which comes when the previous kernel has ended.
 // - Eight warps multiply on the tensor cores, weights as the A operand (16 rows a warp), tokens as columns. A lane's codes
 //   are 16 consecutive bytes; unpacking is 9 instructions for 8 codes and exact. A group's scale multiplies the fp32 sum.
 //   Few warps a scheduler hide little latency, so codes are loaded half a stage ahead. A warp has two K steps of a block in a
