@@ -78,6 +78,12 @@ def test_tokens_that_have_to_stay_take_the_measured_cut_otherwise():
     assert config.stages <= streamed.stages
     for name in ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters"):
         assert getattr(config, name) == getattr(streamed, name)
+    # Minima multiply sums of tokens, so these stay as well; a table tells nothing of them but the bytes of their weight.
+    asymmetric = weight(4, 32, 4096, 14336, symmetric=False)
+    save(("decode_a16", asymmetric, Point(1, 10.5, fields_of(streamed))))
+    chosen = decode_a16.choice(1, 256, 14336, 4, Scales(4, True, True, 256), 132, H200.name)
+    assert not chosen.config.streamed
+    assert (chosen.config.clusters, chosen.measured.point.us) == (streamed.clusters, 10.5)
     many = tuple(sorted({**dict(fields_of(streamed)), "stages": 1 << 30}.items()))
     save(("decode_a16", Q4_0, Point(1, 9.5, many)))
     assert decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config.stages <= 16, "whatever a file says"

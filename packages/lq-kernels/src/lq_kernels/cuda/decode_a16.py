@@ -51,8 +51,8 @@ def choice(
         scales: Of the variant.
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
-        streamed: Whether x may be streamed. Where not, since tokens become something else in shared memory, cuts are those
-            nearest to what was measured.
+        streamed: Whether x may be streamed. Where it may not, since tokens become something else in shared memory, or cannot,
+            since they are added up, the cut is what comes nearest to the measured one.
         behind: Whether the product stands right behind a launch that x comes from: what was measured so, or else what is
             fastest by itself, with a multiprocessor for each CTA (:func:`lq_kernels.cuda.decode_cuts.alone`).
     """
@@ -60,16 +60,21 @@ def choice(
     activation = Q8_1 if behind else ""
     weight = Weight(bits, scales.groups, scales.zero, scales.bytes, activation, blocks * BLOCK_ROWS, k)
     found = tuple(measurements("decode_a16", m, weight, device, sm_count))
+    chosen: Choice[DecodeConfig] | None
     if behind and not found:
         chosen = choice(*sizes, device, streamed=streamed)
         return chosen and replace(chosen, config=alone(chosen.config, m, sm_count))
 
-    cuts = [dict(each.point.cut) for each in found]
-    if streamed:
-        known = [config for cut in cuts for config in candidates(*sizes, cut, behind=behind)] or candidates(*sizes)
-    else:
-        known = _kept(cuts, *sizes)
-    chosen = choose(known, lambda config: cost(config, m, blocks, k, bits, sm_count), SAME, found)
+    def able(configs: Iterable[DecodeConfig]) -> list[DecodeConfig]:
+        return [config for config in configs if streamed or not config.streamed]
+
+    def time(config: DecodeConfig) -> float:
+        return cost(config, m, blocks, k, bits, sm_count)
+
+    measured = able(config for each in found for config in candidates(*sizes, dict(each.point.cut), behind=behind))
+    kept = () if measured else _kept([dict(each.point.cut) for each in found], *sizes)
+    chosen = Choice(min(kept, key=time), found[0]) if kept else None
+    chosen = chosen or choose(measured or able(candidates(*sizes)), time, SAME, found)
     if chosen is None or chosen.measured is None:
         return chosen
     # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
@@ -81,12 +86,11 @@ def choice(
 def _kept(
     cuts: Iterable[Mapping[str, int]], m: int, blocks: int, k: int, bits: int, scales: Scales, sm_count: int
 ) -> list[DecodeConfig]:
-    """Return the cuts that keep x and are otherwise like measured ones, with fewer stages if need be; or all that keep it."""
+    """Return the cuts that keep x and are otherwise like the first measured one that has any, with fewer stages if need be."""
     sizes = (m, blocks, k, bits, scales, sm_count)
     most = ((cut, min(cut.get("stages", 0), MAX_STAGES)) for cut in cuts)  # a file may hold any number
     twins = ({**cut, "streamed": 0, "stages": each} for cut, stages in most for each in range(stages, 0, -1))
-    nearest = next(filter(None, (list(candidates(*sizes, twin)) for twin in twins)), None)
-    return nearest or [config for config in candidates(*sizes) if not config.streamed]
+    return next(filter(None, (list(candidates(*sizes, twin)) for twin in twins)), [])
 
 
 def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:

@@ -6,7 +6,7 @@ What a cut means to the kernel, the header of ``src/decode_a16.cu`` says.
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
@@ -254,7 +254,7 @@ def candidates(
                         if only and stages != only[6]:
                             continue
                         size = largest.shared - (largest.stages - stages) * stage
-                        found = replace(largest, stages=stages, shared=size)
+                        found = _resized(largest, stages, size)
                         yield found
                         if not only and (filling := _filling(found, per_sm)) is not found:
                             yield filling
@@ -263,7 +263,14 @@ def candidates(
 def _filling(config: DecodeConfig, per_sm: int) -> DecodeConfig:
     """Return the cut, with so much shared memory that no more than ``per_sm`` of its CTAs fit a multiprocessor."""
     least = SHARED[per_sm + 1] + 1024
-    return config if config.shared >= least else replace(config, shared=least)
+    return config if config.shared >= least else _resized(config, config.stages, least)
+
+
+def _resized(config: DecodeConfig, stages: int, shared: int) -> DecodeConfig:
+    """Return the cut with another ring; ``dataclasses.replace`` takes five times as long, and a choice makes hundreds."""
+    c = config
+    sizes = (c.token_tiles, c.warp_blocks, c.ctas, c.slots, c.cluster, c.clusters)
+    return DecodeConfig(*sizes, stages, c.boxes, c.pitch, shared, c.streamed)
 
 
 def _grids(blocks: int, at_once: int) -> tuple[int, ...]:
@@ -320,7 +327,8 @@ def cost(config: DecodeConfig, m: int, blocks: int, k: int, bits: int, sm_count:
     per_sm = -(-config.clusters * tokens // max(1, _clusters(sm_count, config.cluster)))
     load = config.cluster * config.clusters * tokens / sm_count  # the average, of which per_sm is the most
     # Of what is compiled for one CTA of a multiprocessor registers do for two.
-    room = min(next((ctas for ctas in (3, 2) if config.shared <= SHARED[ctas]), 1), max(2, config.ctas))
+    fit = 3 if config.shared <= SHARED[3] else 2 if config.shared <= SHARED[2] else 1
+    room = min(fit, max(2, config.ctas))
     at_once = min(per_sm, config.ctas, room)
     more = 0.0 if room <= per_sm else 1.5 if load < per_sm else 0.53 * per_sm
     beside = min(1.0, (room - at_once) / at_once)  # part of the next kernel's CTAs that find room
