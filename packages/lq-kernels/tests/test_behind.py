@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lq_formats import SpecError
+from lq_formats import ShapeError, SpecError, quantize_q4_0, quantize_q8_1
 from lq_kernels import Arch, Problem, plans, q4_0
 from lq_kernels.cuda import constraints, decode_a16, decode_cuts
 from lq_kernels.cuda.variant import Scales
@@ -92,6 +92,17 @@ def test_tokens_that_have_to_stay_take_the_measured_cut_otherwise():
     assert decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config == stays
     save()
     assert not decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config.streamed
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_they_do_not_pass_by(read):
+    w = quantize_q4_0(torch.randn(16, 256))
+    config = decode_cut(weight(4, 32, 16, 256), 1, streamed=True)
+    run, tokens = (
+        (decode_a16.linear_q8_1, quantize_q8_1) if read else (decode_a16.linear_rounding, torch.Tensor.bfloat16)
+    )
+    with pytest.raises(ShapeError, match="pass a config that is not streamed"):
+        run(tokens(torch.randn(1, 256)), q4_0.pack_codes(w), q4_0.pack_scales(w), 16, config)
 
 
 @pytest.mark.parametrize("form", [{"bits": 8, "group_size": -1}, {"bits": 4, "group_size": 128}])
