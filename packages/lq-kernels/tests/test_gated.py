@@ -73,8 +73,11 @@ class Pair:
         gate, up = preshuffled_linear(x, *self.stacked, **sizes, bias=bias, kernel=kernel).chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
 
+    def halves(self, x, bias=None):
+        return (x.double() @ self.w.t() + (0 if bias is None else bias.double())).chunk(2, -1)
+
     def exact(self, x, bias=None):
-        gate, up = (x.double() @ self.w.t() + (0 if bias is None else bias.double())).chunk(2, -1)
+        gate, up = self.halves(x, bias)
         return torch.nn.functional.silu(gate) * up
 
 
@@ -292,6 +295,17 @@ def check(y, exact, magnitude, dtype, kernel):
     assert worst <= 1.0, f"worst error is {worst:.3g} times its bound"
 
 
+def check_few(y, pair, x, bias, relative):
+    """Assert every element within what gate and up explain, each off by ``2 * relative`` of its usual size or its own."""
+    gate, up = pair.halves(x, bias)
+    usual = pair.w.norm(dim=1).mean() * x.double().norm(dim=1, keepdim=True) / pair.k**0.5
+    gate_off, up_off = (2 * relative * each.abs().maximum(usual) for each in (gate, up))
+    exact, silu = pair.exact(x, bias), torch.nn.functional.silu(gate)
+    bound = gate_off * 1.1 * (up.abs() + up_off) + silu.abs() * up_off + relative * exact.abs()
+    worst = ((y.double() - exact).abs() / bound).max().item()
+    assert worst <= 1.0, f"worst error is {worst:.3g} times its bound"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("bits", "group", "zero", "scale_dtype"), FORMATS)
@@ -310,10 +324,11 @@ def test_every_kernel_on_a_gpu(kernel, bits, group, zero, scale_dtype, dtype):
             poison = torch.full((m, h), float("nan"), device="cuda", dtype=dtype)
             del poison  # the next result takes its memory
             y = pair.run(x, bias, kernel)
-            bound = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}[dtype] * (
-                3 if h * m < 16 else 2 if h < 16 else 1
-            )  # one may be far off
-            assert error(y, pair.exact(x, bias)) < bound, (h, k, m)
+            bound = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}[dtype]
+            if h < 16:  # few results: a large gate times an up that is small by chance may be far off
+                check_few(y, pair, x, bias, bound)
+            else:
+                assert error(y, pair.exact(x, bias)) < bound, (h, k, m)
             if kernel == "cuda-decode":  # weights are exact there: one rounding, and fp32 sums
                 gate, up = (x.double().abs() @ pair.w.abs().t()).chunk(2, -1)
                 exact = pair.exact(x, bias)

@@ -86,7 +86,8 @@ class OnQ4_0:  # noqa: N801
     def of_q8_1(self, weight_q: Tensor, activation: Tensor) -> Tensor:
         """Return the ``(N, M) float32`` product with Q8_1 blocks, or with activations rounded to what theirs would stand for.
 
-        Either becomes bf16 in the kernel or in one of its own, floats without blocks between: to the same bits.
+        Either becomes bf16 in the kernel or in one of its own, floats without blocks between: the same bf16, which decode may
+        add up in another order, since each way has its fastest cut.
         """
         from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1, round_q8_1
 

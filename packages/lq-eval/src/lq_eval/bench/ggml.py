@@ -29,7 +29,7 @@ class GGMLRow:
         quantize_us: Activations float16 to Q8_1.
         gemm_us: The product alone, float32 result.
         steps_us: Both, one after the other, timed together.
-        total_us: Both in one call, ``quantize_gemm_q4_0_q8_1``: the same bits.
+        total_us: Both in one call, ``quantize_gemm_q4_0_q8_1``.
         linear_us: ``q4_0_linear`` on bfloat16 activations, as a layer calls it: no visible Q8_1.
         gflops: ``2 * n * k * m`` over the total time, in 1e9 per second.
         dense_us: ``F.linear`` in float16.

@@ -216,7 +216,7 @@ def linear_q8_1(
 def linear_rounding(
     x: Tensor, packed: Tensor, scale: Tensor, out_features: int, config: DecodeConfig | None = None
 ) -> Tensor:
-    """Return :func:`linear_q8_1` of what x is in Q8_1 blocks, in one launch and to the same bits.
+    """Return :func:`linear_q8_1` of what x is in Q8_1 blocks, in one launch; with the same cut to the same bits.
 
     Args:
         x: ``(M, K)`` bf16 or fp16, not empty, K a multiple of 32.
