@@ -205,7 +205,7 @@ def cuts_of(case: Case, form: decode_cuts.Form) -> Iterator[decode_cuts.DecodeCo
 
 def prefill(selection: Selection) -> int:
     """Tiles, epilogues and variants; whole tiles, tiles that CTAs share in equal parts and across their ends, pairs of CTAs."""
-    forms = [(VARIANTS[0], "none", tokens) for tokens in prefill_cuts.TOKENS]
+    forms = [(VARIANTS[0], "none", tokens) for tokens in (*prefill_cuts.TOKENS, *prefill_cuts.BETWEEN)]
     forms += [(VARIANTS[0], epilogue, tokens) for epilogue in EPILOGUES if epilogue != "none" for tokens in (16, 64)]
     fp16_scales = [v for v in VARIANTS[1:] if v.groups == 0 or v.x != torch.float16 or v.scale == v.x]
     forms += [(v, "none", (32, 128)[i % 2]) for i, v in enumerate(fp16_scales)]

@@ -9,6 +9,7 @@ from lq_formats import CompileError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
 from lq_kernels.cuda.prefill_a16 import linear
 from lq_kernels.cuda.prefill_cuts import (
+    BETWEEN,
     ROWS,
     TALL,
     TOKENS,
@@ -23,7 +24,8 @@ from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.jit import compiler
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CASES = [(VARIANTS[0], tokens) for tokens in TOKENS] + [(variant, 256) for variant in VARIANTS[2:]]
+SIZES = sorted((*TOKENS, *BETWEEN))
+CASES = [(VARIANTS[0], tokens) for tokens in SIZES] + [(variant, 256) for variant in VARIANTS[2:]]
 WIDE = [
     PrefillConfig(tokens, 1, 1, 0, 0, multicast=tokens in (64, 96), split=tokens in (32, 128), wide=True)
     for tokens in (16, 32, 64, 96, 128)
@@ -128,7 +130,7 @@ def test_shared_memory_fits_and_the_ring_is_deep_enough():
             stages, shared = ring(config.tokens, 8, 0, split and config.tokens > 16, rows, wide=True)
             assert stages >= 3
             assert shared <= 232448
-    for tokens in TOKENS:
+    for tokens in SIZES:
         for bits, scale_bytes in ((4, 0), (4, 32), (4, 64), (4, 256), (4, 512), (8, 0)):
             stages, shared = ring(tokens, bits, scale_bytes)
             assert shared <= 232448
@@ -172,7 +174,7 @@ SHAPES = [
 def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits, scale_bytes):
     sizes = (m, n, k, bits, scale_bytes, 132)
     for config in candidates(*sizes):
-        assert config.tokens in TOKENS
+        assert config.tokens in SIZES
         assert config.wide == (bits == 8 and scale_bytes == 0 and config.tokens <= 128)
         steps = -(-k // 64) if bits == 8 and not config.wide else -(-k // 128)
         assert 1 <= config.workers <= config.ctas <= 132 or config.workers == 0 < config.ctas <= 132
@@ -205,7 +207,8 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
     sizes = (n, k, bits, scale_bytes, 132)
     known = {cut.defines for cut in forms(*sizes)}
     tall = {cut.defines for cut in forms(*sizes) if cut.rows == TALL}
-    assert len(known - tall) <= 11
+    between = {cut.defines for cut in forms(*sizes) if cut.tokens in BETWEEN}
+    assert len(known - tall - between) <= 11
     assert bool(tall) == (n % 384 == 0)
     asked = {cut.defines for m in (*range(1, 2100, 13), 4096, 8192) for cut in candidates(m, *sizes)}
     assert asked <= known
@@ -226,12 +229,37 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "tokens", "rows"),
-    [(384, 4096, 4096, 96, ROWS), (384, 6144, 4096, 96, TALL), (512, 6144, 4096, 128, TALL)],
+    [
+        (384, 4096, 4096, 96, ROWS),
+        (384, 6144, 4096, 96, TALL),
+        (512, 6144, 4096, 128, TALL),
+        (512, 3072, 2048, 112, ROWS),
+        (512, 5120, 8192, 176, ROWS),
+    ],
 )
 def test_tiles_fill_the_multiprocessors(m, n, k, tokens, rows):
     cut = prefill_config(m, n, k, 4, 32, 132)
     assert (cut.tokens, cut.rows, cut.shared_tiles) == (tokens, rows, 0)
-    assert cut.ctas * cut.pair == 128
+    assert cut.ctas * cut.pair == (120 if tokens in BETWEEN else 128)
+
+
+@pytest.mark.parametrize(("bits", "scale_bytes"), [(4, 32), (8, 0)])
+@pytest.mark.parametrize(
+    ("n", "k", "tokens"), [(3072, 2048, 112), (5120, 8192, 176), (10240, 5120, 176), (4096, 4096, 0), (14336, 4096, 0)]
+)
+def test_tiles_between_are_compiled_where_they_pay(n, k, tokens, bits, scale_bytes):
+    sizes = (n, k, bits, scale_bytes, 132)
+    between = {cut.defines for cut in forms(*sizes) if cut.tokens in BETWEEN}
+    assert {f"LQ_TOKENS={tokens}"} <= {defines[0] for defines in between} if tokens else not between
+    gains = dict.fromkeys(between, 1.0)
+    for m in (256, 384, 512, 768, 1024, 1536, 2048):
+        times = {}
+        for cut in candidates(m, *sizes):
+            times[cut.defines] = min(times.get(cut.defines, math.inf), cost(cut, m, n, k, bits, 132))
+        usual = min(us for form, us in times.items() if form not in between and "LQ_ROWS=192" not in form)
+        gains |= {form: min(gains[form], times[form] / usual) for form in between & times.keys()}
+    assert all(gain < 0.96 for gain in gains.values())
+    assert not {cut.defines for cut in candidates(2049, *sizes)} & between
 
 
 # ---- on a GPU ----
@@ -311,7 +339,7 @@ hopper = [pytest.mark.gpu, pytest.mark.skipif("another_gpu()", reason="needs com
 class TestOnHopper:
     pytestmark = hopper
 
-    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("tokens", SIZES)
     def test_every_tile_and_every_way_to_share(self, tokens):
         m, n, k = tokens + tokens // 2 + 1, 2 * ROWS + 40, 2176  # 3 x 2 tiles of 17 steps
         case = Case(m, n, k, bias=True)
@@ -324,7 +352,7 @@ class TestOnHopper:
                 assert torch.equal(case.run(config), case.run(config))
         case.check(case.run(config_of(tokens, m, n, 6, 6 * 17)))  # a step a CTA
 
-    @pytest.mark.parametrize("tokens", [32, 128, 256])
+    @pytest.mark.parametrize("tokens", [32, *BETWEEN, 128, 256])
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
     @pytest.mark.parametrize("zero", [None, "integer", "float"])
     @pytest.mark.parametrize(("x", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, BF16)])
@@ -333,7 +361,7 @@ class TestOnHopper:
         case.check(case.run(config_of(tokens, 100, 264)))
         case.check(case.run(config_of(tokens, 100, 264, 3, 5)))
 
-    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("tokens", SIZES)
     @pytest.mark.parametrize("x", [BF16, FP16])
     def test_int8(self, tokens, x):
         case = Case(100, 264, 1000, 8, -1, x, FP32, bias=True)
@@ -341,7 +369,31 @@ class TestOnHopper:
         case.check(case.run(config_of(tokens, 100, 264, 2, 7)))
 
     @pytest.mark.parametrize("bits", [4, 8])
-    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("tokens", BETWEEN)
+    def test_epilogues_of_tiles_between(self, tokens, bits):
+        group_size, scale = (128, BF16) if bits == 4 else (-1, FP32)
+        m, n = 2 * tokens + 3, 2 * ROWS + 48
+        case = Case(m, n, 1152, bits, group_size, scale=scale)
+        case.bias = None
+        args = (case.x, case.packed, case.scales, case.zeros, None)
+        gate, up = (case.exact.unflatten(1, (-1, 2, 8))[:, :, i].flatten(1) for i in (0, 1))
+        gated = torch.nn.functional.silu(gate) * up
+        residual = torch.randn(m, n, device="cuda").to(BF16)
+        for shared_tiles, workers, multicast in ((0, 0, False), (0, 0, True), (3, 5, False), (2, 5, True)):
+            cut = config_of(tokens, m, n, shared_tiles, workers, multicast=multicast)
+            turned = linear(*args, n, case.group_size, bits, config=cut, transposed=True)
+            assert turned.dtype == FP32
+            assert bool(((turned.T.double() - case.exact).abs() <= 2e-6 * case.magnitude + 1e-6).all())
+            y = linear(*args, n, case.group_size, bits, config=cut, residual=residual)
+            exact = case.exact + residual.double()
+            bound = 1.01 * 2.0**-8 * exact.abs() + 2e-6 * (case.magnitude + residual.double().abs()) + 1e-6
+            assert bool(((y.double() - exact).abs() <= bound).all())
+            y = linear(*args, n // 2, case.group_size, bits, config=cut, gated=True)
+            bound = 1.02 * 2.0**-8 * gated.abs() + 1e-4 * (1 + gate.abs()) * (1 + up.abs())
+            assert bool(((y.double() - gated).abs() <= bound).all())
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("tokens", SIZES)
     def test_pairs_that_load_tokens_for_each_other(self, tokens, bits):
         group_size, scale = (128, BF16) if bits == 4 else (-1, FP32)
         for n in (2 * ROWS + 40, 4 * ROWS, 24):  # the last pair has rows for one CTA, for both, for less than one

@@ -12,7 +12,7 @@ from lq_kernels.jit import compiler
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Bits and tokens of a tile: int4's results take a stage of the ring, int8's, whose steps are 64 in features, two.
-FORMS = [(4, 192), (4, 256), (8, 192), (8, 256)]
+FORMS = [(4, 176), (4, 192), (4, 256), (8, 176), (8, 192), (8, 256)]
 form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"int{form[0]}-T{form[1]}")
 pairs = pytest.mark.parametrize("pairs", [False, True])
 
@@ -64,7 +64,7 @@ def clocks_of_tiles(config, tiles):
 
 
 def test_a_large_tile_that_another_follows_costs_less():
-    for tokens in (192, 256):
+    for tokens in (176, 192, 256):
         config = PrefillConfig(tokens, 1, 1, 0, 0)
         one = cost(config, tokens, ROWS, 2048, 4, 132) - 4300
         assert 0.85 * one < clocks_of_tiles(config, 2) < 0.95 * one

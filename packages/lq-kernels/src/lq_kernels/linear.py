@@ -202,8 +202,8 @@ def quantize_gemm_q4_0_q8_1(weight_q: Tensor, x: Tensor, *, kernel: str | None =
     """Quantize activations to Q8_1 and multiply, without the blocks between the two steps.
 
     The two steps are ``gemm_q4_0_q8_1(weight_q, quantize_activation_q8_1(x), M, N, K)``. On Hopper a kernel makes bf16 of x,
-    what its blocks would stand for, and the product follows: a launch less. The same numbers are multiplied; up to 16 tokens may
-    be added up in another order there, where that is faster. Elsewhere the result is that of the steps to the bit.
+    what its blocks would stand for, and the product follows: a launch less. The same numbers are multiplied; with few tokens
+    they may be added up in another order there, where that is faster. Elsewhere the result is that of the steps to the bit.
     Differentiable in ``x``, as :func:`q4_0_linear` is.
 
     Args:

@@ -117,10 +117,12 @@ def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[P
 def _alike(cuts: Iterable[PrefillConfig], parts: int = 1) -> list[PrefillConfig]:
     """Return those of prefill's cuts that this mode can have: rows in tiles of one size, and K, where it is cut, in such steps.
 
-    Larger tiles than runs can have are too dear to share, and take int8 in smaller steps: uncut, that is the same order.
+    Larger tiles than runs can have are too dear to share, and take int8 in smaller steps: uncut, that is the same order. Tiles
+    that are compiled for some weights alone are left out: they win where CTAs have whole tiles.
     """
     most = (prefill_cuts.TOKENS if parts == 1 else prefill_cuts.RUNS_TOKENS)[-1]
-    return [config for config in cuts if not config.split and config.rows == ROWS and config.tokens <= most]
+    sizes = [tokens for tokens in prefill_cuts.TOKENS if tokens <= most]
+    return [config for config in cuts if not config.split and config.rows == ROWS and config.tokens in sizes]
 
 
 def _steps(k: int, bits: int, scale_bytes: int) -> int:

@@ -12,7 +12,9 @@ from lq_formats import ShapeError
 from lq_formats.layouts.fragment import BLOCK_BYTES, BLOCK_ROWS
 
 TOKENS = (16, 32, 64, 96, 128, 192, 256)
-"""Tokens of a tile, for which the source is written."""
+"""Tokens of a tile, usually."""
+BETWEEN = (112, 176)
+"""Tokens of tiles with which all multiprocessors have as many tiles, for some weights: compiled for these alone."""
 ROWS = 128
 """Out features of a tile, usually."""
 TALL = 192
@@ -34,11 +36,17 @@ SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows
 """Fields of a cut that a table's must have; the rest is order."""
 _TALL_TOKENS = (64, 96, 128)
 """Tokens of tiles of ``TALL`` rows, which fill the last multiprocessors for some weights and are compiled for these alone."""
-_TALL_MOST_TOKENS, _TALL_WAVES, _TALL_GAIN = 2048, 3, 0.93
-"""Up to how many tokens, and tiles a CTA, they make sense, and how much of the other tiles' time they may take."""
-_PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 128: 137, 192: 203, 256: 268}
+_TALL_WAVES = 3
+"""Tiles a CTA, up to which they make sense."""
+_PAYING_TOKENS = 2048
+"""Up to which tall tiles, and those between, make sense."""
+_TALL_GAIN, _BETWEEN_GAIN = 0.93, 0.96
+"""How much of the other tiles' time they may take."""
+_BATCHES = (256, 384, 512, 768, 1024, 1536, 2048)
+"""Tokens with which tiles between have to pay; with others some would for almost every weight."""
+_PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 112: 123, 128: 137, 176: 187, 192: 203, 256: 268}
 """Clocks for 16 in features of 128 rows, by tokens. Fitted, as is the rest of the model, to 2600 cuts (H200), when
-rings were larger; 96 is between what was measured."""
+rings were larger; 96, 112 and 176 are between what was measured."""
 _NARROW, _WIDE = 1.19, 1.04
 """... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features."""
 _SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09}
@@ -177,9 +185,10 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
     if -(-n // ROWS) * -(-m // TOKENS[0]) > _MAX_TILES:
         raise ShapeError(f"M={m}, N={n}: too many results for one launch; split the tokens")
     yield from _usual(m, n, k, bits, scale_bytes, sm_count)
-    if m <= _TALL_MOST_TOKENS:
-        paying = _paying(n, k, bits, scale_bytes, sm_count)
-        yield from (cut for cut in _tall(m, n, k, bits, scale_bytes, sm_count) if cut.defines in paying)
+    if m <= _PAYING_TOKENS:
+        sizes = (n, k, bits, scale_bytes, sm_count)
+        paying = _paying(*sizes)
+        yield from (cut for cut in (*_tall(m, *sizes), *_between(m, *sizes)) if cut.defines in paying)
 
 
 def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
@@ -195,14 +204,28 @@ def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[P
 
 def _usual(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
     for tokens in TOKENS:
-        wide = _is_wide(tokens, bits, scale_bytes)
-        # Half-empty tiles only waste, and with two stages loads do not overlap products.
-        if (tokens > 16 and 2 * m <= tokens) or ring(tokens, bits, scale_bytes, wide=wide)[0] < 3:
-            continue
-        yield from _cuts(m, n, k, tokens, bits, sm_count, wide)
-        if tokens in SPLIT_TOKENS:
-            form = PrefillConfig(tokens, 0, 0, 0, 0, split=True, wide=wide)
+        yield from _of_tokens(tokens, m, n, k, bits, scale_bytes, sm_count)
+        if tokens in SPLIT_TOKENS and _makes_sense(tokens, m, bits, scale_bytes):
+            form = PrefillConfig(tokens, 0, 0, 0, 0, split=True, wide=_is_wide(tokens, bits, scale_bytes))
             yield from _split(m, n, k, form, bits, scale_bytes, sm_count)
+
+
+def _between(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    for tokens in BETWEEN:
+        yield from _of_tokens(tokens, m, n, k, bits, scale_bytes, sm_count)
+
+
+def _of_tokens(
+    tokens: int, m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int
+) -> Iterator[PrefillConfig]:
+    if _makes_sense(tokens, m, bits, scale_bytes):
+        yield from _cuts(m, n, k, tokens, bits, sm_count, _is_wide(tokens, bits, scale_bytes))
+
+
+def _makes_sense(tokens: int, m: int, bits: int, scale_bytes: int) -> bool:
+    """Return whether tiles are more than half full and leave room for three stages: with two loads do not overlap products."""
+    full = tokens <= 16 or 2 * m > tokens
+    return full and ring(tokens, bits, scale_bytes, wide=_is_wide(tokens, bits, scale_bytes))[0] >= 3
 
 
 def _is_wide(tokens: int, bits: int, scale_bytes: int) -> bool:
@@ -240,17 +263,19 @@ def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
 
 @functools.lru_cache(maxsize=1024)
 def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
-    """Return the tall forms that the model would choose where their tiles are full, each with a cut."""
+    """Return the tall forms that the model would choose where their tiles are full, and those between, each with a cut."""
     found: dict[tuple[str, ...], PrefillConfig] = {}
-    sizes = (n, k, bits)
+    sizes = (n, k, bits, scale_bytes, sm_count)
     sensible = () if n % (2 * TALL) else _TALL_TOKENS
-    for m in sorted({m for tokens in sensible for m in range(tokens, _TALL_MOST_TOKENS + 1, tokens)}):
-        tall = {cut: cost(cut, m, *sizes, sm_count) for cut in _tall(m, *sizes, scale_bytes, sm_count)}
-        if tall:
-            best = min(tall, key=tall.__getitem__)
-            usual = min(cost(cut, m, *sizes, sm_count) for cut in _usual(m, *sizes, scale_bytes, sm_count))
-            if tall[best] < _TALL_GAIN * usual:
-                found[best.defines] = best
+    full = sorted({m for tokens in sensible for m in range(tokens, _PAYING_TOKENS + 1, tokens)})
+    for others, batches, gain in ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN)):
+        for m in batches:
+            times = {cut: cost(cut, m, n, k, bits, sm_count) for cut in others(m, *sizes)}
+            if times:
+                best = min(times, key=times.__getitem__)
+                usual = min(cost(cut, m, n, k, bits, sm_count) for cut in _usual(m, *sizes))
+                if times[best] < gain * usual:
+                    found.setdefault(best.defines, best)
     return found
 
 

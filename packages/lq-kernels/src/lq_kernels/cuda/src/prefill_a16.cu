@@ -45,7 +45,7 @@
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
 // Compiled with LQ_BITS (4, 8), LQ_X (Bf16, Fp16), LQ_SCALE (Bf16, Fp16, Fp32), LQ_GROUPS (groups in a K step: 1, 2, 4; 0: one scale
-// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 96, 128, 192, 256), LQ_ROWS (192, up to 128 tokens; 128),
+// a row), LQ_ZERO (0, 1; 2: minima of groups), LQ_TOKENS (16, 32, 64, 96, 112, 128, 176, 192, 256), LQ_ROWS (192, up to 128 tokens; 128),
 // LQ_STEP (128; 64 with 8 bits, where 128 takes one scale a row and up to 128 tokens), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
