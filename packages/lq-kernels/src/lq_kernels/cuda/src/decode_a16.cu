@@ -259,6 +259,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   auto pass_of = [&](int pass) { return pass + 1 < passes ? full_pass : last_pass; };
   const int total = (passes - 1) * full_pass.stages(steps) + last_pass.stages(steps);  // stages of all passes, 0 of no blocks
 
+  __syncthreads();  // one for all: synccheck reports warps that wait at places of their own
+
   if (warp == kWarps) {
     // The producer. Control flow and addresses are uniform, so that copies are issued without a loop over lanes.
     const u64 policy = policy_evict_first();
@@ -268,7 +270,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     Pass now = pass_of(0);
     u32 parity = 1;  // of the empty barrier to wait for, from the second round on
 
-    wait_for_barriers_of_cta<kThreads>();
     // One loop for the ring's first round and the others: its instructions come from memory too.
 #pragma unroll 1
     for (; filled < total; ++filled) {
@@ -330,7 +331,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
   const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
-  wait_for_barriers_of_cta<kThreads>();
   barriers_initialised();
   let_next_kernel_start();
 

@@ -224,12 +224,6 @@ __device__ __forceinline__ int add_acquire_release(int* to, int value) {
   return before;
 }
 
-// All warps wait for the CTA's mbarriers, at whatever point of their own.
-template <int kThreads>
-__device__ __forceinline__ void wait_for_barriers_of_cta() {
-  asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
-}
-
 // ---- programmatic dependent launch ----
 
 // Wait until everything that the previous kernel of the stream wrote is visible. What comes before must not depend on it.
