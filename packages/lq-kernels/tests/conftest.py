@@ -1,10 +1,39 @@
 """Fixtures that several test files share."""
 
+import os
 import subprocess
-from importlib.util import find_spec
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+
+
+def _import_folder(name: str, folder: Path) -> None:
+    """Import a package that is not on the path."""
+    spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+_import_folder("cuda_host", Path(__file__).parent / "host")
+
+
+@pytest.fixture
+def host(tmp_path_factory, monkeypatch):
+    """Run launches on this machine, without a GPU; the test is skipped where it cannot. See ``host/__init__.py``."""
+    import cuda_host
+
+    if (reason := cuda_host.why_not()) is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # what one worker compiles, others find
+    machine = cuda_host.Host(folder / "cuda_host")
+    machine.install(monkeypatch)
+    cuda_host.forget()
+    yield machine
+    cuda_host.forget()
 
 
 @pytest.fixture

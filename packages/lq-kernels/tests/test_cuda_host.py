@@ -1,16 +1,4 @@
-"""The CUDA kernels' index arithmetic, without a GPU: compiled by g++ and run by fibers (see ``host/lq/mma.cuh``).
-
-The launchers run as they are, on CPU tensors; only the last step is replaced. Every argument is copied between two pages
-that may not be touched, and the kernel runs in a child process, so that an access out of bounds is a failed test.
-"""
-
-import ctypes
-import mmap
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
+"""The kernels for Q4_0 weights and Q8_1 blocks, without a GPU (see ``host/__init__.py``)."""
 
 import pytest
 import torch
@@ -18,84 +6,7 @@ from lq_formats import dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_kernels.cuda import gemm_q4_0_q8_1 as gemm_launcher
 from lq_kernels.cuda import quantize_q8_1 as quantize_launcher
 from lq_kernels.cuda.sources import SOURCES
-from lq_kernels.jit.compiler import SOURCE_FOLDER
 from lq_kernels.reference import gemm_q4_0_q8_1_reference
-
-pytestmark = [
-    pytest.mark.skipif(
-        shutil.which("g++") is None or platform.system() != "Linux" or platform.machine() != "x86_64",
-        reason="runs kernels on the host, compiled by g++ for x86-64 Linux",
-    ),
-    # The child runs one C function and ends: locks that other threads hold do not concern it.
-    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-]
-PAGE = mmap.PAGESIZE
-
-
-class Guarded:
-    """A copy of a tensor's bytes that ends at a page that may not be touched, and begins soon after another."""
-
-    def __init__(self, tensor):
-        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-        pages = -(-self.size // PAGE) + 2
-        self.memory = mmap.mmap(-1, pages * PAGE)  # shared with the child
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        libc = ctypes.CDLL(None, use_errno=True)
-        for page in (base, base + (pages - 1) * PAGE):
-            assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
-        self.address = base + (pages - 1) * PAGE - self.size
-        self.front = (base + PAGE, self.address - base - PAGE)
-        ctypes.memset(self.front[0], 0xA5, self.front[1])
-        ctypes.memmove(self.address, tensor.data_ptr(), self.size)
-
-    def copy_back(self):
-        assert ctypes.string_at(*self.front) == b"\xa5" * self.front[1], "wrote before the first byte"
-        ctypes.memmove(self.tensor.data_ptr(), self.address, self.size)
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("host")
-    include = Path(__file__).parent / "host"
-    found = {}
-    for name in SOURCES:
-        library = folder / f"{name}.so"
-        command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-x", "c++"]
-        subprocess.run([*command, f"-I{include}", SOURCE_FOLDER / f"{name}.cu", "-o", library], check=True)
-        found[name] = ctypes.CDLL(str(library))
-    return found
-
-
-@pytest.fixture
-def host(libraries, monkeypatch):
-    """Replace the launch of both launchers; the returned list notes the kernels. Set ``host.seed`` for another order."""
-
-    def launch(name, kernel, grid, threads, shared, device, *arguments, dependent=False):
-        assert kernel in SOURCES[name]
-        assert grid[2] == 1
-        assert not dependent  # tensors are on the CPU
-        guarded = [Guarded(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        values = [a.address if isinstance(a, Guarded) else a for a in guarded]
-        library = libraries[name]
-        child = os.fork()
-        if child == 0:
-            library.host_launch(
-                getattr(library, kernel),
-                *(ctypes.c_longlong(n) for n in (*grid[:2], threads, shared, launch.seed)),
-                (ctypes.c_longlong * 8)(*values),
-            )
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status == 0, f"{kernel} ended with {status} (-11: out of bounds, -6: see stderr)"
-        for argument in guarded:
-            if isinstance(argument, Guarded):
-                argument.copy_back()
-        launch.kernels.append(kernel)
-
-    launch.seed, launch.kernels = 0, []
-    monkeypatch.setattr(gemm_launcher, "launch", launch)
-    monkeypatch.setattr(quantize_launcher, "launch", launch)
-    return launch
 
 
 def operands(rows, tokens, k):
