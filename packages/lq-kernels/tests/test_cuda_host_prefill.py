@@ -1,0 +1,87 @@
+"""The prefill kernel, and the one that makes weights dense, without a GPU (see ``host/__init__.py``)."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cuda_host.cases import Case
+from lq_kernels.cuda import prefill_a16
+from lq_kernels.cuda.prefill_cuts import TALL, PrefillConfig
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Product(NamedTuple):
+    """A product, its cuts, and what the weight and its epilogue are."""
+
+    m: int
+    n: int
+    k: int
+    cuts: tuple[PrefillConfig, ...]
+    options: dict[str, Any]
+
+
+def whole(tokens, ctas, raster=2, **form):
+    return PrefillConfig(tokens, ctas, raster, 0, 0, **form)
+
+
+def shared(tokens, ctas, tiles, workers, raster=2, **form):
+    """CTAs share the K steps of the first tiles."""
+    return PrefillConfig(tokens, ctas, raster, tiles, workers, **form)
+
+
+PRODUCTS = {
+    # Whole tiles, parts of tiles that begin anywhere, and both; K and rows that end within a step and a tile.
+    "int4": Product(21, 200, 648, (whole(16, 3), shared(16, 4, 2, 3), shared(16, 4, 4, 4)), {}),
+    "multicast": Product(
+        70, 400, 384, (whole(64, 1, multicast=True), shared(64, 2, 3, 2, multicast=True)), {"zero": "zeros"}
+    ),
+    "split": Product(
+        40, 150, 648, (whole(32, 2, split=True), shared(32, 4, 2, 4, split=True)), {"epilogue": "residual"}
+    ),
+    "split-transposed": Product(45, 40, 384, (whole(32, 1, split=True),), {"epilogue": "transposed", "bias": False}),
+    "runs": Product(50, 136, 640, (PrefillConfig(64, 2, 2, 0, 3),), {"group": 32, "zero": "zeros", "x": FP16, "scale": FP16}),
+    "runs-multicast": Product(70, 264, 512, (PrefillConfig(64, 2, 2, 0, 2, multicast=True),), {"epilogue": "silu_mul"}),
+    "aside": Product(200, 272, 256, (whole(192, 2), shared(192, 3, 2, 3)), {"group": 64}),
+    "aside-odd": Product(30, 137, 256, (whole(192, 2),), {"group": 64}),
+    "aside-residual": Product(
+        70, 200, 256, (whole(192, 1, multicast=True),), {"epilogue": "residual", "bits": 8, "group": -1, "scale": FP32}
+    ),
+    "256-tokens": Product(40, 264, 328, (whole(256, 2),), {"epilogue": "silu_mul"}),
+    "tall": Product(66, 384, 384, (whole(64, 1, rows=TALL, multicast=True),), {}),
+    "int8": Product(19, 140, 328, (whole(16, 2), shared(16, 3, 1, 2)), {"bits": 8, "group": -1, "scale": FP32}),
+    "int8-wide": Product(
+        35, 140, 328, (whole(32, 2, wide=True), shared(32, 3, 2, 3, wide=True)), {"bits": 8, "group": -1, "scale": FP32}
+    ),
+    "int8-groups": Product(17, 72, 256, (whole(16, 2),), {"bits": 8, "group": 32, "x": FP16, "scale": FP16}),
+    "minima": Product(18, 72, 288, (whole(16, 2),), {"group": 32, "zero": "minima", "scale": FP16}),
+    "rows-zeros": Product(9, 72, 264, (whole(16, 1),), {"group": -1, "zero": "zeros", "scale": FP32}),
+    "gated": Product(18, 104, 384, (whole(16, 2), shared(16, 3, 3, 3)), {"epilogue": "silu_mul", "group": 256}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_products(host, product):
+    case = Case(product.m, product.n, product.k, rounded=True, **product.options).guard(host.guard)
+    for config in product.cuts:
+        host.seed = 0
+        first = case.run(prefill_a16.linear, config)
+        case.check(first)
+        for host.seed in (1, 2):
+            assert torch.equal(case.run(prefill_a16.linear, config), first)
+
+
+def test_runs_have_the_bits_of_shared_tiles(host):
+    case = Case(50, 136, 640, rounded=True).guard(host.guard)
+    apart = case.run(prefill_a16.linear, shared(64, 4, 2, 4))
+    case.check(apart)
+    assert torch.equal(case.run(prefill_a16.linear, PrefillConfig(64, 2, 2, 0, 2)), apart)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    ("bits", "group", "zero"), [(4, 96, "zeros"), (4, 32, "minima"), (8, -1, "")], ids=["zeros", "minima", "int8"]
+)
+def test_the_dense_weight(host, bits, group, zero, dtype):
+    case = Case(1, 50, 200 if group < 0 else 288, bits, group, scale=FP32, zero=zero)
+    assert torch.equal(case.dequantized(dtype), case.w.float().to(dtype))
