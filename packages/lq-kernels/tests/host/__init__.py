@@ -133,7 +133,8 @@ def _library(folder: Path, source: Path, defines: tuple[str, ...]) -> ctypes.CDL
         with tempfile.NamedTemporaryFile("w", suffix=".cpp", dir=folder) as translated:
             translated.write(translate(text))
             translated.flush()
-            _compile(target, ["-O1", f"-I{_FOLDER}", translated.name])
+            # What the source defines is its own, whatever libraries call theirs.
+            _compile(target, ["-O1", "-Wl,-Bsymbolic", f"-I{_FOLDER}", translated.name])
     return ctypes.CDLL(str(target))
 
 
