@@ -36,6 +36,7 @@ class Product:
 PRODUCTS = {
     # One tile of tokens and two; K that ends within a step; more stages than the ring has; passes with slots that stay empty.
     "int4": Product(5, 200, 648, Form(1, 1, 2), ((1, 2, 2), (2, 1, 2), (4, 1, 16))),
+    "three-passes": Product(2, 600, 512, Form(1, 1, 2), ((2, 1, 4), (4, 1, 2))),
     "zeros": Product(11, 152, 1152, Form(2, 1, 2), ((1, 1, 2), (2, 3, 3)), {"zero": "zeros"}),
     "streamed": Product(7, 136, 1024, Form(1, 1, 2, True), ((1, 2, 2), (2, 1, 3), (4, 2, 16))),
     "streamed-pairs": Product(6, 500, 768, Form(1, 2, 2, True), ((1, 1, 2), (2, 2, 3)), {"group": 64}),
@@ -63,6 +64,15 @@ def test_products(host, product):
         case.check(first)
         for host.seed in (1, 2):
             assert torch.equal(case.run(decode_a16.linear, how), first)
+
+
+def test_many_orders(host):
+    # K ends within the one stage, the ring is shorter than the passes, and CTAs meet in a cluster.
+    case = Case(8, 300, 136).guard(host.guard)
+    for cluster, clusters in ((1, 3), (2, 1)):
+        how = config(8, case.blocks, 136, case.variant, Form(1, 1, 2), cluster, clusters, 2)
+        for host.seed in range(24):
+            case.check(case.run(decode_a16.linear, how))
 
 
 def test_a_token_does_not_depend_on_the_others(host):

@@ -137,7 +137,7 @@ struct Fiber {
   void* stack = nullptr;
   Cta* cta = nullptr;
   int thread = 0;
-  bool done = false;
+  bool done = false, asleep = false;
   Wait wait = Wait::kNone;
   u64 target = 0;  // what is waited for: a round, a generation or a parity
   union {
@@ -181,7 +181,7 @@ void* scheduler;
 Fiber* current;
 std::vector<Cta> ctas;  // of the cluster
 std::vector<Flight> flights;
-u64 cluster_phase, cluster_arrived, elected, state;
+u64 cluster_phase, cluster_arrived, elected, state, lull_left;  // of the present lull, passes over all threads
 size_t shared_bytes, shared_size;  // as asked for, and in multiples of 16
 Landing landing;
 bool progress;
@@ -230,7 +230,32 @@ bool ready(const Fiber& fiber) {
   return false;
 }
 
+// From now on some warps, or some lanes of all of them, run only if no other can: nobody may count on another's being quick.
+void lull() {
+  const u64 kind = random_below(3);
+  lull_left = u64{1} << random_below(8);
+  for (Cta& cta : ctas)
+    for (size_t first = 0; first < cta.fibers.size(); first += kWarp) {
+      // Who sleeps may go on to.
+      const bool warp_sleeps = kind == 1 && random_below(8) < (cta.fibers[first].asleep ? 6 : 2);
+      for (size_t lane = 0; lane < kWarp; ++lane) cta.fibers[first + lane].asleep = warp_sleeps || (kind == 2 && random_below(8) == 0);
+    }
+}
+
+// When many can go on who waited, it matters most who does.
+void may_lull() {
+  if (random_below(8) == 0) lull();
+}
+
 void leave() { host_switch(&current->stack, scheduler); }
+
+// Where a thread has told others something, they may go on first, and far.
+void pause() {
+  if (random_below(4)) return;
+  current->wait = Wait::kNone;
+  current->asleep = random_below(4) == 0;
+  leave();
+}
 
 void wait(Wait kind, u64 target, const char* what, u32 where = 0) {
   Fiber& fiber = *current;
@@ -298,7 +323,7 @@ MBarrier& mbarrier(Cta& cta, u32 address, const char* what) {
 }
 
 void advance(MBarrier& barrier) {
-  if (barrier.pending == 0 && barrier.bytes == 0) ++barrier.phase, barrier.pending = barrier.expected;
+  if (barrier.pending == 0 && barrier.bytes == 0) ++barrier.phase, barrier.pending = barrier.expected, may_lull();
   progress = true;
 }
 
@@ -453,13 +478,25 @@ bool run_warp(Cta& cta, int warp) {
   const int first = static_cast<int>(random_below(kWarp)), step = random_below(2) ? 1 : kWarp - 1;
   for (int i = 0; i < kWarp; ++i) {
     Fiber& fiber = cta.fibers[warp * kWarp + (first + i * step) % kWarp];
-    if (fiber.done || !ready(fiber)) continue;
+    if (fiber.done || fiber.asleep || !ready(fiber)) continue;
     any = true;
     current = &fiber;
     threadIdx.x = static_cast<unsigned>(fiber.thread), blockIdx = cta.index;
     host_switch(&scheduler, fiber.stack);
   }
   return any;
+}
+
+// Wake one that could run, if there is any.
+bool wake() {
+  std::vector<Fiber*> able;
+  for (Cta& cta : ctas)
+    for (Fiber& fiber : cta.fibers)
+      if (fiber.asleep && !fiber.done && ready(fiber)) able.push_back(&fiber);
+  if (able.empty()) return false;
+  Fiber& chosen = *able[random_below(able.size())];
+  for (int lane = 0; lane < kWarp; ++lane) chosen.cta->fibers[chosen.thread / kWarp * kWarp + lane].asleep = false;
+  return true;
 }
 
 void run_cluster(const std::vector<Index3>& indices, int threads, char* stacks) {
@@ -490,8 +527,9 @@ void run_cluster(const std::vector<Index3>& indices, int threads, char* stacks) 
   for (Cta& cta : ctas)
     for (int warp = 0; warp < threads / kWarp; ++warp) order.push_back({&cta, warp});
   const auto alive = [] { return std::any_of(ctas.begin(), ctas.end(), [](const Cta& cta) { return cta.alive > 0; }); };
-  while (alive()) {
+  for (lull_left = 0; alive(); --lull_left) {
     progress = false;
+    if (lull_left == 0) lull();
     shuffle(order);
     for (const auto& [cta, warp] : order)
       // Some warps run ahead of others.
@@ -501,6 +539,8 @@ void run_cluster(const std::vector<Index3>& indices, int threads, char* stacks) 
       for (size_t i = flights.size(); i-- > 0;)
         if (random_below(4) == 0) land_one(i);
     if (progress || !alive()) continue;
+    const bool landed = !flights.empty() && random_below(2);
+    if (!landed && wake()) continue;
     if (flights.empty()) deadlock();
     land_one(random_below(flights.size()));
   }
@@ -712,7 +752,7 @@ void barrier(int id, int threads) {
   if (barrier.expected != expected) failf("bar.sync %d is of %d threads for some and of %d for others", id, barrier.expected, expected);
   const u64 mine = barrier.generation;
   progress = true;
-  if (++barrier.arrived == expected) barrier.arrived = 0, ++barrier.generation;
+  if (++barrier.arrived == expected) barrier.arrived = 0, ++barrier.generation, may_lull();
   current->of.barrier = &barrier;
   wait(Wait::kBarrier, mine, "bar.sync", static_cast<u32>(id));
 }
@@ -728,6 +768,7 @@ void cluster_arrive() {
   current->cluster_arrivals = cluster_phase + 1;
   ++cluster_arrived, progress = true;
   check_cluster();
+  pause();
 }
 void cluster_wait() {
   if (current->cluster_arrivals == 0) fail("barrier.cluster.wait without an arrive");
@@ -746,7 +787,10 @@ void ld_shared_v4_u32(u32& d0, u32& d1, u32& d2, u32& d3, u32 address) {
   const unsigned char* const from = own(address, 16, 16, "ld.shared.v4");
   std::memcpy(&d0, from, 4), std::memcpy(&d1, from + 4, 4), std::memcpy(&d2, from + 8, 4), std::memcpy(&d3, from + 12, 4);
 }
-void atom_add(int& before, int* to, int value) { before = *to, *to += value; }
+void atom_add(int& before, int* to, int value) {
+  before = *to, *to += value;
+  pause();
+}
 
 namespace {
 
@@ -816,13 +860,20 @@ void mbarrier_init(u32 address, u32 arrivals) {
   if (arrivals == 0 || !current->cta->mbarriers.emplace(address, barrier).second)
     failf("mbarrier.init at %#x: it is one already, or is for no arrivals", address);
 }
-void mbarrier_arrive(u32 address) { arrive(*current->cta, address, "mbarrier.arrive"); }
-void mbarrier_arrive_expect(u32 address, u32 bytes) { arrive(*current->cta, address, "mbarrier.arrive.expect_tx", bytes); }
+void mbarrier_arrive(u32 address) {
+  arrive(*current->cta, address, "mbarrier.arrive");
+  pause();
+}
+void mbarrier_arrive_expect(u32 address, u32 bytes) {
+  arrive(*current->cta, address, "mbarrier.arrive.expect_tx", bytes);
+  pause();
+}
 void mbarrier_arrive_remote(u32 address, u32 rank) {
   const char* const what = "mbarrier.arrive of the cluster";
   if (rank >= ctas.size()) failf("%s: there is no CTA %u", what, rank);
   must_be_there(ctas[rank], what);
   arrive(ctas[rank], address, what);
+  pause();
 }
 void mbarrier_wait(u32 address, u32 parity) {
   current->of.mbarrier = &mbarrier(*current->cta, address, "mbarrier.try_wait");
