@@ -12,9 +12,8 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ _INCLUDE = SOURCE_FOLDER.parent / "include"
 _PAGE = mmap.PAGESIZE
 _SLACK = 0xA5
 _MAGIC = 0x726569727261626D
-_COMPILER = ("g++", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC", "-w")
+_COMPILER = ("g++", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-Wno-psabi")
 _true_empty = torch.empty
 
 
@@ -105,37 +104,40 @@ def _encode(dtype: str, address: int, rows: int, columns: int, pitch: int, box_r
     return encoded
 
 
-def _compile(target: Path, arguments: Sequence[str | Path]) -> None:
-    """Make a library, which appears when it is complete: other processes may make it too."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        library = Path(folder) / target.name
-        subprocess.run([*_COMPILER, *arguments, "-o", library], check=True)
-        library.rename(target)
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return a file that is made if it is not there, by one process; it appears when it is complete."""
+    import fcntl
+
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = Path(f"{target}.part")
+            make(part)
+            part.rename(target)
+    return target
 
 
 @functools.cache
 def _device(folder: Path) -> ctypes.CDLL:
-    target = folder / "device.so"
-    if not target.exists():
-        _compile(target, ["-O2", _FOLDER / "device.cpp"])
-    return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+    def make(library: Path) -> None:
+        subprocess.run([*_COMPILER, "-O2", _FOLDER / "device.cpp", "-o", library], check=True)
+
+    return ctypes.CDLL(str(_made(folder / "device.so", make)), mode=ctypes.RTLD_GLOBAL)
 
 
 @functools.cache
 def _library(folder: Path, source: Path, defines: tuple[str, ...]) -> ctypes.CDLL:
+    def make(library: Path) -> None:
+        macros = [f"-D{define}" for define in ("__CUDA_ARCH__=900", *defines)]
+        preprocess = ["g++", "-E", "-P", "-x", "c++", *macros, f"-I{_INCLUDE}", source]
+        text = subprocess.run(preprocess, capture_output=True, text=True, check=True).stdout
+        # What the source defines is its own, whatever libraries call theirs. Optimizing takes longer than it saves.
+        options = ["-O0", "-Wl,-Bsymbolic", f"-I{_FOLDER}", "-x", "c++", "-"]
+        subprocess.run([*_COMPILER, *options, "-o", library], input=translate(text), text=True, check=True)
+
     _device(folder)
     name = hashlib.sha256(repr((str(source), defines)).encode()).hexdigest()[:24]
-    target = folder / f"{name}.so"
-    if not target.exists():
-        macros = [f"-D{define}" for define in ("__CUDA_ARCH__=900", *defines)]
-        command = ["g++", "-E", "-P", "-x", "c++", *macros, f"-I{_INCLUDE}", source]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        with tempfile.NamedTemporaryFile("w", suffix=".cpp", dir=folder) as translated:
-            translated.write(translate(text))
-            translated.flush()
-            # What the source defines is its own, whatever libraries call theirs.
-            _compile(target, ["-O1", "-Wl,-Bsymbolic", f"-I{_FOLDER}", translated.name])
-    return ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(_made(folder / f"{name}.so", make)))
 
 
 class Host:

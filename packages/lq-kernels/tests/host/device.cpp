@@ -14,6 +14,7 @@
 
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdarg>
@@ -59,6 +60,7 @@ namespace host {
 namespace {
 
 constexpr int kWarp = 32, kWords = 12, kNamedBarriers = 16;
+constexpr rlim_t kMostSeconds = 120;  // of a run, which may wait for memory that nobody writes
 constexpr size_t kStack = 256 << 10, kPage = 4096;
 constexpr u32 kRankShift = 24;  // of the address of shared memory of a CTA of the cluster: the rank, plus one, is above the offset
 constexpr unsigned char kSlack = 0xA5;  // what is before and behind shared memory, in its pages
@@ -135,6 +137,7 @@ enum class Wait { kNone, kMeet, kBarrier, kMBarrier, kCluster };
 
 struct Fiber {
   void* stack = nullptr;
+  const u64* stack_end = nullptr;  // which stays zero, or the stack is too small
   Cta* cta = nullptr;
   int thread = 0;
   bool done = false, asleep = false;
@@ -423,6 +426,7 @@ void store_words(u32 to, const float* values, u32 bytes, u32 barrier) {
 // ---- the scheduler ----
 
 void end_of(Fiber& fiber) {
+  if (*fiber.stack_end != 0) fail("needs more stack than there is");
   if (!fiber.copies.idle()) fail("ends before its cp.async copies have landed");
   if (!fiber.stores.idle()) fail("ends before its bulk stores have read shared memory");
   if (!fiber.wgmmas.idle()) fail("ends before its wgmmas are complete");
@@ -514,7 +518,9 @@ void run_cluster(const std::vector<Index3>& indices, int threads, char* stacks) 
     for (int thread = 0; thread < threads; ++thread) {
       Fiber& fiber = cta.fibers[thread];
       fiber.cta = &cta, fiber.thread = thread;
-      void** top = reinterpret_cast<void**>(stacks + (rank * threads + thread + 1) * kStack);
+      char* const stack = stacks + (rank * threads + thread) * kStack;
+      fiber.stack_end = reinterpret_cast<const u64*>(stack);
+      void** top = reinterpret_cast<void**>(stack + kStack);
       *--top = nullptr;                           // where a return address would be: calls align stacks so
       *--top = reinterpret_cast<void*>(&start);  // where host_switch returns to
       for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -563,6 +569,8 @@ extern "C" void host_run(void (*function)(const long long*), const char* name, i
   gridDim = {static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), static_cast<unsigned>(grid_z)};
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   if (threads % kWarp || grid_x % cluster) fail("threads make no whole warps, or CTAs no whole clusters");
+  const rlimit limit{kMostSeconds, kMostSeconds};
+  setrlimit(RLIMIT_CPU, &limit);
   static char handler_stack[64 << 10];
   const stack_t handlers{handler_stack, 0, sizeof handler_stack};
   sigaltstack(&handlers, nullptr);
