@@ -261,15 +261,18 @@ class Host:
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
-            os.dup2(writer, 2)
-            device.host_run(
-                getattr(library, f"host_{kernel}"),
-                kernel.encode(),
-                *(ctypes.c_int(each) for each in (*grid, threads, cluster)),
-                *(ctypes.c_longlong(each) for each in (shared, self.seed)),
-                (ctypes.c_longlong * len(values))(*values),
-            )
-            os._exit(0)
+            try:
+                os.dup2(writer, 2)
+                device.host_run(
+                    getattr(library, f"host_{kernel}"),
+                    kernel.encode(),
+                    *(ctypes.c_int(each) for each in (*grid, threads, cluster)),
+                    *(ctypes.c_longlong(each) for each in (shared, self.seed)),
+                    (ctypes.c_longlong * len(values))(*values),
+                )
+                os._exit(0)
+            finally:
+                os._exit(2)
         os.close(writer)
         with os.fdopen(reader) as messages:
             message = messages.read()
