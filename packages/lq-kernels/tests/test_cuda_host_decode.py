@@ -34,8 +34,9 @@ class Product:
 
 
 PRODUCTS = {
-    # One tile of tokens and two; K that ends within a step; more stages than the ring has; passes with slots that stay empty. Where a
-    # pass waits for the one before the last, tokens are so many that all lanes send: those that do not may miss what they wait for.
+    # One tile of tokens and two; K that ends within a step; more stages than the ring has; passes with slots that stay empty.
+    # Where a pass waits for the one before the last, tokens are so many that all lanes send: a lane that does not send may
+    # fall so far behind that it misses what it waits for.
     "int4": Product(7, 200, 648, Form(1, 1, 2), ((1, 2, 2), (2, 1, 2), (4, 1, 16))),
     "five-passes": Product(8, 600, 512, Form(1, 1, 2), ((2, 1, 4), (4, 1, 2))),
     "zeros": Product(11, 152, 1152, Form(2, 1, 2), ((1, 1, 2), (2, 3, 3)), {"zero": "zeros"}),
