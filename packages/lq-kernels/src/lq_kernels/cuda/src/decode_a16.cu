@@ -754,7 +754,10 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must
     // have read those.
     const int box = pass % 2, owned_shift = now.log_slots + 4 - log_ranks, k_part = kWarpBlocks * warp >> now.log_slots;
-    if (pass > 1) mbarrier_wait(released + box, (pass / 2 - 1) % 2);
+    if (pass > 1) {
+      mbarrier_wait(released + box, (pass / 2 - 1) % 2);
+      __syncwarp();  // a lane that sends nothing must not fall behind by a phase
+    }
 #pragma unroll
     for (int i = 0; i < 2 * kWarpBlocks; ++i) {
       const int b = i / 2, r = i % 2;
