@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 from lq_eval.data import tiny_llama_path
@@ -44,6 +47,51 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(source):
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     with pytest.raises(ModelLoadError, match="cannot load the folder"):
         load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def cut_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def foreign_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 5000)
+
+
+def other_sizes(folder):
+    change_config(folder, intermediate_size=1536)
+
+
+def more_layers(folder):
+    change_config(folder, num_hidden_layers=5)
+
+
+def no_sizes(folder):
+    change_config(folder, hidden_size="wide")
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (cut_weights, "incomplete metadata"),
+        (foreign_weights, "header too large"),
+        (other_sizes, r"down_proj.weight is 256x768 in the files and 256x1536 by config.json \(11 more weights differ\)"),
+        (more_layers, "the files lack model.layers.4.input_layernorm.weight and 8 more"),
+        (no_sizes, "hidden_size"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_model_is_named(tmp_path, damage, match):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama_path(), folder)
+    damage(folder)
+    with pytest.raises(ModelLoadError, match=f"cannot load the folder .*{match}"):
+        load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_a_folder_of_another_library_is_read(tiny, tmp_path):

@@ -6,7 +6,7 @@ library quantized (:func:`lq_torch.import_pretrained`), or a name on the hub. A 
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,26 +100,50 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
         dtype: dtype of its weights and activations. Codes and scales of an lq folder stay as they were saved.
 
     Raises:
-        ModelLoadError: If it cannot be found or read.
+        ModelLoadError: If it cannot be found or read, or its files lack weights or have them in other sizes than its
+            configuration says.
         LQError: If a quantized folder is damaged or of an unknown version.
     """
     local = Path(source).is_dir()
-    if local and ((Path(source) / _LQ_INDEX).is_file() or is_foreign(Path(source))):
+    if saved_quantized(source):
         return _load_quantized(Path(source), device, dtype)
     if not local and str(source).startswith(("/", ".", "~")):
         raise ModelLoadError(f"there is no folder {str(source)!r}; give a model's folder or its name on the hub")
+    where = f"the folder {str(source)!r}" if local else f"the hub name {str(source)!r} (there is no such folder)"
     with _quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
-            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, local_files_only=local)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(source), dtype=dtype, local_files_only=local, ignore_mismatched_sizes=True, output_loading_info=True
+            )
         except LQError:
             raise
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            where = "the folder" if local else "the hub name (there is no such folder)"
-            raise ModelLoadError(f"cannot load {where} {str(source)!r}: {_first_line(error)}") from error
+        except Exception as error:  # a damaged file raises what its reader raises: a dozen unrelated classes
+            raise ModelLoadError(f"cannot load {where}: {_first_line(error)}") from error
+    if problem := _unloaded(report):
+        raise ModelLoadError(f"cannot load {where}: {problem}; take config.json and the weights of one model")
     return LoadedModel(str(source), model.to(device).eval(), _unlimited(tokenizer), quantized=False)
+
+
+def saved_quantized(source: str | Path) -> bool:
+    """Return whether ``source`` is a folder with quantized weights: one that lq saved, or another library."""
+    folder = Path(source)
+    return folder.is_dir() and ((folder / _LQ_INDEX).is_file() or is_foreign(folder))
+
+
+def _unloaded(report: Mapping[str, Any]) -> str:
+    """Say which weights transformers left at random values, if any: their files lack them, or have other sizes."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        found, expected = ("x".join(map(str, shape)) for shape in (found, expected))
+        more = f" ({len(mismatched) - 1} more weights differ)" if len(mismatched) > 1 else ""
+        return f"{name} is {found} in the files and {expected} by config.json{more}"
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"the files lack {missing[0]}{more}, which config.json asks for"
+    return ""
 
 
 def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -128,7 +152,7 @@ def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # as above
             raise ModelLoadError(
                 f"{str(directory)!r} holds quantized weights, but no tokenizer that can be read ({_first_line(error)}); "
                 "save it beside them with tokenizer.save_pretrained"
