@@ -113,5 +113,8 @@ def test_device_and_dtype_defaults():
         default_device("tpu?")
     with pytest.raises(SpecError, match="CUDA GPUs"):
         default_device("cuda:99")
+    for other in ("mps", "xpu", "meta", "meta:0"):
+        with pytest.raises(SpecError, match=f"device '{other}': lq-eval measures on cpu and cuda only"):
+            default_device(other)
     with pytest.raises(DTypeError, match="int3"):
         default_dtype("int3", torch.device("cpu"))

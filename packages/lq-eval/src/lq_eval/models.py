@@ -22,6 +22,7 @@ from lq_eval.schemes import weight_nbytes
 
 _LQ_INDEX = "lq.json"  # what lq_torch.save_pretrained writes beside the weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_TYPES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def default_device(device: str | None = None) -> torch.device:
     """Return the device to run on: the one asked for, else the GPU where there is one, else the CPU.
 
     Raises:
-        SpecError: If ``device`` is not a device, or is a GPU that this machine lacks.
+        SpecError: If ``device`` is not a device, is of another type than cpu and cuda, or is a GPU that this machine lacks.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +74,8 @@ def default_device(device: str | None = None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise SpecError(f"unknown device {device!r}: expected for example cpu, cuda or cuda:1") from error
+    if chosen.type not in DEVICE_TYPES:
+        raise SpecError(f"device {device!r}: lq-eval measures on {' and '.join(DEVICE_TYPES)} only; use --device cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise SpecError(f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
     return chosen
