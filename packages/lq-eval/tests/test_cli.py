@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -73,18 +74,68 @@ def test_ppl_of_a_folder(lq_eval, tmp_path, kl):
 def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
     folder, record = tmp_path / "quantized", tmp_path / "ppl.jsonl"
     save_pretrained(quantized_copy(tiny.model, parse_scheme("int4-g64")), folder)
-    common = ("--scheme", "int4-g64", "--tokens", 512, "--device", "cpu", "--json", record)
+    common = ("--tokens", 512, "--device", "cpu", "--json", record)
     missing = lq_eval("ppl", folder, *common)
     assert missing.exit_code == 1
     assert "tokenizer" in missing.stderr
     tiny.tokenizer.save_pretrained(folder)
-    for source in (folder, tiny_llama_path()):
-        result = lq_eval("ppl", source, *common)
+    for source in ((folder,), (tiny_llama_path(), "--scheme", "int4-g64")):
+        result = lq_eval("ppl", *source, *common)
         assert result.exit_code == 0, result.output
     saved, quantized = read_records(record)
     assert [row["scheme"] for row in saved.rows] == ["as saved"]
     assert saved.rows[0]["perplexity"] == pytest.approx(quantized.rows[1]["perplexity"], rel=1e-5)
     assert saved.rows[0]["linear_bytes"] == quantized.rows[1]["linear_bytes"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that is taken for one that lq saved; nothing of it is ever read."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "lq.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "option", [("--scheme", "int8"), ("--scale-dtype", "float16"), ("--no-kl",)], ids=lambda option: option[0]
+)
+def test_ppl_refuses_options_that_a_quantized_folder_would_ignore(lq_eval, saved, option):
+    result = lq_eval("ppl", saved, *option)
+    assert result.exit_code == 1
+    assert f"SpecError: {option[0]} is for schemes" in result.stderr
+    assert f"{str(saved)!r} is quantized already" in result.stderr
+    if option[0] != "--scheme":
+        beside = lq_eval("ppl", tiny_llama_path(), "--baseline", tiny_llama_path(), *option)
+        assert beside.exit_code == 1
+        assert "--baseline takes MODEL as it is" in beside.stderr
+
+
+def test_ppl_refuses_a_quantized_baseline(lq_eval, saved):
+    result = lq_eval("ppl", tiny_llama_path(), "--baseline", saved)
+    assert result.exit_code == 1
+    assert f"SpecError: --baseline {str(saved)!r} is quantized" in result.stderr
+
+
+def test_ppl_refuses_a_baseline_of_another_vocabulary(lq_eval, tiny, tmp_path):
+    """Fewer tokens, which the other model's are looked up in; and as many, but other ones."""
+    fewer, other = tmp_path / "fewer", tmp_path / "other"
+    for folder, tokens in ((fewer, 4000), (other, tiny.model.config.vocab_size)):
+        config = copy.deepcopy(tiny.model.config)
+        config.vocab_size, config.num_hidden_layers = tokens, 1
+        type(tiny.model)(config).save_pretrained(folder)
+        tiny.tokenizer.save_pretrained(folder)
+    words = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    words["model"]["merges"] = words["model"]["merges"][:100]
+    (other / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    for folder, reason in (
+        (fewer, "knows 4096 tokens and its reference 4000"),
+        (other, "cut the text into other tokens"),
+    ):
+        result = lq_eval("ppl", tiny_llama_path(), "--baseline", folder, "--tokens", 256, "--device", "cpu")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("lq-eval: SpecError: ")
+        assert reason in result.stderr
 
 
 def test_ppl_prints_one_json_document_last(lq_eval, tiny, tmp_path):
@@ -235,6 +286,8 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
         (("ppl", "/no/such/folder", "--tokens", "256"), "ModelLoadError"),
         (("ppl", "x", "--dataset", "c4"), "SpecError"),
         (("ppl", "x", "--dataset", "wikitext2", "--text", "y"), "SpecError"),
+        (("ppl", "x", "--dataset-dir", "y"), "SpecError"),
+        (("ppl", "x", "--split", "train"), "SpecError"),
         (("ppl", "x", "--protocol", "sliding"), "SpecError"),
         (("ppl", "x", "--baseline", "y", "--scheme", "int8"), "SpecError"),
         (("ppl", "x", "--scale-dtype", "int4"), "SpecError"),

@@ -4,6 +4,7 @@ from lq_eval.divergence import compare, kl_divergence
 from lq_eval.evaluate import quantized_copy
 from lq_eval.perplexity import measure_perplexity
 from lq_eval.schemes import parse_scheme
+from lq_formats import SpecError
 
 
 def test_kl_equals_pytorchs_in_float64():
@@ -36,6 +37,21 @@ def test_more_bits_diverge_less(tiny, windows):
     assert found.divergence["int8"].top1 > 0.95 > found.divergence["int4-g256"].top1
     assert found.divergence["int8"].positions == 4 * 255
     assert sum(seen) == 4 * 4
+
+
+def test_models_of_another_vocabulary_are_refused(windows):
+    class Model(torch.nn.Module):
+        """Any number of logits, which no configuration tells."""
+
+        def __init__(self, tokens):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(tokens))
+
+        def forward(self, ids):
+            return self.bias.expand(*ids.shape, -1)
+
+    with pytest.raises(SpecError, match="the model 'wide' knows 5000 tokens and its reference 4096"):
+        compare(Model(4096), {"wide": Model(5000)}, windows)
 
 
 def test_out_of_time_every_model_has_seen_the_same_windows(tiny, windows):

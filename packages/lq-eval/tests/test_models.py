@@ -80,7 +80,10 @@ def change_config(folder, **changes):
     [
         (cut_weights, "incomplete metadata"),
         (foreign_weights, "header too large"),
-        (other_sizes, r"down_proj.weight is 256x768 in the files and 256x1536 by config.json \(11 more weights differ\)"),
+        (
+            other_sizes,
+            r"down_proj.weight is 256x768 in the files and 256x1536 by config.json \(11 more weights differ\)",
+        ),
         (more_layers, "the files lack model.layers.4.input_layernorm.weight and 8 more"),
         (no_sizes, "hidden_size"),
     ],

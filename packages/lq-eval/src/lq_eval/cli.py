@@ -142,7 +142,7 @@ def ppl(
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file to evaluate on.")] = None,
     dataset: Annotated[str | None, typer.Option(help="wikitext2 instead of a text; default: the bundled text.")] = None,
     dataset_dir: Annotated[Path | None, typer.Option(help="A local copy of the dataset.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: test.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
     tokens: Annotated[int | None, typer.Option(help="Use the first TOKENS tokens; default: all.")] = None,
@@ -160,6 +160,8 @@ def ppl(
     """
     from json import dumps
 
+    import torch
+
     from lq_eval.corpus import load_text, load_wikitext2, make_windows, tokenize
     from lq_eval.data import eval_text_path
     from lq_eval.evaluate import (
@@ -171,7 +173,7 @@ def ppl(
         evaluate_one,
         window_passes,
     )
-    from lq_eval.models import default_device, default_dtype, load_model
+    from lq_eval.models import default_device, default_dtype, load_model, saved_quantized
     from lq_eval.perplexity import protocol as find_protocol
     from lq_eval.schemes import SCALE_DTYPES, parse_schemes
     from lq_eval.tables import evaluation_table
@@ -180,23 +182,39 @@ def ppl(
         raise SpecError(f"unknown dataset {dataset!r}: expected wikitext2")
     if dataset is not None and text is not None:
         raise SpecError("--text and --dataset exclude each other")
+    if dataset is None and (dataset_dir is not None or split is not None):
+        option = "--split" if dataset_dir is None else "--dataset-dir"
+        raise SpecError(f"{option} says where a dataset is read from: give --dataset wikitext2 with it, or neither")
     if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
         raise SpecError(f"unknown scale dtype {scale_dtype!r}: expected one of {', '.join(SCALE_DTYPES)}")
     if baseline is not None and scheme is not None:
         raise SpecError("--scheme quantizes MODEL and --baseline takes it as it is: give one of them")
+    if baseline is not None or saved_quantized(model):
+        reason = "--baseline takes MODEL as it is" if baseline is not None else f"{model!r} is quantized already"
+        for option, given in (("--scheme", scheme), ("--scale-dtype", scale_dtype), ("--no-kl", None if kl else True)):
+            if given is not None:
+                raise SpecError(f"{option} is for schemes that MODEL is quantized by, and {reason}: leave it out")
+    if baseline is not None and saved_quantized(baseline):
+        raise SpecError(f"--baseline {baseline!r} is quantized: expected the float model that MODEL was made of")
     configs = parse_schemes(scheme or "int4-g128", SCALE_DTYPES[scale_dtype] if scale_dtype else None)
     rules = find_protocol(protocol)
     where = default_device(device)
     precision = default_dtype(dtype, where)
     if dataset is not None:
-        content, source = load_wikitext2(split, dataset_dir), f"wikitext2 ({split})"
+        part = split or "test"
+        content, source = load_wikitext2(part, dataset_dir), f"wikitext2 ({part})"
     else:
         path = text or eval_text_path()
         content, source = load_text(path), path.name
 
     loaded = load_model(model, device=where, dtype=precision)
     reference = None if baseline is None else load_model(baseline, device=where, dtype=precision)
-    windows = make_windows(tokenize(loaded.tokenizer, content), seq_len, tokens)
+    ids = tokenize(loaded.tokenizer, content)
+    if reference is not None and not torch.equal(ids, tokenize(reference.tokenizer, content)):
+        raise SpecError(
+            f"{model!r} and --baseline {baseline!r} cut the text into other tokens: expected one vocabulary"
+        )
+    windows = make_windows(ids, seq_len, tokens)
     bos = getattr(loaded.tokenizer, "bos_token_id", None)
     settings = Settings(batch_size, rules, bos, decode_tokens, precision.itemsize)
     with progress_bar() as bar:

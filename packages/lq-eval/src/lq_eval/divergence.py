@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from lq_formats import SpecError
 from torch import Tensor, nn
 
 from lq_eval.perplexity import (
@@ -88,8 +89,11 @@ def compare(
         seconds: Start no further batch after this time: every model has then seen the same first windows.
 
     Raises:
-        SpecError: If ``batch_size`` is not positive, or the protocol lacks its BOS token.
+        SpecError: If ``batch_size`` is not positive, the protocol lacks its BOS token, or a candidate has another
+            vocabulary than the reference.
     """
+    for name, model in candidates.items():
+        _check_vocabulary(name, _vocabulary(model), _vocabulary(reference))
     device = next(reference.parameters()).device
     total = Accumulator()
     totals = {name: Accumulator() for name in candidates}
@@ -110,6 +114,7 @@ def compare(
                 progress(batch.shape[0])
             for name, model in candidates.items():
                 log_q, choice, scores, seconds = _predict(model, ids)
+                _check_vocabulary(name, log_q.shape[-1], log_p.shape[-1])
                 totals[name].add(scores, ids.numel(), seconds)
                 kl[name] += kl_divergence(log_p, log_q).double().mean(dim=1).tolist()
                 agreed[name] += int((choice == best).sum())
@@ -121,6 +126,20 @@ def compare(
         {name: accumulator.result() for name, accumulator in totals.items()},
         {name: _divergence(kl[name], agreed[name] / positions, positions) for name in candidates},
     )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return how many tokens a model knows, if its configuration says so."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _check_vocabulary(name: str, size: int | None, expected: int | None) -> None:
+    if size is not None and expected is not None and size != expected:
+        raise SpecError(
+            f"the model {name!r} knows {size} tokens and its reference {expected}: KL divergence compares models of one "
+            "vocabulary; give the float model that it was made of"
+        )
 
 
 def _predict(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
