@@ -313,6 +313,28 @@ def test_a_named_error_is_one_line_and_status_1(lq_eval, arguments, error):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo", "--json"),
+        ("schemes", "--json"),
+        ("ppl", tiny_llama_path(), "--json"),
+        *(("bench", name, "--json") for name in ("gemm", "sweep", "variants", "fused", "eager", "cold", "ggml")),
+        ("bench", "record"),
+    ],
+    ids=lambda command: "-".join(command[:2]) if command[0] == "bench" else command[0],
+)
+def test_a_record_that_cannot_be_written_is_refused_before_the_measurement(lq_eval, tmp_path, monkeypatch, command):
+    """Nothing is looked for on the machine, not even its device."""
+    monkeypatch.setattr("lq_eval.models.default_device", None)
+    below = tmp_path / "file"
+    below.touch()
+    for target in (below / "records.jsonl", *(() if command[-1] == "record" else (tmp_path,))):
+        result = lq_eval(*command, target)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"lq-eval: SpecError: cannot write '{target}")
+
+
 def test_debug_raises(lq_eval):
     result = lq_eval("--debug", "demo", "--schemes", "int5")
     assert result.exit_code == 1

@@ -3,8 +3,8 @@ import math
 
 import lq_eval.results as results
 import pytest
-from lq_eval.results import append_record, environment, read_records
-from lq_formats import FormatError
+from lq_eval.results import append_record, check_target, environment, read_records
+from lq_formats import FormatError, SpecError
 
 
 def test_records_round_trip(tmp_path):
@@ -50,3 +50,23 @@ def test_the_commit_can_be_named_where_there_is_no_checkout(monkeypatch):
     assert results.git_commit() == "0123456789ab"
     monkeypatch.setenv("LQ_GIT_COMMIT", " ")
     assert results.git_commit() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [(".", "it is a folder"), ("file/a/b.jsonl", "file' is no folder"), ("x" * 300, "name too long")],
+    ids=["folder", "below a file", "name"],
+)
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match=f"(?i)cannot write .*{reason}"):
+        check_target(tmp_path / name)
+    with pytest.raises(SpecError, match="cannot write"):
+        append_record(tmp_path / name, "gemm", [])
+
+
+def test_a_file_that_can_be_written_is_not_created(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("records.jsonl", "new/folder/records.jsonl", tmp_path / "new" / "records.jsonl"):
+        check_target(path)
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lq_formats import FormatError
+from lq_formats import FormatError, SpecError
 
 from lq_eval import env
 
@@ -89,13 +90,44 @@ def git_commit() -> str | None:
     return f"{commit.strip()}-dirty" if changed else commit.strip()
 
 
-def append_record(path: str | Path, bench: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append one record to a JSONL file (its folder is created)."""
+def check_target(path: str | Path) -> None:
+    """Raise SpecError unless a file can be written at ``path``: before a measurement, not after it. Nothing is created."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        reason = _why_not_write(target)
+    except OSError as error:  # a name that is too long, or a folder that cannot be searched
+        reason = error.strerror or str(error)
+    if reason:
+        raise SpecError(f"cannot write {str(target)!r}: {reason}; give another file")
+
+
+def _why_not_write(target: Path) -> str:
+    if target.is_dir():
+        return "it is a folder"
+    if target.exists():
+        return "" if os.access(target, os.W_OK) else "it may not be written"
+    # The folders that are missing are created; the first one that is there decides.
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        return f"{str(folder)!r} is no folder"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"the folder {str(folder)!r} may not be written"
+
+
+def append_record(path: str | Path, bench: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append one record to a JSONL file (its folder is created).
+
+    Raises:
+        SpecError: If the file cannot be written; :func:`check_target` says so before a measurement.
+    """
+    target = Path(path)
     record = {"bench": bench, "environment": dict(environment()), "rows": [_plain(row) for row in rows]}
-    with target.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    line = json.dumps(record, allow_nan=False) + "\n"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise SpecError(f"cannot write {str(target)!r}: {error.strerror or error}; give another file") from error
 
 
 def read_records(path: str | Path) -> Iterator[Record]:

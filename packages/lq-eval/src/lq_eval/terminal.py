@@ -11,14 +11,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
-from lq_eval.results import append_record
+from lq_eval.results import append_record, check_target
+
+STDOUT = Path("-")
+
+
+def _recordable(path: Path | None) -> Path | None:
+    """Refuse a file that no record can be appended to, before anything is measured."""
+    if path not in (None, STDOUT):
+        check_target(path)
+    return path
+
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU where there is one.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Append a record of the result to this JSONL file.")]
-STDOUT = Path("-")
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_recordable, help="Append a record of the result to this JSONL file."),
+]
 PrintJson = Annotated[
     Path | None,
-    typer.Option("--json", help="Alone: print one JSON document as the last line. FILE: append a record to it."),
+    typer.Option(
+        "--json",
+        callback=_recordable,
+        help="Alone: print one JSON document as the last line. FILE: append a record to it.",
+    ),
 ]
 Seconds = Annotated[float | None, typer.Option(help="Stop starting new points after this time.")]
 

@@ -11,12 +11,13 @@ import typer
 from lq_formats import LQError, SpecError
 
 from lq_eval.errors import BenchError, ModelLoadError
-from lq_eval.results import Record, environment, read_records
+from lq_eval.results import Record, check_target, environment, read_records
 from lq_eval.terminal import Device, Json, Seconds, console, device_name, integers, progress_bar, save, split
 
 # A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
 _ROWS_A_RECORD = 64
 _STEPS = ("eager", "cold", "variants", "sweep", "gemm", "plot")
+_FIGURE = "speedup.svg"
 _VARIANTS_SHARE, _SWEEP_SHARE = 0.1, 0.65
 _FIGURE_MS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 
@@ -377,10 +378,12 @@ def bench_record(
     for name in names:
         if name not in _STEPS:
             raise SpecError(f"unknown step {name!r}: expected one of {', '.join(_STEPS)}")
+    files = {name: folder / (_FIGURE if name == "plot" else f"{name}.jsonl") for name in _STEPS}
+    for name in names:
+        check_target(files[name])
     gpu = default_device(device).type == "cuda"
     chosen = shapes or ("4096x4096,14336x4096,4096x14336,8192x8192" if gpu else "256x256")
     deadline = time.monotonic() + seconds
-    files = {name: folder / f"{name}.jsonl" for name in _STEPS}
 
     def left() -> float:
         return max(0.0, deadline - time.monotonic())
@@ -413,7 +416,7 @@ def bench_record(
         "variants": lambda: bench_variants(device=device, json=files["variants"], seconds=_VARIANTS_SHARE * left()),
         "sweep": sweep,
         "gemm": gemm,
-        "plot": lambda: bench_plot([files["gemm"]], folder / "speedup.svg", ops="int4,int8"),
+        "plot": lambda: bench_plot([files["gemm"]], files["plot"], ops="int4,int8"),
     }
     failed: dict[str, Exception] = {}
     for name in names:
