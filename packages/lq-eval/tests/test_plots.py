@@ -163,14 +163,40 @@ def test_the_same_records_give_the_same_file(rows, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_figure_needs_rows_and_a_known_format(rows, tmp_path):
+def test_a_figure_needs_rows(rows, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(SpecError, match="nothing to plot"):
         plot_speedup([{"speedup": None}], tmp_path / "empty.png")
     with pytest.raises(SpecError, match="nothing to plot"):
         plot_speedup(rows, tmp_path / "none.png", ops=("int8",))
-    with pytest.raises(SpecError, match="cannot write"):
-        plot_speedup(rows, tmp_path / "speedup.unknown")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("speedup.unknown", "end in .svg, .png, .pdf"),
+        ("speedup", "end in .svg, .png, .pdf"),
+        (".", "end in .svg, .png, .pdf"),
+        ("folder.svg", "it is a folder"),
+        ("file.txt/speedup.svg", "file.txt' is no folder"),
+    ],
+)
+def test_a_figure_needs_a_known_format_and_a_place(lq_eval, rows, tmp_path, name, reason):
+    (tmp_path / "folder.svg").mkdir()
+    (tmp_path / "file.txt").touch()
+    record = tmp_path / "records.jsonl"
+    append_record(record, "gemm", rows)
+    before = sorted(tmp_path.iterdir())
+    for draw in (plot_speedup, plot_times):
+        with pytest.raises(SpecError, match=f"cannot write .*{reason}"):
+            draw(rows, tmp_path / name)
+    for arguments in (("bench", "plot", record, tmp_path / name), ("bench", "gemm", "--plot", tmp_path / name)):
+        result = lq_eval(*arguments)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("lq-eval: SpecError: cannot write ")
+        assert reason in result.stderr
+        assert result.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_records_of_several_files_are_drawn_together(lq_eval, rows, tmp_path):

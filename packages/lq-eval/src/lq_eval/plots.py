@@ -13,6 +13,8 @@ from typing import Any
 
 from lq_formats import MissingPackageError, SpecError
 
+from lq_eval.results import check_target
+
 INK = "#777777"
 LQ_COLOR = "#e8590c"
 PEER_COLORS: Mapping[str, str] = MappingProxyType({"gemlite": "#2f81f7", "humming": "#1a9850", "tinygemm": "#a371f7"})
@@ -25,6 +27,17 @@ _FONT_SIZE = 9
 _MOST_MARKERS = 20
 # Text stays text, and the same records give the same bytes.
 _STYLE = MappingProxyType({"svg.fonttype": "none", "svg.hashsalt": "lq", "font.size": _FONT_SIZE})
+
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def check_figure(path: str | Path) -> None:
+    """Raise SpecError unless a figure can be written at ``path``: before what it shows is measured. Nothing is created."""
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS:
+        raise SpecError(f"cannot write a figure to {str(target)!r}: its name must end in {', '.join(FORMATS)}")
+    check_target(target)
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,7 @@ def plot_speedup(
         The path.
 
     Raises:
-        SpecError: If no row has a time, or the file format is unknown.
+        SpecError: If no row has a time, the file format is unknown, or the file cannot be written.
         MissingPackageError: If matplotlib is not installed.
     """
     return _figure(panels(rows, ops, sizes), path, title, baseline, times=False)
@@ -153,6 +166,7 @@ def plot_times(
 
 
 def _figure(chosen: Sequence[Panel], path: str | Path, title: str, baseline: str, *, times: bool) -> Path:
+    check_figure(path)
     if not chosen:
         raise SpecError("there is nothing to plot: no row has a time")
     try:
@@ -166,7 +180,6 @@ def _figure(chosen: Sequence[Panel], path: str | Path, title: str, baseline: str
     columns = min(_COLUMNS, len(chosen))
     lines = -(-len(chosen) // columns)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(dict(_STYLE)):
         figure = Figure(figsize=(max(_PANEL[0] * columns, _LEGEND), _PANEL[1] * lines + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -196,11 +209,12 @@ def _figure(chosen: Sequence[Panel], path: str | Path, title: str, baseline: str
         )
         if title:
             figure.suptitle(title, color=INK)
-        metadata = {"metadata": {"Date": None}} if target.suffix == ".svg" else {}
+        metadata = {"metadata": {"Date": None}} if target.suffix.lower() == ".svg" else {}
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(target, dpi=150, transparent=True, **metadata)
-        except ValueError as error:
-            raise SpecError(f"cannot write {target.name!r}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise SpecError(f"cannot write {str(target)!r}: {error}") from error
     return target
 
 

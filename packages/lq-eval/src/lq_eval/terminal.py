@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
+from lq_eval.plots import check_figure
 from lq_eval.results import append_record, check_target
 
 STDOUT = Path("-")
@@ -20,6 +21,13 @@ def _recordable(path: Path | None) -> Path | None:
     """Refuse a file that no record can be appended to, before anything is measured."""
     if path not in (None, STDOUT):
         check_target(path)
+    return path
+
+
+def _drawable(path: Path | None) -> Path | None:
+    """Refuse a file that no figure can be written to, before anything is measured."""
+    if path is not None:
+        check_figure(path)
     return path
 
 
@@ -36,6 +44,8 @@ PrintJson = Annotated[
         help="Alone: print one JSON document as the last line. FILE: append a record to it.",
     ),
 ]
+Plot = Annotated[Path | None, typer.Option(callback=_drawable, help="Draw the speedup to this file (svg, png, pdf).")]
+Figure = Annotated[Path, typer.Argument(callback=_drawable, help="The figure to write (svg, png, pdf).")]
 Seconds = Annotated[float | None, typer.Option(help="Stop starting new points after this time.")]
 
 

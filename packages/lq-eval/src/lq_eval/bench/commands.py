@@ -12,7 +12,19 @@ from lq_formats import LQError, SpecError
 
 from lq_eval.errors import BenchError, ModelLoadError
 from lq_eval.results import Record, check_target, environment, read_records
-from lq_eval.terminal import Device, Json, Seconds, console, device_name, integers, progress_bar, save, split
+from lq_eval.terminal import (
+    Device,
+    Figure,
+    Json,
+    Plot,
+    Seconds,
+    console,
+    device_name,
+    integers,
+    progress_bar,
+    save,
+    split,
+)
 
 # A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
 _ROWS_A_RECORD = 64
@@ -41,7 +53,7 @@ def bench_gemm(
     device: Device = None,
     seconds: Seconds = None,
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the speedup to this file (png, svg, pdf).")] = None,
+    plot: Plot = None,
 ) -> None:
     """Lq's kernels against the vendor's dense product (cuBLAS), over M and the layers of LLaMA, Qwen and Mixtral models."""
     from lq_eval.bench.gemm import GemmOptions, points, run_gemm
@@ -339,7 +351,7 @@ def bench_ggml(
 @bench_app.command("plot")
 def bench_plot(
     records: Annotated[list[Path], typer.Argument(help="JSONL files that benchmarks wrote.")],
-    output: Annotated[Path, typer.Argument(help="The figure to write (svg, png, pdf).")],
+    output: Figure,
     ops: Annotated[str, typer.Option(help="Draw these products; default: all that were recorded.")] = "",
     shapes: Annotated[str | None, typer.Option(help="Draw these weights, as for gemm; default: all.")] = None,
     times: Annotated[bool, typer.Option("--times", help="Draw microseconds, of the dense product too.")] = False,
