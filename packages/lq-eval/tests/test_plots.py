@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from lq_eval.plots import INK, LQ_COLOR, OTHER_COLORS, PEER_COLORS, panels, plot_speedup, plot_times
 from lq_eval.results import append_record
-from lq_formats import SpecError
+from lq_formats import FormatError, SpecError
 
 PAGES = {"light": "#ffffff", "dark": "#0d1117"}
 
@@ -169,6 +169,27 @@ def test_a_figure_needs_rows(rows, tmp_path):
         plot_speedup([{"speedup": None}], tmp_path / "empty.png")
     with pytest.raises(SpecError, match="nothing to plot"):
         plot_speedup(rows, tmp_path / "none.png", ops=("int8",))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        ({"m": 1, "speedup": 2.0}, "a row lacks n, k; it has m, speedup"),
+        (row(1, 2.0, n="4096"), "n='4096'; expected a positive integer"),
+        (row(0, 2.0), "m=0; expected a positive integer"),
+        (row(1, "fast"), "speedup='fast'; expected a number"),
+        (row(1, 2.0, dense_us=[1]), r"dense_us=\[1\]; expected a number"),
+    ],
+    ids=["sizes", "text", "zero", "speedup", "dense"],
+)
+def test_damaged_rows_are_named_with_their_file(lq_eval, tmp_path, damaged, reason):
+    record = tmp_path / "records.jsonl"
+    append_record(record, "gemm", [row(1, 2.0), damaged, {"note": "rows without a time need not have sizes"}])
+    with pytest.raises(FormatError, match=reason):
+        panels([row(1, 2.0), damaged])
+    result = lq_eval("bench", "plot", record, tmp_path / "figure.svg")
+    assert result.exit_code == 1
+    assert re.match(f"lq-eval: FormatError: {record}: .*{reason}", result.stderr)
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,21 @@ def test_outside_of_a_checkout_there_is_no_commit(monkeypatch):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"bench": "gemm", "environment', '{"bench": "gemm"}', '{"bench": "a", "environment": 1, "rows": []}', "[]"],
-    ids=["cut", "keys", "types", "list"],
+    [
+        b'{"bench": "gemm", "environment',
+        b'{"bench": "gemm"}',
+        b'{"bench": "a", "environment": 1, "rows": []}',
+        b'{"bench": "a", "environment": {}, "rows": [{}, 3]}',
+        b"[]",
+        b'{"bench": "\xff"}',
+    ],
+    ids=["cut", "keys", "types", "row", "list", "not UTF-8"],
 )
 def test_a_damaged_line_is_named_by_number(tmp_path, line):
     path = tmp_path / "records.jsonl"
     append_record(path, "gemm", [])
-    with path.open("a") as file:
-        file.write(line + "\n")
+    with path.open("ab") as file:
+        file.write(line + b"\n")
     with pytest.raises(FormatError, match="line 2"):
         list(read_records(path))
 

@@ -17,7 +17,7 @@ from lq_eval.bench.sweep import (
     summarize,
 )
 from lq_eval.results import Record, read_records
-from lq_formats import SpecError
+from lq_formats import FormatError, SpecError
 
 
 @pytest.fixture
@@ -153,6 +153,8 @@ def test_only_measured_points_of_this_gpu_and_commit_are_known():
         Record("gemm", here, [row(5, 5.0)]),
     ]
     assert [r["m"] for r in known_points(records, here).values()] == [1]
+    with pytest.raises(FormatError, match="the sweep to resume: a row lacks op"):
+        known_points([Record("sweep", here, [{"m": 1, "us": 5.0}])], here)
 
 
 @pytest.mark.usefixtures("no_waiting")

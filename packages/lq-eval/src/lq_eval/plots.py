@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lq_formats import MissingPackageError, SpecError
+from lq_formats import FormatError, MissingPackageError, SpecError
 
-from lq_eval.results import check_target
+from lq_eval.results import check_keys, check_target
 
 INK = "#777777"
 LQ_COLOR = "#e8590c"
@@ -29,6 +29,8 @@ _MOST_MARKERS = 20
 _STYLE = MappingProxyType({"svg.fonttype": "none", "svg.hashsalt": "lq", "font.size": _FONT_SIZE})
 
 
+_SIZES = ("n", "k", "m")
+_VALUES = ("speedup", "us", "total_us", "dense_us")
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -70,6 +72,20 @@ class Panel:
     series: tuple[Series, ...]
 
 
+def check_points(rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Raise FormatError, which begins with ``where``, unless rows with a time or a speedup say for which product it is."""
+    measured = [row for row in rows if _speedup(row) or _microseconds(row)]
+    check_keys(measured, _SIZES, where)
+    for row in measured:
+        for key in _SIZES:
+            if type(row[key]) is not int or row[key] < 1:
+                raise FormatError(f"{where}: a row with {key}={row[key]!r}; expected a positive integer")
+        for key in _VALUES:
+            value = row.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise FormatError(f"{where}: a row with {key}={value!r}; expected a number")
+
+
 def panels(
     rows: Iterable[Mapping[str, Any]],
     ops: Collection[str] = (),
@@ -87,9 +103,13 @@ def panels(
         sizes: Keep these ``(N, K)``; all if empty.
         times: Microseconds instead of speedups, and the dense product that lq's rows were measured beside as a series.
         baseline: What the dense product was.
+
+    Raises:
+        FormatError: If a row with a time lacks sizes, or has anything else for a number.
     """
     value = _microseconds if times else _speedup
     kept = [row for row in rows if value(row)]
+    check_points(kept, "rows to draw")
     kept = [row for row in kept if (not ops or _op(row) in ops) and (not sizes or (row["n"], row["k"]) in sizes)]
     dtypes = {row.get("dtype", "") for row in kept}
     found: dict[tuple[str, int, int], dict[tuple[int, str], dict[int, float]]] = {}
@@ -142,6 +162,7 @@ def plot_speedup(
         The path.
 
     Raises:
+        FormatError: If a row with a time lacks sizes, or has anything else for a number.
         SpecError: If no row has a time, the file format is unknown, or the file cannot be written.
         MissingPackageError: If matplotlib is not installed.
     """

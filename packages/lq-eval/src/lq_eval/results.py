@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,22 +137,36 @@ def read_records(path: str | Path) -> Iterator[Record]:
         FormatError: If a line is not such a record (its number is named).
         FileNotFoundError: If there is no such file.
     """
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _parse(line, f"{path}, line {number}")
 
 
-def _parse(line: str, where: str) -> Record:
+def _parse(line: bytes, where: str) -> Record:
     try:
-        data = json.loads(line)
+        data = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{where}: not UTF-8 ({error}); expected records that a benchmark wrote") from error
     except json.JSONDecodeError as error:
         raise FormatError(f"{where}: not JSON ({error}); was the run cut short? delete that line") from error
     if not isinstance(data, dict) or set(data) != _KEYS:
         raise FormatError(f"{where}: expected an object with the keys {sorted(_KEYS)}")
     if not isinstance(data["environment"], dict) or not isinstance(data["rows"], list):
         raise FormatError(f"{where}: 'environment' must be an object and 'rows' a list")
+    for number, row in enumerate(data["rows"], start=1):
+        if not isinstance(row, dict):
+            raise FormatError(f"{where}: row {number} is {json.dumps(row)[:40]}; expected an object")
     return Record(str(data["bench"]), data["environment"], data["rows"])
+
+
+def check_keys(rows: Iterable[Mapping[str, Any]], keys: Collection[str], where: str) -> None:
+    """Raise FormatError, which begins with ``where``, unless each of ``rows`` has all of ``keys``."""
+    for row in rows:
+        if missing := [key for key in keys if key not in row]:
+            raise FormatError(
+                f"{where}: a row lacks {', '.join(missing)}; it has {', '.join(map(str, row)) or 'nothing'}"
+            )
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

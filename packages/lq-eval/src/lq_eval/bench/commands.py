@@ -358,9 +358,14 @@ def bench_plot(
 ) -> None:
     """Draw the speedups (or times) of recorded gemm, sweep or ggml benchmarks, one panel a weight and product."""
     from lq_eval.bench.shapes import parse_shapes
-    from lq_eval.plots import plot_speedup, plot_times
+    from lq_eval.plots import check_points, plot_speedup, plot_times
 
-    found = [record for path in records for record in _records(path) if record.bench in ("gemm", "sweep", "ggml")]
+    found: list[Record] = []
+    for path in records:
+        drawn = [record for record in _records(path) if record.bench in ("gemm", "sweep", "ggml")]
+        for record in drawn:
+            check_points(record.rows, str(path))
+        found += drawn
     gpus = dict.fromkeys(str(record.environment.get("gpu") or "CPU") for record in found)
     sizes = {(shape.n, shape.k) for shape in parse_shapes(shapes)} if shapes else set()
     rows = [row for record in found for row in record.rows]

@@ -22,13 +22,14 @@ from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, parse_shapes
 from lq_eval.bench.timing import COLD_BYTES, Call, times_or_reasons
 from lq_eval.errors import BenchError, last_line
-from lq_eval.results import Record
+from lq_eval.results import Record, check_keys
 
 SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 FIRST_ROUND = (1, 16, 64, 256, 1024, 4096)
 MONOTONE_UP_TO = 512
 TOLERANCE = 0.08
 DENSE = "dense"
+_ROW_KEYS = ("op", "shape", "n", "k", "m", "dtype", "group_size", "ran", "us", "speedup")
 
 Point: TypeAlias = tuple[str, int, int, int, str, int]
 """op, n, k, m, dtype, group size: what makes a row the same measurement."""
@@ -297,14 +298,16 @@ def known_points(records: Iterable[Record], here: Mapping[str, Any]) -> dict[Poi
     Args:
         records: Of any benchmarks.
         here: This environment; records of another GPU or another commit are measured again.
+
+    Raises:
+        FormatError: If a row of a sweep lacks what such rows have.
     """
-    return {
-        point_of(row): dict(row)
-        for record in records
-        if record.bench == "sweep" and all(record.environment.get(key) == here[key] for key in ("gpu", "git"))
-        for row in record.rows
-        if row["us"]
-    }
+    found: dict[Point, dict[str, Any]] = {}
+    for record in records:
+        if record.bench == "sweep" and all(record.environment.get(key) == here[key] for key in ("gpu", "git")):
+            check_keys(record.rows, _ROW_KEYS, "the sweep to resume")
+            found |= {point_of(row): dict(row) for row in record.rows if row["us"]}
+    return found
 
 
 def _key(product: Product, shape: Shape, m: int, options: SweepOptions) -> Point:
