@@ -8,7 +8,7 @@ from lq_eval.bench.ggml_linear import run_ggml_linear
 from lq_eval.bench.model import decode_tokens_per_second
 from lq_eval.bench.operands import random_blocks, random_q4_0
 from lq_eval.bench.shapes import MODELS, parse_shapes
-from lq_eval.bench.timing import copies, cpu_us, time_us, times_or_reasons
+from lq_eval.bench.timing import copies, cpu_us, time_us, times_or_reasons, times_us
 from lq_formats import SpecError, dequantize_q4_0, ggml_format
 from lq_formats.layouts import GGML_PLANES
 
@@ -52,6 +52,14 @@ def test_of_several_competitors_the_broken_one_is_named():
     assert found["b"] == "no such kernel"
     assert all(isinstance(found[name], float) for name in "ac")
     assert times_or_reasons({}, CPU) == {}
+
+
+def test_a_median_needs_a_replay():
+    for time in (lambda: times_us([[lambda: None]], CPU, replays=0), lambda: times_or_reasons({}, CPU, replays=0)):
+        with pytest.raises(SpecError, match="replays=0: expected at least 1"):
+            time()
+    with pytest.raises(SpecError, match="replays"):
+        next(run_ggml_linear(("q8_0",), 32, 64, (1,), torch.float32, CPU, replays=-1, cold_bytes=1))
 
 
 def test_layers_of_the_llama_models():

@@ -302,6 +302,9 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
         (("bench", "record", "x", "--steps", "everything"), "SpecError"),
         (("bench", "eager", "--calls", "0"), "SpecError"),
         (("bench", "variants", "--ops", "q4_0"), "SpecError"),
+        (("bench", "variants", "--replays", "0"), "SpecError"),
+        (("bench", "fused", "--replays", "0"), "SpecError"),
+        (("bench", "sweep", "--replays", "-1"), "SpecError"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lq_eval.bench.shapes import MODELS, ModelDimensions
-from lq_eval.bench.timing import COLD_BYTES, Call, copies, times_or_reasons
+from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, copies, times_or_reasons
 from lq_eval.schemes import weight_nbytes
 
 DENSE = "dense"
@@ -159,8 +159,9 @@ def run_fused(
         cold_bytes: Bytes of weights in a round.
 
     Raises:
-        SpecError: If there is no such format, or it does not take such a weight.
+        SpecError: If there is no such format, it does not take such a weight, or there are no replays.
     """
+    check_replays(replays)
     for op in ops:
         if op not in OPS:
             raise SpecError(f"unknown op {op!r}: expected one of {', '.join(OPS)}")

@@ -20,7 +20,7 @@ from lq_torch import GGMLTensor
 from torch import Tensor
 
 from lq_eval.bench.operands import random_blocks
-from lq_eval.bench.timing import COLD_BYTES, Call, copies, times_or_reasons
+from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, copies, times_or_reasons
 
 DEQUANTIZE = "dequant-blas"
 _T = TypeVar("_T")
@@ -103,8 +103,9 @@ def run_ggml_linear(
         cold_bytes: Bytes of weights in a round.
 
     Raises:
-        SpecError: If there is no such type, or K is no whole number of its blocks.
+        SpecError: If there is no such type, K is no whole number of its blocks, or there are no replays.
     """
+    check_replays(replays)
     for name in types:
         check_type(name, k)
     deadline = time.monotonic() + seconds

@@ -20,7 +20,7 @@ from lq_eval.bench.gemm import GemmRow, dense_calls
 from lq_eval.bench.operands import Operand
 from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, parse_shapes
-from lq_eval.bench.timing import COLD_BYTES, Call, times_or_reasons
+from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, times_or_reasons
 from lq_eval.errors import BenchError, last_line
 from lq_eval.results import Record, check_keys
 
@@ -64,8 +64,7 @@ class SweepOptions:
     done: frozenset[Point] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.replays < 1:
-            raise SpecError(f"replays={self.replays}: expected at least 1")
+        check_replays(self.replays)
         for m in self.ms:
             if m < 1:
                 raise SpecError(f"M={m}: expected at least one token")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from lq_formats import LQError
+from lq_formats import LQError, SpecError
 
 from lq_eval.errors import last_line
 
@@ -36,6 +36,12 @@ _Name = TypeVar("_Name", bound=Hashable)
 def copies(bytes_per_call: int, cold_bytes: int = COLD_BYTES, most: int = MAX_COPIES) -> int:
     """Return how many weight copies make a round cold: 2 to ``most``, ``cold_bytes`` together where that suffices."""
     return max(2, min(most, math.ceil(cold_bytes / max(1, bytes_per_call))))
+
+
+def check_replays(replays: int) -> None:
+    """Raise SpecError unless there is a replay to take the median of."""
+    if replays < 1:
+        raise SpecError(f"replays={replays}: expected at least 1")
 
 
 def time_us(calls: Sequence[Call], device: torch.device | str, *, budget_s: float = 2.0) -> float:
@@ -61,7 +67,11 @@ def times_us(
     """Return the median microseconds of a call of each of ``competitors``; see :func:`cuda_graphs_us`.
 
     On a CPU every call is timed by itself, ``replays`` of them.
+
+    Raises:
+        SpecError: If there are no replays.
     """
+    check_replays(replays)
     if torch.device(device).type == "cuda":
         return cuda_graphs_us(competitors, replays=replays, min_calls=min_calls)
     return [cpu_us(calls, 0.0, min_samples=replays) for calls in competitors]
@@ -70,7 +80,12 @@ def times_us(
 def times_or_reasons(
     competitors: Mapping[_Name, Sequence[Call]], device: torch.device | str, *, replays: int = 7, min_calls: int = 16
 ) -> dict[_Name, float | str]:
-    """Return what :func:`times_us` does by name; of a competitor that fails, why."""
+    """Return what :func:`times_us` does by name; of a competitor that fails, why.
+
+    Raises:
+        SpecError: If there are no replays.
+    """
+    check_replays(replays)
     if not competitors:
         return {}
     try:

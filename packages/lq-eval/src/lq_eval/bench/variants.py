@@ -19,7 +19,7 @@ from lq_formats import LQError, UnsupportedError
 
 from lq_eval.bench.products import Product
 from lq_eval.bench.shapes import Shape
-from lq_eval.bench.timing import COLD_BYTES, Call, times_or_reasons
+from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, times_or_reasons
 from lq_eval.errors import last_line
 
 
@@ -113,7 +113,11 @@ def run_variants(
         replays: Replays of each graph, of which the median counts.
         seconds: Stop starting new points after this time.
         cold_bytes: Bytes of weights in a round.
+
+    Raises:
+        SpecError: If there are no replays.
     """
+    check_replays(replays)
     deadline = time.monotonic() + seconds
     for op in ops:
         reasons: dict[Variant, float | str] = {}
