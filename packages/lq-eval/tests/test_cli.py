@@ -47,6 +47,11 @@ def test_schemes_of_a_random_matrix(lq_eval, tmp_path):
     ]
 
 
+def test_schemes_of_the_largest_seed(lq_eval):
+    result = lq_eval("schemes", "--rows", 1, "--columns", 64, "--schemes", "int8", "--seed", 2**64 - 1)
+    assert result.exit_code == 0, result.output
+
+
 def test_schemes_of_a_weight(lq_eval):
     weight = "model.layers.1.mlp.up_proj.weight"
     result = lq_eval("schemes", "--model", tiny_llama_path(), "--weight", weight, "--schemes", "int4-g128")
@@ -283,6 +288,8 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
         (("demo", "--schemes", "int5"), "SpecError"),
         (("schemes", "--model", "x"), "SpecError"),
         (("schemes", "--rows", "0"), "SpecError"),
+        (("schemes", "--seed", "99999999999999999999999"), "SpecError"),
+        (("schemes", "--seed", "-1"), "SpecError"),
         (("ppl", "/no/such/folder", "--tokens", "256"), "ModelLoadError"),
         (("ppl", "x", "--dataset", "c4"), "SpecError"),
         (("ppl", "x", "--dataset", "wikitext2", "--text", "y"), "SpecError"),

@@ -119,6 +119,8 @@ def schemes(
     else:
         if rows < 1 or columns < 1:
             raise SpecError(f"a matrix of {rows}x{columns}: expected positive sizes")
+        if not 0 <= seed < 2**64:
+            raise SpecError(f"--seed {seed}: expected 0 to 2**64 - 1")
         w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
         title = f"{rows}x{columns} of N(0, 1)"
     chosen = split_list(names) if names else MATRIX_SCHEMES
