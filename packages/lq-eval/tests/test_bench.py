@@ -171,10 +171,12 @@ def test_the_time_limit_ends_a_benchmark():
         {"kernels": ("fast",)},
         {"peers": ("marlin",)},
         {"ms": (0,)},
+        {"ms": ()},
+        {"kernels": ()},
         {"group_size": 100},
         {"shapes": parse_shapes("8x40"), "ops": ("q4_0",)},
     ],
-    ids=["op", "kernel", "peer", "M", "group", "blocks"],
+    ids=["op", "kernel", "peer", "M", "no M", "no kernel", "group", "blocks"],
 )
 def test_unknown_options_are_refused(changes):
     with pytest.raises(SpecError):

@@ -14,8 +14,7 @@ from lq_formats import LQError, SpecError
 from typer.core import TyperGroup
 
 from lq_eval.bench.commands import bench_app
-from lq_eval.terminal import STDOUT, BareJsonCommand, Device, Json, PrintJson, console, progress_bar, save
-from lq_eval.terminal import split as split_list
+from lq_eval.terminal import STDOUT, BareJsonCommand, Device, Json, PrintJson, console, listed, progress_bar, save
 
 
 class _Group(TyperGroup):
@@ -123,10 +122,11 @@ def schemes(
             raise SpecError(f"--seed {seed}: expected 0 to 2**64 - 1")
         w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
         title = f"{rows}x{columns} of N(0, 1)"
-    chosen = split_list(names) if names else MATRIX_SCHEMES
+    chosen = listed(names, "scheme") if names else MATRIX_SCHEMES
+    dtypes = listed(scale_dtypes, "scale dtype")
     found = []
     with progress_bar() as bar:
-        for row in bar.track(measure_matrix(w, chosen, split_list(scale_dtypes)), description="measuring"):
+        for row in bar.track(measure_matrix(w, chosen, dtypes), description="measuring"):
             found.append(row)
     console().print(matrix_table(found, title))
     save(json, "schemes", [{"rows": w.shape[0], "columns": w.shape[1], **asdict(row)} for row in found])

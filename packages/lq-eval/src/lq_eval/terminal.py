@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
+from lq_eval.bench.shapes import check_tokens
 from lq_eval.plots import check_figure
 from lq_eval.results import append_record, check_target
 
@@ -82,20 +83,40 @@ def save(path: Path | None, bench: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list."""
+    """Read a comma-separated list, which may be empty."""
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """Read a comma-separated list of integers.
+def listed(text: str, what: str) -> tuple[str, ...]:
+    """Read a comma-separated list of at least one item.
+
+    Args:
+        text: The list.
+        what: What an item is, for the error.
 
     Raises:
-        SpecError: If an item is no integer.
+        SpecError: If there is no item: a command that measures nothing has not succeeded.
+    """
+    found = split(text)
+    if not found:
+        raise SpecError(f"no {what} in {text!r}: expected at least one, separated by commas")
+    return found
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """Read a comma-separated list of numbers of tokens.
+
+    Raises:
+        SpecError: If an item is no integer or below 1, or there is none.
     """
     try:
-        return tuple(int(part) for part in split(text))
-    except ValueError:
+        found = tuple(int(part) for part in listed(text, "number of tokens"))
+    except ValueError as error:
+        if isinstance(error, SpecError):
+            raise
         raise SpecError(f"{text!r}: expected integers separated by commas") from None
+    check_tokens(found)
+    return found
 
 
 def device_name(device: torch.device) -> str:

@@ -20,10 +20,11 @@ from lq_eval.terminal import (
     Seconds,
     console,
     device_name,
-    integers,
+    listed,
     progress_bar,
     save,
     split,
+    token_counts,
 )
 
 # A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
@@ -66,9 +67,11 @@ def bench_gemm(
     gpu = where.type == "cuda"
     options = GemmOptions(
         shapes=parse_shapes(shapes or ("llama-3.2-1b,llama-3-8b,llama-3-70b" if gpu else "2048x2048,8192x2048")),
-        ms=integers(ms or ("1,4,16,64,256,1024,4096" if gpu else "1,16,64")),
-        dtypes=tuple(default_dtype(name, where) for name in split(dtypes or ("bfloat16" if gpu else "float32"))),
-        ops=split(ops),
+        ms=token_counts(ms or ("1,4,16,64,256,1024,4096" if gpu else "1,16,64")),
+        dtypes=tuple(
+            default_dtype(name, where) for name in listed(dtypes or ("bfloat16" if gpu else "float32"), "dtype")
+        ),
+        ops=listed(ops, "op"),
         kernels=split(kernels),
         peers=split(peers),
         group_size=group_size,
@@ -123,8 +126,8 @@ def bench_sweep(
     known = known_points(_records(resume), environment()) if resume is not None else {}
     options = SweepOptions(
         shapes=chosen,
-        ms=integers(ms) if ms else SWEEP_MS if gpu else (1, 2, 4, 16, 64),
-        ops=split(ops),
+        ms=token_counts(ms) if ms else SWEEP_MS if gpu else (1, 2, 4, 16, 64),
+        ops=listed(ops, "op"),
         dtype=default_dtype(dtype or ("bfloat16" if gpu else "float32"), where),
         group_size=group_size,
         device=where,
@@ -175,7 +178,7 @@ def bench_variants(
 
     where = default_device(device)
     gpu = where.type == "cuda"
-    formats = split(ops)
+    formats = listed(ops, "op")
     for op in formats:
         if op not in VARIANTS:
             raise SpecError(f"unknown op {op!r}: expected one of {', '.join(VARIANTS)}")
@@ -185,7 +188,7 @@ def bench_variants(
         rows = list(
             run_variants(
                 shape,
-                integers(ms or ("1,16,64,256,1024,4096" if gpu else "1,16")),
+                token_counts(ms or ("1,16,64,256,1024,4096" if gpu else "1,16")),
                 where,
                 ops=formats,
                 replays=replays,
@@ -218,16 +221,17 @@ def bench_fused(
     where = default_device(device)
     gpu = where.type == "cuda"
     precision = default_dtype(dtype or ("bfloat16" if gpu else "float32"), where)
+    formats = listed(ops, "op")
     deadline = time.monotonic() + (seconds if seconds is not None else 120.0)
     for name, dimensions in parse_models(models or ("llama-3-8b,llama-3.2-1b" if gpu else "256x512x128")).items():
         found = []
         for row in run_fused(
             name,
             dimensions,
-            integers(ms),
+            token_counts(ms),
             precision,
             where,
-            ops=split(ops),
+            ops=formats,
             replays=replays,
             seconds=deadline - time.monotonic(),
             cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 64,
@@ -292,8 +296,8 @@ def bench_cold(
         names = tuple(parse_schemes(schemes))
         task = bar.add_task("starting", total=len(STATES) * len(names))
         for scheme in names:
-            tokens = integers(new_ms) if new_ms else NEW_MS
-            options = ColdOptions(chosen, scheme, precision, str(where), integers(batch_sizes), tokens)
+            tokens = token_counts(new_ms) if new_ms else NEW_MS
+            options = ColdOptions(chosen, scheme, precision, str(where), token_counts(batch_sizes), tokens)
             for row in run_cold(options):
                 found.append(row)
                 save(json, "cold", [row.to_dict()])
@@ -324,8 +328,8 @@ def bench_ggml(
 
     where = default_device(device)
     gpu = where.type == "cuda"
-    names = split(types.lower()) if types else ()
-    tokens = integers(ms or ("1,2,4,8,16,32,64,128,256,512" if gpu else "1,8"))
+    names = listed(types.lower(), "type") if types else ()
+    tokens = token_counts(ms or ("1,2,4,8,16,32,64,128,256,512" if gpu else "1,8"))
     limit = seconds if seconds is not None else (math.inf if gpu else 60.0)
     cold = COLD_BYTES if gpu else COLD_BYTES // 3
     rows: Iterator[Any]
@@ -391,7 +395,7 @@ def bench_record(
     """Everything that the documentation shows, by one command: eager, cold, variants, sweep, gemm beside peers, the figure."""
     from lq_eval.models import default_device
 
-    names = split(steps)
+    names = listed(steps, "step")
     for name in names:
         if name not in _STEPS:
             raise SpecError(f"unknown step {name!r}: expected one of {', '.join(_STEPS)}")

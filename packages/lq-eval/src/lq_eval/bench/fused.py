@@ -27,7 +27,7 @@ from lq_torch.tensors.gated import gated_form, gated_linear
 from torch import Tensor
 from torch.nn import functional
 
-from lq_eval.bench.shapes import MODELS, ModelDimensions
+from lq_eval.bench.shapes import MODELS, ModelDimensions, check_tokens
 from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, copies, times_or_reasons
 from lq_eval.schemes import weight_nbytes
 
@@ -159,9 +159,11 @@ def run_fused(
         cold_bytes: Bytes of weights in a round.
 
     Raises:
-        SpecError: If there is no such format, it does not take such a weight, or there are no replays.
+        SpecError: If there is no such format, it does not take such a weight, there are no replays, or a number of tokens
+            is not positive.
     """
     check_replays(replays)
+    check_tokens(ms)
     for op in ops:
         if op not in OPS:
             raise SpecError(f"unknown op {op!r}: expected one of {', '.join(OPS)}")

@@ -17,7 +17,7 @@ from lq_kernels import Arch
 
 from lq_eval.bench.peers import PEERS, Calls, peer_calls
 from lq_eval.bench.products import AUTO, OPS, Product
-from lq_eval.bench.shapes import Shape
+from lq_eval.bench.shapes import Shape, check_tokens
 from lq_eval.bench.timing import COLD_BYTES, copies, time_us
 from lq_eval.errors import last_line
 
@@ -64,12 +64,12 @@ class GemmOptions:
         for kernel in self.kernels:
             if kernel not in known_kernels | {AUTO, ALL}:
                 raise SpecError(f"unknown kernel {kernel!r}: expected auto, all, {', '.join(sorted(known_kernels))}")
-        for m in self.ms:
-            if m < 1:
-                raise SpecError(f"M={m}: expected at least one token")
+        check_tokens(self.ms)
         for product in self.products:
             for shape in self.shapes:
                 product.check(shape)
+        if not points(self):
+            raise SpecError("there is nothing to time: no kernel or peer was chosen that has one of the products")
 
     @property
     def products(self) -> tuple[Product, ...]:

@@ -15,6 +15,7 @@ from lq_kernels import gemm_q4_0_q8_1, q4_0_linear, quantize_activation_q8_1, qu
 from torch import Tensor
 
 from lq_eval.bench.operands import random_q4_0
+from lq_eval.bench.shapes import check_sizes, check_tokens
 from lq_eval.bench.timing import COLD_BYTES, Call, copies, time_us
 
 
@@ -78,9 +79,11 @@ def run_ggml(
         cold_bytes: Bytes of weights in a round.
 
     Raises:
-        SpecError: If K is not a multiple of 32.
+        SpecError: If K is not a multiple of 32, or a size or number of tokens is not positive.
         NoKernelError: If the kernel cannot run.
     """
+    check_sizes(n, k)
+    check_tokens(ms)
     deadline = time.monotonic() + seconds
     packed = [random_q4_0(n, k, device) for _ in range(copies(n * k // 32 * 18, cold_bytes))]
     # float16 products on a CPU may be unbearably slow; float32 is the fair dense product there.

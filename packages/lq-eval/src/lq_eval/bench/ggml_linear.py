@@ -20,6 +20,7 @@ from lq_torch import GGMLTensor
 from torch import Tensor
 
 from lq_eval.bench.operands import random_blocks
+from lq_eval.bench.shapes import check_sizes, check_tokens
 from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, copies, times_or_reasons
 
 DEQUANTIZE = "dequant-blas"
@@ -103,9 +104,12 @@ def run_ggml_linear(
         cold_bytes: Bytes of weights in a round.
 
     Raises:
-        SpecError: If there is no such type, K is no whole number of its blocks, or there are no replays.
+        SpecError: If there is no such type, K is no whole number of its blocks, there are no replays, or a size or number of
+            tokens is not positive.
     """
     check_replays(replays)
+    check_sizes(n, k)
+    check_tokens(ms)
     for name in types:
         check_type(name, k)
     deadline = time.monotonic() + seconds

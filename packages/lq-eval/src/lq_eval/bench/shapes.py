@@ -4,6 +4,7 @@ Serving engines merge q, k, v into one product and gate, up into another; traini
 listed, because a merged product is larger and favours other kernels.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -74,6 +75,19 @@ MODELS = MappingProxyType(
         "mixtral-8x7b": ModelDimensions(4096, 14336, 1024, 32, experts=8),
     }
 )
+
+
+def check_tokens(ms: Iterable[int]) -> None:
+    """Raise SpecError unless every number of tokens is at least 1."""
+    for m in ms:
+        if m < 1:
+            raise SpecError(f"M={m}: expected at least one token")
+
+
+def check_sizes(n: int, k: int) -> None:
+    """Raise SpecError unless a weight has elements."""
+    if n < 1 or k < 1:
+        raise SpecError(f"a weight of {n}x{k} (out x in features): expected positive sizes")
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

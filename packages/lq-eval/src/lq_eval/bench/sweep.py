@@ -19,7 +19,7 @@ from lq_kernels import Arch
 from lq_eval.bench.gemm import GemmRow, dense_calls
 from lq_eval.bench.operands import Operand
 from lq_eval.bench.products import AUTO, Product
-from lq_eval.bench.shapes import MODELS, Shape, parse_shapes
+from lq_eval.bench.shapes import MODELS, Shape, check_tokens, parse_shapes
 from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, times_or_reasons
 from lq_eval.errors import BenchError, last_line
 from lq_eval.results import Record, check_keys
@@ -65,9 +65,7 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         check_replays(self.replays)
-        for m in self.ms:
-            if m < 1:
-                raise SpecError(f"M={m}: expected at least one token")
+        check_tokens(self.ms)
         for product in self.products:
             for shape in self.shapes:
                 product.check(shape)

@@ -18,7 +18,7 @@ import torch
 from lq_formats import LQError, UnsupportedError
 
 from lq_eval.bench.products import Product
-from lq_eval.bench.shapes import Shape
+from lq_eval.bench.shapes import Shape, check_tokens
 from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, times_or_reasons
 from lq_eval.errors import last_line
 
@@ -115,9 +115,10 @@ def run_variants(
         cold_bytes: Bytes of weights in a round.
 
     Raises:
-        SpecError: If there are no replays.
+        SpecError: If there are no replays, or a number of tokens is not positive.
     """
     check_replays(replays)
+    check_tokens(ms)
     deadline = time.monotonic() + seconds
     for op in ops:
         reasons: dict[Variant, float | str] = {}
