@@ -2,6 +2,7 @@ import copy
 import json
 
 import pytest
+from lq_eval.bench.commands import _STEPS, bench_app
 from lq_eval.data import eval_text_path, tiny_llama_path
 from lq_eval.errors import BenchError
 from lq_eval.evaluate import quantized_copy
@@ -265,12 +266,16 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
         raise BenchError("no process today")
 
     monkeypatch.setattr("lq_eval.bench.cold.run_cold", broken)
-    common = ("bench", "record", tmp_path, "--shapes", "128x128", "--device", "cpu", "--seconds", 8)
+    steps = ("eager", "variants", "fused", "sweep", "gemm")
+    common = ("bench", "record", tmp_path, "--shapes", "128x128", "--device", "cpu", "--seconds", 60)
     result = lq_eval(*common, "--peers", "humming")
     assert result.exit_code == 1
     assert "BenchError: cold failed" in result.stderr
     assert "no process today" in result.output
-    recorded = {name: list(read_records(tmp_path / f"{name}.jsonl")) for name in ("eager", "variants", "sweep", "gemm")}
+    recorded = {name: list(read_records(tmp_path / f"{name}.jsonl")) for name in steps}
+    for name, records in recorded.items():
+        assert {record.bench for record in records} <= {name, f"{name}-summary"}
+    assert {row["way"] for record in recorded["fused"] for row in record.rows} >= {"apart", "merged"}
     assert [record.bench for record in recorded["sweep"]] == ["sweep", "sweep-summary"]
     notes = {row["kernel"]: row["note"] for record in recorded["gemm"] for row in record.rows}
     assert notes["auto"] == ""
@@ -279,6 +284,11 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
     again = lq_eval(*common, "--steps", "sweep")
     assert again.exit_code == 0, again.output
     assert "0 of 0 points" in again.output
+
+
+def test_bench_record_has_a_step_for_every_benchmark_but_ggml():
+    commands = {command.name for command in bench_app.registered_commands}
+    assert set(_STEPS) == commands - {"ggml", "record"}
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from lq_eval.terminal import (
 
 # A record repeats the environment, so rows of a sweep share one; a run that is killed loses at most these.
 _ROWS_A_RECORD = 64
-_STEPS = ("eager", "cold", "variants", "sweep", "gemm", "plot")
+_STEPS = ("eager", "cold", "variants", "fused", "sweep", "gemm", "plot")
 _FIGURE = "speedup.svg"
-_VARIANTS_SHARE, _SWEEP_SHARE = 0.1, 0.65
+_VARIANTS_SHARE, _FUSED_SHARE, _SWEEP_SHARE = 0.1, 0.15, 0.65
 _FIGURE_MS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 
 bench_app = typer.Typer(help="Time kernels; results go to a table, a JSONL file and a plot.", no_args_is_help=True)
@@ -392,7 +392,7 @@ def bench_record(
         float, typer.Option(help="For all steps together; the figure's peers get what is left.")
     ] = 560.0,
 ) -> None:
-    """Everything that the documentation shows, by one command: eager, cold, variants, sweep, gemm beside peers, the figure."""
+    """Everything but ggml, by one command: eager, cold, variants, fused, sweep, gemm beside peers, and their figure."""
     from lq_eval.models import default_device
 
     names = listed(steps, "step")
@@ -435,6 +435,7 @@ def bench_record(
         "eager": lambda: bench_eager(device=device, json=files["eager"]),
         "cold": lambda: bench_cold(device=device, json=files["cold"]),
         "variants": lambda: bench_variants(device=device, json=files["variants"], seconds=_VARIANTS_SHARE * left()),
+        "fused": lambda: bench_fused(device=device, json=files["fused"], seconds=_FUSED_SHARE * left()),
         "sweep": sweep,
         "gemm": gemm,
         "plot": lambda: bench_plot([files["gemm"]], files["plot"], ops="int4,int8"),
