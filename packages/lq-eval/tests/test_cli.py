@@ -6,7 +6,8 @@ from lq_eval.bench.commands import _STEPS, bench_app
 from lq_eval.data import eval_text_path, tiny_llama_path
 from lq_eval.errors import BenchError
 from lq_eval.evaluate import quantized_copy
-from lq_eval.results import read_records
+from lq_eval.plots import panels
+from lq_eval.results import append_record, read_records
 from lq_eval.schemes import parse_scheme
 from lq_torch import save_pretrained
 
@@ -284,6 +285,33 @@ def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
     again = lq_eval(*common, "--steps", "sweep")
     assert again.exit_code == 0, again.output
     assert "0 of 0 points" in again.output
+
+
+def test_bench_record_draws_the_sweeps_points_beside_the_peers(lq_eval, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(rows, path, *arguments, **options):
+        drawn.append(panels(rows, options["ops"], options["sizes"]))
+        return path
+
+    def point(m, speedup, kernel="auto", n=64):
+        return {"op": "int4", "n": n, "k": 64, "m": m, "kernel": kernel, "speedup": speedup}
+
+    monkeypatch.setattr("lq_eval.plots.plot_speedup", draw)
+    append_record(tmp_path / "gemm.jsonl", "gemm", [point(1, 2.0), point(4, 2.5), point(1, 1.5, "humming")])
+    command = ("bench", "record", tmp_path, "--steps", "plot", "--shapes", "64x64", "--device", "cpu")
+    assert lq_eval(*command).exit_code == 0
+    append_record(tmp_path / "sweep.jsonl", "sweep", [point(1, 3.0), point(2, 3.5), point(1, 9.0, n=128)])
+    append_record(tmp_path / "sweep.jsonl", "sweep-summary", [{"op": "int4"}])
+    assert lq_eval(*command).exit_code == 0
+    found = [{series.label: series.values for panel in figure for series in panel.series} for figure in drawn]
+    assert found == [
+        {"lq": {1: 2.0, 4: 2.5}, "humming": {1: 1.5}},
+        {"lq": {1: 3.0, 2: 3.5, 4: 2.5}, "humming": {1: 1.5}},
+    ]
+    (tmp_path / "gemm.jsonl").unlink()
+    assert lq_eval(*command).exit_code == 0
+    assert [series.values for panel in drawn[-1] for series in panel.series] == [{1: 3.0, 2: 3.5}]
 
 
 def test_bench_record_has_a_step_for_every_benchmark_but_ggml():

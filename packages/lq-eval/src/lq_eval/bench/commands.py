@@ -431,6 +431,11 @@ def bench_record(
             json=files["gemm"],
         )
 
+    def plot() -> None:
+        # Of a point that both have, the last one is drawn: the sweep's, which times lq and the dense product in turn.
+        drawn = [files[name] for name in ("gemm", "sweep") if files[name].exists()]
+        bench_plot(drawn or [files["gemm"]], files["plot"], ops="int4,int8", shapes=chosen)
+
     actions: dict[str, Callable[[], None]] = {
         "eager": lambda: bench_eager(device=device, json=files["eager"]),
         "cold": lambda: bench_cold(device=device, json=files["cold"]),
@@ -438,7 +443,7 @@ def bench_record(
         "fused": lambda: bench_fused(device=device, json=files["fused"], seconds=_FUSED_SHARE * left()),
         "sweep": sweep,
         "gemm": gemm,
-        "plot": lambda: bench_plot([files["gemm"]], files["plot"], ops="int4,int8"),
+        "plot": plot,
     }
     failed: dict[str, Exception] = {}
     for name in names:
