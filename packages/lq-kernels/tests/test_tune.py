@@ -1,6 +1,8 @@
 """The tuner without a GPU: which cuts it times, what it keeps, and what becomes of a timing process that dies or hangs."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -461,3 +463,21 @@ def test_every_cut_can_be_timed(each):
             assert not failed
             assert {one.kernel for one in found} == {k for k, tunable in TUNABLES.items() if tunable.useful(each, m)}
             assert all(0.5 < one.point.us <= (one.model_us or 0) for one in found)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_list_quietly():
+    """As ``| head`` does: nobody reads the other end of the pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = "from lq_kernels.cli import main; main(['tune', '--device-preset', 'h200', '--list'])"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + 13, b"")

@@ -6,6 +6,7 @@ error.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,17 +38,24 @@ sources of a kernel are dropped. Cuts run in a process of their own: one that fa
 rest is reported and left out.
 """
 
+_BROKEN_PIPE = 128 + 13
+"""What a shell reports of a command that SIGPIPE ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with status 2 on a named error and on wrong usage."""
     options = _parser().parse_args(arguments)
     try:
         _tune(options)
+        sys.stdout.flush()  # what is still in the buffer has no reader either, if the last line had none
     except LQError as error:
         if options.debug:
             raise
         sys.stderr.write(f"lq-kernels: {type(error).__name__}: {error}\n")
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of the results, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        raise SystemExit(_BROKEN_PIPE) from None
     except KeyboardInterrupt:
         sys.stderr.write("\nlq-kernels: stopped; what was measured has been written\n")
         raise SystemExit(130) from None
