@@ -216,6 +216,14 @@ def test_doctor_explains_kernels(lq_eval):
         assert expected in result.output
 
 
+def test_doctor_says_what_a_missing_package_is_for(lq_eval, monkeypatch):
+    """Files are read and written without gguf: it is transformers that takes a tokenizer from one by it."""
+    monkeypatch.setattr("lq_eval.doctor.version", lambda package: None)
+    output = lq_eval("doctor", "--device", "cpu").output
+    assert "missing; it is for transformers' tokenizer from a GGUF file" in output
+    assert "lq-torch[gguf]" in output
+
+
 def test_bench_gemm_records_every_point(lq_eval, tmp_path):
     record, plot = tmp_path / "gemm.jsonl", tmp_path / "gemm.png"
     result = lq_eval(

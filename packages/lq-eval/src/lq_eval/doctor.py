@@ -17,7 +17,7 @@ from lq_eval.results import PACKAGES, environment, version
 OPTIONAL = {
     "triton": "portable GPU kernels",
     "gemlite": "int4_packing_format='gemlite': pip install 'lq-torch[gemlite]'",
-    "gguf": "reading GGUF files: pip install 'lq-torch[gguf]'",
+    "gguf": "transformers' tokenizer from a GGUF file (lq needs it for none): pip install 'lq-torch[gguf]'",
     "transformers": "models",
     "accelerate": "loading models straight to a GPU: pip install 'lq-torch[hf]'",
     "datasets": "WikiText-2: pip install 'lq-eval[datasets]'",
