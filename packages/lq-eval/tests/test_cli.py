@@ -69,6 +69,7 @@ def test_ppl_of_a_folder(lq_eval, tmp_path, kl):
         tiny_llama_path(),
         *("--scheme", "int8,int4-g32", "--tokens", 512, "--seq-len", 128, "--batch-size", 2, "--device", "cpu"),
         *("--kl" if kl else "--no-kl", "--decode-tokens", 2, "--json", record),
+        *(() if kl else ("--scale-dtype", "bfloat16")),
     )
     assert result.exit_code == 0, result.output
     (found,) = read_records(record)
@@ -76,6 +77,7 @@ def test_ppl_of_a_folder(lq_eval, tmp_path, kl):
     assert [row["windows"] for row in found.rows] == [4, 4, 4]
     assert all(("kl" in row) == kl for row in found.rows[1:])
     assert found.rows[1]["change_percent"] < found.rows[2]["change_percent"]
+    assert [row["scale_dtype"] for row in found.rows] == [None, None, "float32" if kl else "bfloat16"]
 
 
 def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
@@ -90,7 +92,7 @@ def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
         result = lq_eval("ppl", *source, *common)
         assert result.exit_code == 0, result.output
     saved, quantized = read_records(record)
-    assert [row["scheme"] for row in saved.rows] == ["as saved"]
+    assert [(row["scheme"], row["scale_dtype"]) for row in saved.rows] == [("as saved", None)]
     assert saved.rows[0]["perplexity"] == pytest.approx(quantized.rows[1]["perplexity"], rel=1e-5)
     assert saved.rows[0]["linear_bytes"] == quantized.rows[1]["linear_bytes"]
 

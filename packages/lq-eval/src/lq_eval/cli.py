@@ -247,7 +247,9 @@ def ppl(
     if json == STDOUT:
         typer.echo(dumps({**details, **document(found)}, allow_nan=False))
     else:
-        save(json, "ppl", [{**details, **row.row()} for row in found])
+        # Scales of int8 and ggml have a dtype of their own.
+        scales = {name: scale_dtype or dtype_name(precision) for name in configs if name.startswith("int4")}
+        save(json, "ppl", [{**details, "scale_dtype": scales.get(row.scheme), **row.row()} for row in found])
 
 
 @app.command()
