@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from lq_eval.schemes import DEMO_SCHEMES, MATRIX_SCHEMES, measure_matrix, parse_scheme, parse_schemes
@@ -39,6 +41,12 @@ def test_names_stand_for_configurations(name, config):
 def test_unknown_names_are_refused(name):
     with pytest.raises(SpecError):
         parse_scheme(name)
+
+
+def test_the_readmes_table_has_a_row_for_every_scheme_of_the_demo():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| scheme | bits per weight |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in table] == ["float", *DEMO_SCHEMES]
 
 
 def test_every_listed_scheme_parses():
