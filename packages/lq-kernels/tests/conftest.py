@@ -10,8 +10,8 @@ import pytest
 
 
 def _import_folder(name: str, folder: Path) -> None:
-    """Import a package that is not on the path."""
-    spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    """Import a folder that is not on the path as a package, which is what its machine.py has."""
+    spec = spec_from_file_location(name, folder / "machine.py", submodule_search_locations=[str(folder)])
     sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 
@@ -21,7 +21,7 @@ _import_folder("cuda_host", Path(__file__).parent / "host")
 
 @pytest.fixture
 def host(tmp_path_factory, monkeypatch):
-    """Run launches on this machine, without a GPU; the test is skipped where it cannot. See ``host/__init__.py``."""
+    """Run launches on this machine, without a GPU; the test is skipped where it cannot. See ``host/machine.py``."""
     import cuda_host
 
     if (reason := cuda_host.why_not()) is not None:

@@ -1,4 +1,4 @@
-"""The kernels for Q4_0 weights and Q8_1 blocks, without a GPU (see ``host/__init__.py``)."""
+"""The kernels for Q4_0 weights and Q8_1 blocks, without a GPU (see ``host/machine.py``)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels for 8-bit tokens without a GPU (see ``host/__init__.py``)."""
+"""The kernels for 8-bit tokens without a GPU (see ``host/machine.py``)."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""The decode kernel without a GPU (see ``host/__init__.py``)."""
+"""The decode kernel without a GPU (see ``host/machine.py``)."""
 
 from dataclasses import dataclass, field
 from typing import Any

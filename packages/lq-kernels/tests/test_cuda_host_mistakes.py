@@ -1,4 +1,4 @@
-"""Mistakes that kernels may make are found where they run on the host (see ``host/__init__.py``), whatever their results."""
+"""Mistakes that kernels may make are found where they run on the host (see ``host/machine.py``), whatever their results."""
 
 import pytest
 import torch

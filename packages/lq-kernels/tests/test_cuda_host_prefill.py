@@ -1,4 +1,4 @@
-"""The prefill kernel, and the one that makes weights dense, without a GPU (see ``host/__init__.py``)."""
+"""The prefill kernel, and the one that makes weights dense, without a GPU (see ``host/machine.py``)."""
 
 from typing import Any, NamedTuple
 
