@@ -180,6 +180,12 @@ class LowBitTensor(torch.Tensor):
         tensors = {name: function(tensor) for name, tensor in self.inner_tensors().items()}
         return type(self)(tensors, self.attributes(), self.shape, dtype or self.dtype)
 
+    def _alias(self) -> Self:
+        """Return another weight of the same inner tensors: who writes to one writes to both, and what is kept of them notices."""
+        # Autograd lets a view be an inference tensor exactly where its base is one, whatever the mode.
+        with torch.inference_mode(self.is_inference()):
+            return self._map(lambda tensor: tensor)
+
     def _like(self, target: "LowBitTensor") -> Self:
         """Return this weight with the inner tensors that ``target`` has, where there is more than one form."""
         return self
@@ -311,18 +317,22 @@ def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> 
         )
     assert isinstance(source, LowBitTensor)
     # Some weights are arranged for their device, and torch.load leaves them as they were arranged for another.
-    source = source._map(torch.detach) if target.device == source.device else _to_copy(source, device=target.device)
+    source = source._alias() if target.device == source.device else _to_copy(source, device=target.device)
     source = source._like(target)
     if target.attributes() != source.attributes() or set(target.inner_tensors()) != set(source.inner_tensors()):
         raise UnsupportedError(f"cannot copy {source.attributes()} into {target.attributes()}: different quantization")
     for name, tensor in target.inner_tensors().items():
         tensor.copy_(getattr(source, name), non_blocking)
+        # A write in here does not count as one, and what kernels keep of a weight goes by that count. Tensors of inference
+        # mode have none.
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
     return target
 
 
 DISPATCH: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: lambda tensor: tensor._map(torch.detach),
-    aten.alias.default: lambda tensor: tensor._map(torch.detach),
+    aten.detach.default: LowBitTensor._alias,
+    aten.alias.default: LowBitTensor._alias,
     aten.clone.default: _clone,
     aten.empty_like.default: _empty_like,
     aten._to_copy.default: _to_copy,

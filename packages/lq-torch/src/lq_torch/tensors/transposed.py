@@ -56,18 +56,19 @@ class TransposedWeight(LowBitTensor):
 def _transpose(tensor: LowBitTensor) -> LowBitTensor:
     if isinstance(tensor, TransposedWeight):
         # A new wrapper: autograd takes what t() returns for a view, and nothing is a view of itself.
-        return tensor.weight._map(torch.detach)
+        return tensor.weight._alias()
     rows, columns = tensor.shape
-    return TransposedWeight({"weight": tensor}, {}, (columns, rows), tensor.dtype)
+    with torch.inference_mode(tensor.is_inference()):  # as LowBitTensor._alias
+        return TransposedWeight({"weight": tensor}, {}, (columns, rows), tensor.dtype)
 
 
 def _permute(tensor: LowBitTensor, dims: Sequence[int]) -> LowBitTensor:
     order = [dim % 2 for dim in dims]
-    return _transpose(tensor) if order == [1, 0] else tensor._map(torch.detach)
+    return _transpose(tensor) if order == [1, 0] else tensor._alias()
 
 
 def _swap(tensor: LowBitTensor, first: int, second: int) -> LowBitTensor:
-    return tensor._map(torch.detach) if first % 2 == second % 2 else _transpose(tensor)
+    return tensor._alias() if first % 2 == second % 2 else _transpose(tensor)
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
