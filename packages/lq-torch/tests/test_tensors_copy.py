@@ -10,10 +10,13 @@ import weakref
 
 import pytest
 import torch
+from lq_formats import UnsupportedError, pack_int4
 from lq_torch import (
     GemliteConfig,
     GGMLWeightOnlyConfig,
     Int4DynamicActivationConfig,
+    Int4DynamicTensor,
+    Int4Tensor,
     Int4WeightOnlyConfig,
     Int8DynamicActivationConfig,
     Int8WeightOnlyConfig,
@@ -169,3 +172,64 @@ def test_a_weight_that_was_copied_into_is_freed(make):
     del layer
     gc.collect()
     assert all(reference() is None for reference in inner)
+
+
+INT4 = Int4WeightOnlyConfig
+UNLIKE = {
+    "zeros": (INT4(32, symmetric=False, int4_choose_qparams_algorithm="rtn"), INT4(32, symmetric=False), "zero"),
+    "no-zeros": (INT4(32), INT4(32, symmetric=False), "zero"),
+    "scales": (INT4(32, scale_dtype=torch.float16), INT4(32, scale_dtype=torch.float32), "scale"),
+    "intx-zeros": (
+        IntxWeightOnlyConfig(3, 32, choose_qparams_algorithm="rtn"),
+        IntxWeightOnlyConfig(3, 32),
+        "zero",
+    ),
+    "group-size": (INT4(32), INT4(64), "group_size"),
+    "row-into-tensor": (Int8WeightOnlyConfig("tensor"), Int8WeightOnlyConfig(), "scale"),
+    "tensor-into-row": (Int8WeightOnlyConfig(), Int8WeightOnlyConfig("tensor"), "scale"),
+    "ggml-type": (GGMLWeightOnlyConfig("q4_0"), GGMLWeightOnlyConfig("q8_0"), "ggml_type"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+@torch.no_grad()
+def test_nothing_is_written_where_quantizations_differ(case):
+    ours, theirs, name = UNLIKE[case]
+    weights = [config.quantize(torch.randn(N, K).to(BF16)) for config in (ours, theirs)]
+    for weight, other in (weights, weights[::-1]):
+        before = {key: tensor.clone() for key, tensor in weight.inner_tensors().items()}
+        with pytest.raises(UnsupportedError, match=f"cannot copy .*{name}.* into .*{name}.*equally quantized"):
+            weight.copy_(other)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in weight.inner_tensors().items())
+
+
+@pytest.mark.parametrize("through", [lambda w: w, lambda w: w.detach(), lambda w: w.data], ids=["it", "detach", "data"])
+@torch.no_grad()
+def test_what_depends_on_the_values_of_a_weight_is_copied_with_them(through):
+    dense, x = torch.randn(N, K), torch.randn(3, K).to(BF16)
+    gemlite = CONFIGS["gemlite"]
+    small, large = (gemlite.quantize((dense * factor).to(BF16)) for factor in (1, 1000))
+    assert small.exponent != large.exponent
+    plain = CONFIGS["int4"].quantize(dense.to(BF16))
+    codes = [torch.randint(low, 16, (N, K), dtype=torch.uint8) for low in (1, 0)]
+    without, with_lowest = (
+        Int4DynamicTensor.from_plain(
+            Int4Tensor.from_packed(pack_int4(each), plain.scale, None, group_size=32, in_features=K, dtype=BF16)
+        )
+        for each in codes
+    )
+    assert (without.lowest, with_lowest.lowest) == (False, True)
+    free, forced = (CONFIGS["int4-gemlite"].quantize(dense.to(BF16)) for _ in range(2))
+    forced.kernel = "GEMM"
+    for target, source in ((small, large), (without, with_lowest), (free, forced)):
+        weight = nn.Parameter(target, requires_grad=False)
+        kept = copy.deepcopy(weight)
+        product = torch.compile(lambda x, w: F.linear(x, w), fullgraph=True, backend="eager")
+        product(x, weight)
+        through(weight).copy_(source)
+        assert weight.attributes() == source.attributes() == target.attributes()
+        assert weight.attributes() != kept.attributes()
+        assert torch.equal(weight.dequantize(), source.dequantize())
+        assert torch.equal(product(x, weight), F.linear(x, source))
+        twin = pickle.loads(pickle.dumps(weight))
+        assert twin.attributes() == weight.attributes()

@@ -26,20 +26,36 @@ aten = torch.ops.aten
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+class SharedValue:
+    """An attribute that a weight has in common with its aliases, as it has its inner tensors (``value_names``)."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, weight: "LowBitTensor | None", owner: type) -> Any:
+        return self if weight is None else weight._values[self._name]
+
+    def __set__(self, weight: "LowBitTensor", value: Any) -> None:
+        weight.__dict__.setdefault("_values", {})[self._name] = value
+
+
 class LowBitTensor(torch.Tensor):
     """Base class of quantized weights; see the module docstring.
 
     Attributes:
         tensor_names: Names of the inner tensors, in constructor order. One that is None is absent.
         attribute_names: Names of the plain values (JSON scalars) that complete the inner tensors.
+        value_names: Those of them that depend on the values of a weight, not on how it is quantized: copies take them over.
         saved_names: Names of the tensors in files, where these differ from the inner ones.
         kind: Name of this class in checkpoints.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ()
     attribute_names: ClassVar[tuple[str, ...]] = ()
+    value_names: ClassVar[tuple[str, ...]] = ()
     saved_names: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[str] = ""
+    _values: dict[str, Any]
     _kinds: ClassVar[dict[str, type["LowBitTensor"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -184,7 +200,10 @@ class LowBitTensor(torch.Tensor):
         """Return another weight of the same inner tensors: who writes to one writes to both, and what is kept of them notices."""
         # Autograd lets a view be an inference tensor exactly where its base is one, whatever the mode.
         with torch.inference_mode(self.is_inference()):
-            return self._map(lambda tensor: tensor)
+            alias = self._map(lambda tensor: tensor)
+        if self.value_names:
+            alias._values = self._values
+        return alias
 
     def _like(self, target: "LowBitTensor") -> Self:
         """Return this weight with the inner tensors that ``target`` has, where there is more than one form."""
@@ -310,24 +329,44 @@ def _clone(tensor: LowBitTensor, *, memory_format: Any = None) -> LowBitTensor:
 
 
 def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> LowBitTensor:
-    if type(target) is not type(source) or target.shape != source.shape:
-        raise UnsupportedError(
-            f"cannot copy {type(source).__name__} {tuple(source.shape)} into {type(target).__name__} "
-            f"{tuple(target.shape)}: only an equally quantized weight of the same shape"
-        )
-    assert isinstance(source, LowBitTensor)
+    source = _checked(target, source, "copy")
     # Some weights are arranged for their device, and torch.load leaves them as they were arranged for another.
     source = source._alias() if target.device == source.device else _to_copy(source, device=target.device)
     source = source._like(target)
-    if target.attributes() != source.attributes() or set(target.inner_tensors()) != set(source.inner_tensors()):
-        raise UnsupportedError(f"cannot copy {source.attributes()} into {target.attributes()}: different quantization")
+    _check_inner(target, source, "copy")
     for name, tensor in target.inner_tensors().items():
         tensor.copy_(getattr(source, name), non_blocking)
         # A write in here does not count as one, and what kernels keep of a weight goes by that count. Tensors of inference
         # mode have none.
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
+    for name in target.value_names:
+        setattr(target, name, getattr(source, name))
     return target
+
+
+def _checked(target: LowBitTensor, source: Tensor, verb: str) -> LowBitTensor:
+    """Return the source of a copy, or raise unless it is a weight of the same kind and shape."""
+    if type(target) is type(source) and target.shape == source.shape:
+        return source
+    raise UnsupportedError(
+        f"cannot {verb} {type(source).__name__} {tuple(source.shape)} into {type(target).__name__} "
+        f"{tuple(target.shape)}: only an equally quantized weight of the same shape"
+    )
+
+
+def _check_inner(target: LowBitTensor, source: LowBitTensor, verb: str) -> None:
+    """Raise unless two weights are equally quantized: attributes, and shapes and dtypes of inner tensors."""
+    described = []
+    for weight in (source, target):
+        values = {name: value for name, value in weight.attributes().items() if name not in weight.value_names}
+        inner = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in weight.inner_tensors().items()}
+        described.append({**values, **inner})
+    found, expected = described
+    if found != expected:
+        names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+        what = " into ".join(", ".join(f"{name} {each.get(name)}" for name in names) for each in described)
+        raise UnsupportedError(f"cannot {verb} {what} of a {type(target).__name__}: only an equally quantized weight")
 
 
 DISPATCH: dict[Any, Callable[..., Any]] = {

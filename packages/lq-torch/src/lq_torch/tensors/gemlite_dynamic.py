@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lq_torch.integrations.gemlite import current_kernel, gemlite_linear
 from lq_torch.tensors import gemlite_meta as meta
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, SharedValue
 from lq_torch.tensors.saved import SavedWeight
 
 COMBINATIONS: dict[tuple[str, str], tuple[int, int]] = {
@@ -66,13 +66,14 @@ class GemliteTensor(LowBitTensor):
 
     tensor_names: ClassVar = ("qdata", "scale")
     attribute_names: ClassVar = ("weight", "activation", "group_size", "exponent")
+    value_names: ClassVar = ("exponent",)
     kind: ClassVar = "gemlite"
     qdata: Tensor
     scale: Tensor
     weight: str
     activation: str
     group_size: int
-    exponent: int
+    exponent = SharedValue()
 
     @classmethod
     def from_hp(cls, w: Tensor, weight: str, activation: str, group_size: int | None = None) -> Self:

@@ -11,7 +11,7 @@ from lq_formats import FormatError, UnsupportedError
 from lq_kernels import int4_dynamic_dequantize, int4_dynamic_linear, pack_int4_dynamic, restore_int4_dynamic
 from torch import Tensor
 
-from lq_torch.tensors.base import LowBitTensor
+from lq_torch.tensors.base import LowBitTensor, SharedValue
 from lq_torch.tensors.int4 import Int4Tensor, check_canonical
 from lq_torch.tensors.int8_dynamic import check_activation
 from lq_torch.tensors.saved import SavedWeight
@@ -30,13 +30,14 @@ class Int4DynamicTensor(LowBitTensor):
 
     tensor_names: ClassVar = ("packed", "scale")
     attribute_names: ClassVar = ("group_size", "activation", "lowest")
+    value_names: ClassVar = ("lowest",)
     saved_names: ClassVar = ("qdata", "scale")
     kind: ClassVar = "int4_dynamic"
     packed: Tensor
     scale: Tensor
     group_size: int
     activation: Literal["int8", "fp8"]
-    lowest: bool
+    lowest = SharedValue()
 
     @classmethod
     def from_hp(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lq_torch.integrations.gemlite import check_kernel, current_kernel, gemlite_linear
 from lq_torch.tensors import gemlite_meta as meta
-from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor
+from lq_torch.tensors.base import SCALE_DTYPES, LowBitTensor, SharedValue
 from lq_torch.tensors.saved import SavedWeight
 
 _BITS = (1, 2, 4, 8)
@@ -55,6 +55,7 @@ class Int4GemliteTensor(LowBitTensor):
 
     tensor_names: ClassVar = ("qdata", "scale", "zero")
     attribute_names: ClassVar = ("bits", "group_size", "kernel")
+    value_names: ClassVar = ("kernel",)
     saved_names: ClassVar = ("qdata", "scale")
     kind: ClassVar = "int4_gemlite"
     qdata: Tensor
@@ -62,7 +63,7 @@ class Int4GemliteTensor(LowBitTensor):
     zero: Tensor
     bits: int
     group_size: int
-    kernel: str | None
+    kernel = SharedValue()
 
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int = 128, bits: int = 4, *, algorithm: str = "rtn") -> Self:
