@@ -200,6 +200,8 @@ def test_nothing_is_written_where_quantizations_differ(case):
         before = {key: tensor.clone() for key, tensor in weight.inner_tensors().items()}
         with pytest.raises(UnsupportedError, match=f"cannot copy .*{name}.* into .*{name}.*equally quantized"):
             weight.copy_(other)
+        with pytest.raises(UnsupportedError, match=f"cannot assign .*{name}.* into .*{name}.*equally quantized"):
+            weight.data = other
         assert all(torch.equal(tensor, before[key]) for key, tensor in weight.inner_tensors().items())
 
 
@@ -233,3 +235,28 @@ def test_what_depends_on_the_values_of_a_weight_is_copied_with_them(through):
         assert torch.equal(product(x, weight), F.linear(x, source))
         twin = pickle.loads(pickle.dumps(weight))
         assert twin.attributes() == weight.attributes()
+
+
+@torch.no_grad()
+def test_data_is_assigned(make):
+    layer, other, x = make(), make(), torch.randn(3, K).to(BF16)
+    layer(x)
+    weight, expected = layer.weight, other(x)
+    weight.data = other.weight.data
+    assert layer.weight is weight
+    assert isinstance(weight, nn.Parameter)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(x @ weight.t(), expected)
+    assert all(tensor is other.weight.inner_tensors()[name] for name, tensor in weight.inner_tensors().items())
+    weight.data = weight.data.half()
+    assert weight.dtype == weight.dequantize().dtype == torch.float16
+
+
+def test_data_of_another_kind_or_shape_is_refused(make):
+    weight, other = make().weight, quantized("intx" if "intx" not in repr(make().weight).lower() else "int8", 0)
+    before = weight.dequantize()
+    for wrong in (before, other, type(weight)(weight.inner_tensors(), weight.attributes(), (N + 8, K), weight.dtype)):
+        with pytest.raises(UnsupportedError, match="cannot assign"):
+            weight.data = wrong
+    assert weight.shape == (N, K)
+    assert torch.equal(weight.dequantize(), before)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lq_torch.tensors.saved import SavedWeight
 
 aten = torch.ops.aten
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -178,6 +179,8 @@ class LowBitTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.nn.functional.linear:
                 return linear(*args, **kwargs)
+            if func == _SET_DATA:
+                return _set_data(*args)
             return func(*args, **kwargs)
 
     @classmethod
@@ -343,6 +346,17 @@ def _copy_(target: LowBitTensor, source: Tensor, non_blocking: bool = False) -> 
     for name in target.value_names:
         setattr(target, name, getattr(source, name))
     return target
+
+
+def _set_data(target: LowBitTensor, source: Tensor) -> None:
+    """Do what ``target.data = source`` does: take over the other's inner tensors, and with them its dtype and device."""
+    source = _checked(target, source, "assign")._alias()
+    _check_inner(target, source._like(target), "assign")
+    _SET_DATA(target, source)  # what the wrapper says of itself
+    for name in target.tensor_names:
+        setattr(target, name, getattr(source, name))
+    if target.value_names:
+        target._values = source._values
 
 
 def _checked(target: LowBitTensor, source: Tensor, verb: str) -> LowBitTensor:
