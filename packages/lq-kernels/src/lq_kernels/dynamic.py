@@ -7,8 +7,10 @@ comes out is defined, for all devices, in :mod:`lq_kernels.dynamic_reference`.
 import torch
 from lq_formats import DTypeError, ShapeError, SpecError, pack_int4, unpack_int4
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.derivatives import differentiable
 from lq_kernels.dynamic_reference import LAYOUTS, Activation
 from lq_kernels.invariance import ask
 from lq_kernels.preshuffled import start_compiler
@@ -66,7 +68,12 @@ def int8_dynamic_linear(
     if tuple(scale.shape) != (n,) or not scale.is_contiguous():
         raise ShapeError(f"scale has shape {tuple(scale.shape)}: expected ({n},), one a row, contiguous")
     _check_rest(x, weight, scale, bias, n)
-    y: Tensor = torch.ops.lq.int8_dynamic_linear(x.reshape(-1, k), weight, scale, bias, ask(kernel))
+    y = differentiable(
+        lambda x, bias: torch.ops.lq.int8_dynamic_linear(x, weight, scale, bias, ask(kernel)),
+        lambda x, bias: linear(x, torch.ops.lq.int8_dynamic_dequantize(weight, scale, x.dtype), bias),
+        x.reshape(-1, k),
+        bias,
+    )
     return y.view(*x.shape[:-1], n)
 
 
@@ -146,8 +153,16 @@ def int4_dynamic_linear(
     _check_activation(activation)
     _check_packed(packed, scale, group_size, out_features, k, activation)
     _check_rest(x, packed, scale, bias, out_features)
-    y: Tensor = torch.ops.lq.int4_dynamic_linear(
-        x.reshape(-1, k), packed, scale, bias, group_size, out_features, activation, lowest, ask(kernel)
+    sizes = (group_size, out_features)
+    y = differentiable(
+        lambda x, bias: torch.ops.lq.int4_dynamic_linear(
+            x, packed, scale, bias, *sizes, activation, lowest, ask(kernel)
+        ),
+        lambda x, bias: linear(
+            x, torch.ops.lq.int4_dynamic_dequantize(packed, scale, *sizes, k, activation, x.dtype), bias
+        ),
+        x.reshape(-1, k),
+        bias,
     )
     return y.view(*x.shape[:-1], out_features)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from lq_formats import QuantSpec
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lq_kernels.invariance import is_batch_invariant
 from lq_kernels.problem import Arch, Op, Problem
@@ -30,6 +31,7 @@ def invisible(x: Tensor, bias: Tensor | None = None) -> bool:
         and not ((x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled())
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
     )

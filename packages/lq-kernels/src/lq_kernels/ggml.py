@@ -8,8 +8,10 @@ import torch
 from lq_formats import DTypeError, ShapeError
 from lq_formats.layouts import GGMLPlanes, ggml_planes
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.derivatives import differentiable
 from lq_kernels.invariance import ask
 from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices
 
@@ -44,8 +46,11 @@ def ggml_linear(
     rows = planes.codes.shape[0]
     if bias is not None:
         check_bias(bias, rows, x.dtype)
-    y: Tensor = torch.ops.lq.ggml_linear(
-        x.reshape(-1, k), planes.codes, planes.high, planes.scale, bias, layout.name, ask(kernel)
+    y = differentiable(
+        lambda x, bias: torch.ops.lq.ggml_linear(x, *planes, bias, layout.name, ask(kernel)),
+        lambda x, bias: linear(x, torch.ops.lq.ggml_dequantize(*planes, layout.name, k, x.dtype), bias),
+        x.reshape(-1, k),
+        bias,
     )
     return y.view(*x.shape[:-1], rows)
 

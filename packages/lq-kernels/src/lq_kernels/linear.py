@@ -5,10 +5,11 @@ leading dimensions, returns an empty result for no tokens, is differentiable in 
 """
 
 import torch
-from lq_formats import DTypeError, ShapeError
+from lq_formats import DTypeError, ShapeError, dequantize_q4_0
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.derivatives import differentiable
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.invariance import ask
 from lq_kernels.problem import Q4_0_SPEC
@@ -50,7 +51,11 @@ def int4_linear(
     k = check_activations(x)
     check_int4(qweight, scale, zero, group_size, k)
     check_devices(x, qweight=qweight, scale=scale, zero=zero, bias=bias)
-    y = torch.ops.lq.int4_linear(x.reshape(-1, k), qweight, scale, zero, group_size, ask(kernel))
+    y = differentiable(
+        lambda x: torch.ops.lq.int4_linear(x, qweight, scale, zero, group_size, ask(kernel)),
+        lambda x: x @ torch.ops.lq.int4_dequantize(qweight, scale, zero, group_size, k, x.dtype).t(),
+        x.reshape(-1, k),
+    )
     if direct:
         spec = int4_spec(group_size, k, zero is None, scale.dtype)
         remember("int4", (qweight, scale, zero), (group_size,), qweight.shape[0], k, spec, x.dtype)
@@ -130,7 +135,11 @@ def int8_gemm(
             f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
         )
     check_devices(x, weight=weight, scale=scale, bias=bias)
-    y = torch.ops.lq.int8_linear(x.reshape(-1, k), weight, scale, ask(kernel))
+    y = differentiable(
+        lambda x: torch.ops.lq.int8_linear(x, weight, scale, ask(kernel)),
+        lambda x: x @ torch.ops.lq.int8_dequantize(weight, scale, x.dtype).t(),
+        x.reshape(-1, k),
+    )
     if direct:
         spec = int8_spec(scale)
         remember("int8", (weight, scale), (), weight.shape[0], k, spec, x.dtype)
@@ -220,8 +229,12 @@ def quantize_gemm_q4_0_q8_1(weight_q: Tensor, x: Tensor, *, kernel: str | None =
     """
     k = _check_q4_0(x, weight_q)
     check_devices(x, weight_q=weight_q)
-    y: Tensor = torch.ops.lq.quantize_gemm_q4_0_q8_1(weight_q.contiguous(), x.reshape(-1, k), ask(kernel))
-    return y
+    blocks = weight_q.contiguous()
+    return differentiable(
+        lambda x: torch.ops.lq.quantize_gemm_q4_0_q8_1(blocks, x, ask(kernel)),
+        lambda x: (dequantize_q4_0(blocks, x.dtype) @ x.t()).to(torch.float32),
+        x.reshape(-1, k),
+    )
 
 
 def quantize_activation_q8_1(x: Tensor) -> Tensor:
@@ -270,7 +283,11 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
         return y if bias is None else _add_bias(y, x, bias)
     k = _check_q4_0(x, weight_q)
     check_devices(x, weight_q=weight_q, bias=bias)
-    y = torch.ops.lq.q4_0_linear(x.reshape(-1, k), weight_q, ask(kernel))
+    y = differentiable(
+        lambda x: torch.ops.lq.q4_0_linear(x, weight_q, ask(kernel)),
+        lambda x: x @ dequantize_q4_0(weight_q, x.dtype).t(),
+        x.reshape(-1, k),
+    )
     if direct:
         remember("q4_0", (weight_q,), (), weight_q.shape[0], k, Q4_0_SPEC, x.dtype)
     return _finish(y, x, bias)

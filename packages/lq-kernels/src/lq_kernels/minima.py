@@ -7,8 +7,10 @@ middle, and add (minimum + 8 scale) times the sum of x, so that a group costs wh
 import torch
 from lq_formats import ShapeError
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from lq_kernels.derivatives import differentiable
 from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
@@ -56,7 +58,13 @@ def minima_linear(
     if bias is not None:
         check_bias(bias, out_features, x.dtype)
     weight = (packed, scale, minimum, bias)
-    y: Tensor = torch.ops.lq.minima_linear(x.reshape(-1, k), *weight, group_size, out_features, ask(kernel))
+    sizes = (group_size, out_features)
+    y = differentiable(
+        lambda x, bias: torch.ops.lq.minima_linear(x, packed, scale, minimum, bias, *sizes, ask(kernel)),
+        lambda x, bias: linear(x, torch.ops.lq.minima_dequantize(packed, scale, minimum, *sizes, k, x.dtype), bias),
+        x.reshape(-1, k),
+        bias,
+    )
     if direct:
         spec = preshuffled_spec(4, group_size, k, False, scale.dtype)
         remember("preshuffled_minima", weight, values, out_features, k, spec, x.dtype)

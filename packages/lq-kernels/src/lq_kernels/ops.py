@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lq_kernels import dequant_blas, dynamic_kernels, dynamic_reference, gated, ggml_kernels
 from lq_kernels.cuda import constraints as cuda_constraints
+from lq_kernels.derivatives import DifferentiableLibrary
 from lq_kernels.invariance import asked, is_batch_invariant
 from lq_kernels.problem import Q4_0_SPEC, Arch, Problem
 from lq_kernels.reference import int4_spec, int8_spec
 from lq_kernels.registry import Kernel, select
 
-_LIBRARY = torch.library.Library("lq", "DEF")
+_LIBRARY = DifferentiableLibrary("lq", "DEF")
 _LIBRARY.define(
     "int4_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, int group_size, str kernel) -> Tensor"
 )

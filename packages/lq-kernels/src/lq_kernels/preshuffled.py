@@ -8,12 +8,14 @@ import torch
 from lq_formats import DTypeError, ShapeError, pack_int4, unpack_int4
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, INT8, FragmentLayout
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from lq_kernels import q4_0
 from lq_kernels.cuda import constraints
+from lq_kernels.derivatives import differentiable
 from lq_kernels.eager import invisible, recall, remember
-from lq_kernels.gated import interleaved_rows
+from lq_kernels.gated import interleaved_rows, separate_rows
 from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.problem import Arch
@@ -199,17 +201,33 @@ def preshuffled_linear(
         check_bias(bias, out_features, x.dtype)
     weight, sizes = (packed, scale, zero, bias), (bits, group_size, out_features)
     shape = (*x.shape[:-1], out_features)
-    y: Tensor
+
+    def dense(x: Tensor) -> Tensor:
+        w: Tensor = torch.ops.lq.preshuffled_dequantize(packed, scale, zero, *sizes, k, x.dtype)
+        return w
+
     if residual is not None:
         check_devices(x, residual=residual)
         if residual.shape != shape:
             raise ShapeError(f"residual has shape {tuple(residual.shape)}: expected {shape}")
         if residual.dtype != x.dtype:
             raise DTypeError(f"residual has dtype {residual.dtype} and x {x.dtype}: convert one of them")
-        added = residual.reshape(-1, out_features)
-        y = torch.ops.lq.preshuffled_linear_add(x.reshape(-1, k), *weight, added, *sizes, ask(kernel))
+        y = differentiable(
+            lambda x, bias, residual: torch.ops.lq.preshuffled_linear_add(
+                x, packed, scale, zero, bias, residual, *sizes, ask(kernel)
+            ),
+            lambda x, bias, residual: linear(x, dense(x), bias) + residual,
+            x.reshape(-1, k),
+            bias,
+            residual.reshape(-1, out_features),
+        )
     else:
-        y = torch.ops.lq.preshuffled_linear(x.reshape(-1, k), *weight, *sizes, ask(kernel))
+        y = differentiable(
+            lambda x, bias: torch.ops.lq.preshuffled_linear(x, packed, scale, zero, bias, *sizes, ask(kernel)),
+            lambda x, bias: linear(x, dense(x), bias),
+            x.reshape(-1, k),
+            bias,
+        )
     if direct:
         spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)
         remember("preshuffled", weight, values, out_features, k, spec, x.dtype)
@@ -261,8 +279,21 @@ def preshuffled_gated_linear(
     check_devices(x, packed=packed, scale=scale, zero=zero, bias=bias)
     if bias is not None:
         check_bias(bias, 2 * out_features, x.dtype)
-    y: Tensor = torch.ops.lq.preshuffled_gated_linear(
-        x.reshape(-1, k), packed, scale, zero, bias, bits, group_size, out_features, ask(kernel)
+    sizes = (bits, group_size)
+
+    def dense(x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = interleaved_rows(out_features)
+        w = torch.ops.lq.preshuffled_dequantize(packed, scale, zero, *sizes, rows, k, x.dtype)
+        gate, up = linear(x, separate_rows(w, out_features), bias).chunk(2, dim=-1)
+        return gate * torch.sigmoid(gate) * up  # silu has no derivative of second order in forward mode
+
+    y = differentiable(
+        lambda x, bias: torch.ops.lq.preshuffled_gated_linear(
+            x, packed, scale, zero, bias, *sizes, out_features, ask(kernel)
+        ),
+        dense,
+        x.reshape(-1, k),
+        bias,
     )
     if direct:
         spec = preshuffled_spec(bits, group_size, k, zero is None, scale.dtype)

@@ -34,10 +34,10 @@ class SharedValue:
         self._name = name
 
     def __get__(self, weight: "LowBitTensor | None", owner: type) -> Any:
-        return self if weight is None else weight._values[self._name]
+        return self if weight is None else weight._shared[self._name]
 
     def __set__(self, weight: "LowBitTensor", value: Any) -> None:
-        weight.__dict__.setdefault("_values", {})[self._name] = value
+        weight.__dict__.setdefault("_shared", {})[self._name] = value
 
 
 class LowBitTensor(torch.Tensor):
@@ -56,7 +56,7 @@ class LowBitTensor(torch.Tensor):
     value_names: ClassVar[tuple[str, ...]] = ()
     saved_names: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[str] = ""
-    _values: dict[str, Any]
+    _shared: dict[str, Any]
     _kinds: ClassVar[dict[str, type["LowBitTensor"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -200,12 +200,12 @@ class LowBitTensor(torch.Tensor):
         return type(self)(tensors, self.attributes(), self.shape, dtype or self.dtype)
 
     def _alias(self) -> Self:
-        """Return another weight of the same inner tensors: who writes to one writes to both, and what is kept of them notices."""
+        """Return another weight of the same inner tensors: a write to one is a write to both."""
         # Autograd lets a view be an inference tensor exactly where its base is one, whatever the mode.
         with torch.inference_mode(self.is_inference()):
             alias = self._map(lambda tensor: tensor)
         if self.value_names:
-            alias._values = self._values
+            alias._shared = self._shared
         return alias
 
     def _like(self, target: "LowBitTensor") -> Self:
@@ -356,7 +356,7 @@ def _set_data(target: LowBitTensor, source: Tensor) -> None:
     for name in target.tensor_names:
         setattr(target, name, getattr(source, name))
     if target.value_names:
-        target._values = source._values
+        target._shared = source._shared
 
 
 def _checked(target: LowBitTensor, source: Tensor, verb: str) -> LowBitTensor:

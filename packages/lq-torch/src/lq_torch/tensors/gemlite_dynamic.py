@@ -20,6 +20,7 @@ from lq_formats import (
     unpack_bits,
 )
 from lq_formats.layouts import GEMLITE
+from lq_kernels.derivatives import wants_gradient
 from torch import Tensor
 
 from lq_torch.integrations.gemlite import current_kernel, gemlite_linear
@@ -73,7 +74,7 @@ class GemliteTensor(LowBitTensor):
     weight: str
     activation: str
     group_size: int
-    exponent = SharedValue()
+    exponent: int = SharedValue()  # type: ignore[assignment]
 
     @classmethod
     def from_hp(cls, w: Tensor, weight: str, activation: str, group_size: int | None = None) -> Self:
@@ -192,7 +193,7 @@ class GemliteTensor(LowBitTensor):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``; see the class for which way."""
-        if not x.is_cuda or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
+        if not x.is_cuda or x.numel() == 0 or wants_gradient(x):
             return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
         check_gpu(self.weight, self.activation, x.device)
         if self.weight != "int4" or self.group_size == self.shape[1]:

@@ -37,7 +37,7 @@ class Int4DynamicTensor(LowBitTensor):
     scale: Tensor
     group_size: int
     activation: Literal["int8", "fp8"]
-    lowest = SharedValue()
+    lowest: bool = SharedValue()  # type: ignore[assignment]
 
     @classmethod
     def from_hp(

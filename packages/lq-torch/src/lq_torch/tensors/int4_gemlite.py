@@ -16,6 +16,7 @@ from lq_formats import (
     search_qparams,
 )
 from lq_formats.layouts import GEMLITE
+from lq_kernels.derivatives import wants_gradient
 from torch import Tensor
 
 from lq_torch.integrations.gemlite import check_kernel, current_kernel, gemlite_linear
@@ -63,7 +64,7 @@ class Int4GemliteTensor(LowBitTensor):
     zero: Tensor
     bits: int
     group_size: int
-    kernel = SharedValue()
+    kernel: str | None = SharedValue()  # type: ignore[assignment]
 
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int = 128, bits: int = 4, *, algorithm: str = "rtn") -> Self:
@@ -150,7 +151,7 @@ class Int4GemliteTensor(LowBitTensor):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``; see the class for which way."""
         check_kernel(self.kernel)
-        if not x.is_cuda or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
+        if not x.is_cuda or x.numel() == 0 or wants_gradient(x):
             return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
         kernel = current_kernel(self.kernel)
         columns = self.shape[1]

@@ -28,6 +28,7 @@ from lq_formats import (
     search_qparams,
     unpack_int4,
 )
+from lq_kernels.derivatives import wants_gradient
 from torch import Tensor
 
 from lq_torch.tensors.base import LowBitTensor
@@ -217,6 +218,6 @@ def _runs_tinygemm(x: Tensor) -> bool:
     """Whether ``aten._weight_int4pack_mm`` takes ``x``: bf16 on compute capability 8.0, and it has no gradient."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.numel() == 0:
         return False
-    if x.requires_grad and torch.is_grad_enabled():
+    if wants_gradient(x):
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
