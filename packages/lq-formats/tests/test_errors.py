@@ -14,6 +14,7 @@ BUILTIN = {
     "MissingPackageError": ImportError,
     "NoKernelError": RuntimeError,
     "NonFiniteError": ValueError,
+    "OutOfRangeError": IndexError,
     "ShapeError": ValueError,
     "SizeOverflowError": OverflowError,
     "SpecError": ValueError,

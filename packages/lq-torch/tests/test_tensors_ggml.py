@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from lq_formats import GGML_FORMATS, FormatError, ShapeError, SpecError, UnsupportedError, ggml_format
+from lq_formats import (
+    GGML_FORMATS,
+    DTypeError,
+    FormatError,
+    OutOfRangeError,
+    ShapeError,
+    SpecError,
+    UnsupportedError,
+    ggml_format,
+)
 from lq_torch import GGMLTensor, GGMLWeightOnlyConfig, LowBitTensor, WeightConfig, load, quantize_, save_pretrained
 from lq_torch.merge.rows import cat_rows, slice_rows
 from torch import nn
@@ -48,6 +57,20 @@ def test_products_rows_and_values_are_those_of_the_blocks(device, ggml_type):
     assert (y.double() - expected).norm() <= 2e-6 * expected.norm()
     indices = torch.tensor([[3, 0], [23, 3]], device=device)
     assert torch.equal(F.embedding(indices, weight), dense[indices])
+    assert torch.equal(F.embedding(indices.int(), weight), dense[indices])
+    assert F.embedding(indices[:0], weight).shape == (0, 2, K)
+
+
+def test_indices_are_those_that_a_dense_embedding_takes(device):
+    weight = GGMLTensor.from_blocks(random_blocks("q8_0").to(device), "q8_0", torch.float32)
+    for dtype in (torch.bool, torch.uint8, torch.int16, torch.float32):
+        with pytest.raises(DTypeError, match=f"indices have dtype {dtype}"):
+            F.embedding(torch.ones(2, dtype=dtype, device=device), weight)
+    if device != "cpu":
+        return  # a GPU ends the process
+    for index in (-1, -24, 24):
+        with pytest.raises(OutOfRangeError, match=r"rows 0 to 23"):
+            F.embedding(torch.tensor([[3], [index]]), weight)
 
 
 def test_a_weight_is_held_once(device):

@@ -32,6 +32,10 @@ class DeviceError(LQError, RuntimeError):
     """Tensors are on different devices, or on a device that cannot do what was asked."""
 
 
+class OutOfRangeError(LQError, IndexError):
+    """An index is negative, or beyond the rows that there are."""
+
+
 class NonFiniteError(LQError, ValueError):
     """A weight holds NaN or infinity, which no quantized format can represent."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
-from lq_formats import FormatError, NonFiniteError, ShapeError, SpecError, ggml_format
+from lq_formats import DTypeError, FormatError, NonFiniteError, OutOfRangeError, ShapeError, SpecError, ggml_format
 from lq_formats.layouts import GGML_FRAGMENTS, GGMLFragments, GGMLPlanes, ggml_planes
 from lq_formats.layouts.fragment import BLOCK_ROWS
 from lq_formats.layouts.ggml_fragment import GROUP
@@ -141,24 +141,43 @@ class GGMLTensor(LowBitTensor):
         return w
 
     def dequantize_rows(self, indices: Tensor) -> Tensor:
-        """Return rows ``(*indices.shape, K)`` in this tensor's dtype; no others are dequantized."""
+        """Return rows ``(*indices.shape, K)`` in this tensor's dtype; no others are dequantized.
+
+        Args:
+            indices: int32 or int64, from 0 up, as ``nn.Embedding`` takes them.
+
+        Raises:
+            DTypeError: If they are of another dtype.
+            OutOfRangeError: If there is no such row; a GPU ends the process as for a dense embedding.
+        """
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise DTypeError(f"indices have dtype {indices.dtype}: an embedding takes int32 or int64")
+        try:
+            return self._rows(indices)
+        except IndexError:
+            raise OutOfRangeError(
+                f"indices from {int(indices.min())} to {int(indices.max())}: this embedding has rows 0 to {self.shape[0] - 1}"
+            ) from None
+
+    def _rows(self, indices: Tensor) -> Tensor:
         rows, columns = self.shape
+        flat = indices.flatten()
+        # Gathered by index_select, which refuses negative indices.
         if (planes := self.planes()) is not None:
-            flat = indices.flatten()
-            high = None if planes.high is None else planes.high[flat]
-            some = GGMLPlanes(planes.codes[flat], high, planes.scale[flat])
+            high = None if planes.high is None else planes.high.index_select(0, flat)
+            some = GGMLPlanes(planes.codes.index_select(0, flat), high, planes.scale.index_select(0, flat))
             found = ggml_dequantize(some, ggml_type=self.ggml_type, in_features=columns, dtype=self.dtype)
             return found.view(*indices.shape, columns)
         if (fragments := self.fragments()) is not None:
             # Indexing checks the indices, which padding would hide.
-            flat = torch.arange(rows, device=self.device)[indices.flatten()]
+            flat = torch.arange(rows, device=self.device).index_select(0, flat)
             if fragments.fields is None and flat.shape[0] <= _FEW_ROWS:
                 return self._few_rows(fragments, flat).view(*indices.shape, columns)
             blocks = GGML_FRAGMENTS[self.ggml_type].unpack_rows(fragments, flat, rows, columns)
             blocks = blocks.view(*indices.shape, *blocks.shape[1:])
         else:
             assert self.qdata is not None
-            blocks = self.qdata[indices]
+            blocks = self.qdata.index_select(0, flat).view(*indices.shape, *self.qdata.shape[1:])
         w: Tensor = ggml_format(self.ggml_type).dequantize(blocks, self.dtype)
         return w
 
