@@ -17,6 +17,7 @@ from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
     LowBitTensor,
     load,
     merge_linears,
@@ -35,6 +36,7 @@ CONFIGS = {
     "int8-row": Int8WeightOnlyConfig(),
     "q4_0": GGMLWeightOnlyConfig(),
     "q8_0": GGMLWeightOnlyConfig("q8_0"),
+    "int3-g32-asym": IntxWeightOnlyConfig(3, 32),
     "dense": None,
 }
 QKV = ("q_proj", "k_proj", "v_proj")

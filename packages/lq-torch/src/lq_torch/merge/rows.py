@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lq_torch.tensors import GGMLTensor, LowBitTensor
 
-_ROW_KINDS = frozenset({"int4", "int8", "int4_preshuffled", "int8_preshuffled", "int8_dynamic", "ggml"})
+_ROW_KINDS = frozenset({"int4", "int8", "int4_preshuffled", "int8_preshuffled", "int8_dynamic", "intx", "ggml"})
 """Kinds whose tensors in files are stored row by row; what is in a kernel's order is brought into theirs and back."""
 
 
