@@ -99,6 +99,9 @@ def test_every_way_to_write_the_product_agrees(weight, device):
         assert torch.equal(product, y)
     assert torch.equal(torch.addmm(bias, x, weight.t()), F.linear(x, weight, bias))
     assert relative_error(torch.addmm(bias, x, weight.t(), beta=2, alpha=3), 2 * bias + 3 * y) < 1e-2
+    nothing = torch.full((5, 72), torch.nan, device=device).bfloat16()
+    assert torch.equal(torch.addmm(nothing, x, weight.t(), beta=0), y)
+    assert relative_error(torch.addmm(nothing[0], x, weight.t(), beta=0, alpha=3), 3 * y) < 1e-2
     assert torch.equal(weight.t().t().dequantize(), weight.dequantize())
     assert weight.t().shape == (256, 72)
     back = torch.randn(4, 72, device=device).bfloat16()

@@ -84,7 +84,9 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     # One rounding like F.linear's where it is one.
     if isinstance(right, LowBitTensor) and alpha == beta == 1 and bias.dim() == 1:
         return linear(left, _transpose(right), bias)
-    return torch.add(bias * beta, _mm(left, right), alpha=alpha)
+    product = _mm(left, right)
+    # A bias that counts nothing is not read: it may hold NaN.
+    return product * alpha if beta == 0 else torch.add(bias * beta, product, alpha=alpha)
 
 
 DISPATCH[aten.t.default] = _transpose
