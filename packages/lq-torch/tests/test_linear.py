@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lq_formats import DTypeError, GroupSizeError, NonFiniteError, ShapeError
+from lq_formats import DeviceError, DTypeError, GroupSizeError, NonFiniteError, ShapeError
 from lq_torch import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,3 +88,29 @@ def test_sizes_are_checked():
     with pytest.raises(GroupSizeError):
         Int4PackedLinear(64, 4, group_size=48)
     assert "group_size=64" in repr(Int4PackedLinear(64, 4, group_size=-1))
+    for sizes in (("a", 3), (8.0, 3), (8, None), (True, 3)):
+        for layer in (Int8Linear, Int4PackedLinear):
+            with pytest.raises(ShapeError, match="expected positive integers"):
+                layer(*sizes)
+
+
+@pytest.mark.parametrize("make", [QuantizedLinear.from_linear, Int4PackedLinear.from_linear], ids=["int8", "int4"])
+def test_a_layer_on_meta_has_nothing_to_quantize(make):
+    with pytest.raises(DeviceError, match="weight is on meta"):
+        make(nn.Linear(256, 8, device="meta"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("make", [QuantizedLinear.from_linear, Int4PackedLinear.from_linear], ids=["int8", "int4"])
+def test_autocast_casts_x_and_bias_as_for_a_dense_layer(make, bias, device):
+    dense = nn.Linear(256, 8, bias=bias, device=device)
+    layer = make(dense)
+    for x in (torch.randn(3, 256, device=device), torch.randn(3, 256, device=device).bfloat16()):
+        expected = nn.functional.linear(
+            x.double(), layer.dequantize(torch.float64), dense.bias.double() if bias else None
+        )
+        with torch.autocast(device, dtype=torch.bfloat16):
+            y = layer(x)
+            assert y.dtype == dense(x).dtype == torch.bfloat16
+        assert relative_error(y, expected) < 1e-2

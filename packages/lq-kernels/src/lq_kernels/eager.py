@@ -146,7 +146,7 @@ def remember(
         spec: How the weight is quantized.
         dtype: dtype of the activations.
     """
-    if n == 0:
+    if n == 0 or tensors[0] is None or tensors[0].is_meta:
         return  # Nothing to run.
     if any(
         type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference()

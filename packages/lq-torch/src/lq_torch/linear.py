@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from lq_formats import (
+    DeviceError,
     DTypeError,
     GroupSizeError,
     ShapeError,
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
 from lq_torch.tensors import LowBitTensor
+from lq_torch.tensors.base import autocast, autocasts
 
 
 class Int8Linear(nn.Module):
@@ -83,7 +85,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(..., N)`` for ``x: (..., K)``, in x's dtype."""
-        return int8_gemm(x, self.weight, self.scale, self.bias)
+        return autocast(self._multiply, x, self.bias) if autocasts(x) else self._multiply(x, self.bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return int8_gemm(x, self.weight, self.scale, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # .half() and .to(dtype) convert floating point buffers: scales stay float32, they are part of the format.
@@ -190,7 +195,10 @@ class Int4PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(..., N)`` for ``x: (..., K)``, in x's dtype."""
-        return matmul_bf16_i4(x, self.packed, self.scales, self.group_size, bias=self.bias)
+        return autocast(self._multiply, x, self.bias) if autocasts(x) else self._multiply(x, self.bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return matmul_bf16_i4(x, self.packed, self.scales, self.group_size, bias=bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         scales = self.scales
@@ -243,8 +251,9 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
 
 
 def _check_sizes(in_features: int, out_features: int) -> None:
-    if in_features <= 0 or out_features < 0:
-        raise ShapeError(f"in_features={in_features}, out_features={out_features}: expected positive sizes")
+    sizes = (in_features, out_features)
+    if any(type(size) is not int for size in sizes) or in_features <= 0 or out_features < 0:
+        raise ShapeError(f"in_features={in_features!r}, out_features={out_features!r}: expected positive integers")
 
 
 def _resolve_group(in_features: int, group_size: int) -> int:
@@ -262,6 +271,8 @@ def _resolve_group(in_features: int, group_size: int) -> int:
 def _check_weight(w: Tensor, out_features: int, in_features: int) -> None:
     if isinstance(w, LowBitTensor):
         raise UnsupportedError(f"weight is a {type(w).__name__}, quantized already; pass weight.dequantize()")
+    if w.is_meta:
+        raise DeviceError("weight is on meta and has no values to quantize; load the model's weights first")
     if not w.dtype.is_floating_point:
         raise DTypeError(f"weight has dtype {w.dtype}: expected floating point")
     if check_matrix(w) != (out_features, in_features):

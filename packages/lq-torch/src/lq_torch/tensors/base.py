@@ -259,6 +259,24 @@ def _parse(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> tuple[type
     return cls, saved
 
 
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast, here and now, would cast ``x`` for a dense product."""
+    kind = x.device.type
+    # Asking of a device without autocast, as meta is one, is an error.
+    if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind) and x.dtype in SCALE_DTYPES
+
+
+def autocast(product: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``product(x, bias)`` of what autocast makes of them for a dense product; see :func:`autocasts`."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    # Inside, a reference in float32 must not be cast again.
+    with torch.autocast(kind, enabled=False):
+        return product(x.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def linear(
     input: Tensor,  # noqa: A002
     weight: Tensor,
@@ -294,12 +312,8 @@ def linear(
     if is_batch_invariant() and (reason := weight.why_not_batch_invariant()) is not None:
         raise NoKernelError(f"a batch-invariant product with a {type(weight).__name__}", [(weight.kind, reason)])
     product = product or weight.linear
-    kind = device.type
-    if torch.is_autocast_enabled(kind) and input.dtype in SCALE_DTYPES:
-        dtype = torch.get_autocast_dtype(kind)
-        # What autocast does to a dense layer. Inside, a reference in float32 must not be cast again.
-        with torch.autocast(kind, enabled=False):
-            return product(input.to(dtype), None if bias is None else bias.to(dtype))
+    if autocasts(input):
+        return autocast(product, input, bias)
     if input.dtype != weight.dtype:
         raise DTypeError(
             f"x has dtype {input.dtype} and the quantized weight {weight.dtype}; convert x, or the model with .to(dtype)"
