@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lq_formats import DeviceError, DTypeError, GroupSizeError, LQError, NoKernelError, ShapeError, pack_int4
+from lq_formats import DeviceError, DTypeError, GroupSizeError, LQError, NoKernelError, ShapeError, SpecError, pack_int4
 from lq_kernels import (
     gemm_q4_0_q8_1,
     int4_dequantize,
@@ -10,9 +10,14 @@ from lq_kernels import (
     int8_gemm,
     int8_gemm_torch,
     matmul_bf16_i4,
+    preshuffle_int4,
+    preshuffle_int8,
+    preshuffled_linear,
     q4_0_linear,
     quantize_activation_q8_1,
     quantize_gemm_q4_0_q8_1,
+    quantize_tokens,
+    restore_int4,
 )
 
 N, K, GROUP = 16, 64, 32
@@ -24,6 +29,7 @@ W8 = torch.randint(-128, 128, (N, K), dtype=torch.int8)
 S8 = torch.rand(N)
 W4 = torch.zeros(N, 2, 18, dtype=torch.uint8)
 A8 = torch.zeros(3, 2, 36, dtype=torch.uint8)
+FRAGMENTS = preshuffle_int4(Q, S, group_size=GROUP, in_features=K)
 
 
 def meta(tensor):
@@ -36,6 +42,14 @@ def i4(x=X, q=Q, s=S, z=None, group_size=GROUP, **options):
 
 def dense(q=Q, s=S, z=None, group_size=GROUP, in_features=K, **options):
     return int4_dequantize(q, s, z, group_size=group_size, in_features=in_features, **options)
+
+
+def preshuffled(group_size):
+    return preshuffled_linear(X, *FRAGMENTS, bits=4, group_size=group_size, out_features=N)
+
+
+def restore(group_size):
+    return restore_int4(*FRAGMENTS, group_size=group_size, out_features=N, in_features=K)
 
 
 BAD = {
@@ -112,6 +126,39 @@ BAD = {
     "in-one-call-double": (lambda: quantize_gemm_q4_0_q8_1(W4, X.double()), DTypeError, "x has dtype torch.float64"),
     "in-one-call-swapped": (lambda: quantize_gemm_q4_0_q8_1(X, W4), DTypeError, "x has dtype torch.uint8"),
     "in-one-call-k": (lambda: quantize_gemm_q4_0_q8_1(W4, X[:, :32]), ShapeError, "x with 32 in features needs"),
+    "kernel-number": (lambda: i4(kernel=5), SpecError, "kernel=5: expected the name of a kernel"),
+    "kernel-zero": (lambda: int8_gemm(X, W8, S8, kernel=0), SpecError, "kernel=0: expected the name"),
+    "preshuffled-group-zero": (lambda: preshuffled(0), GroupSizeError, "group_size=0 does not divide the 64"),
+    "preshuffled-group-negative": (lambda: preshuffled(-1), GroupSizeError, "group_size=-1 does not divide the 64"),
+    "preshuffled-group-48": (lambda: preshuffled(48), GroupSizeError, "group_size=48 does not divide the 64"),
+    "preshuffled-group-float": (lambda: preshuffled(32.0), GroupSizeError, "group_size=32.0: expected an integer"),
+    "restore-group-zero": (lambda: restore(0), GroupSizeError, "group_size=0 does not divide the 64"),
+    "restore-group-string": (lambda: restore("32"), GroupSizeError, "group_size='32': expected an integer"),
+    "preshuffle-int8-integer-scale": (lambda: preshuffle_int8(W8, S8.int()), DTypeError, "scale has dtype torch.int32"),
+    "preshuffle-int8-double-scale": (
+        lambda: preshuffle_int8(W8, S8.double()),
+        DTypeError,
+        "torch.float64: expected float16, bfloat16 or float32",
+    ),
+    "preshuffle-int8-float": (lambda: preshuffle_int8(X, S8), DTypeError, "float32: expected int8"),
+    "preshuffle-int8-rank": (lambda: preshuffle_int8(W8[0], S8), ShapeError, r"weight has shape \(64,\)"),
+    "tokens-list": (lambda: quantize_tokens(X, []), SpecError, r"activation=\[\]: expected 'int8' or 'fp8'"),
+    "tokens-none": (lambda: quantize_tokens(X, None), SpecError, "activation=None: expected"),
+    "int8-dequantize-int8": (
+        lambda: torch.ops.lq.int8_dequantize(W8, S8, torch.int8),
+        DTypeError,
+        "torch.int8: expected float16",
+    ),
+    "int8-dequantize-meta": (
+        lambda: torch.ops.lq.int8_dequantize(meta(W8), meta(S8), torch.bool),
+        DTypeError,
+        "torch.bool: expected float16",
+    ),
+    "dynamic-dequantize-int8": (
+        lambda: torch.ops.lq.int8_dynamic_dequantize(W8, S8, torch.int8),
+        DTypeError,
+        "torch.int8: expected float16",
+    ),
     "q8_1-rank": (lambda: quantize_activation_q8_1(torch.tensor(1.0)), ShapeError, r"x has shape \(\)"),
     "q8_1-no-in-features": (lambda: quantize_activation_q8_1(X[:, :0]), ShapeError, r"x has shape \(2, 0\)"),
     "q8_1-double": (lambda: quantize_activation_q8_1(X.double()), DTypeError, "x has dtype torch.float64"),

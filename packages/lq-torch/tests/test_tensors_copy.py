@@ -1,4 +1,7 @@
-"""Copies into quantized weights that were multiplied before: products see them, whichever way they came."""
+"""Every kind of quantized weight: products see what was copied into it, whichever way; and it has products on meta.
+
+Copies are of weights that were multiplied before, of which kernels keep what they made.
+"""
 
 import copy
 import functools
@@ -10,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from lq_formats import UnsupportedError, pack_int4
+from lq_formats import DTypeError, UnsupportedError, pack_int4
 from lq_torch import (
     GemliteConfig,
     GGMLWeightOnlyConfig,
@@ -260,3 +263,24 @@ def test_data_of_another_kind_or_shape_is_refused(make):
             weight.data = wrong
     assert weight.shape == (N, K)
     assert torch.equal(weight.dequantize(), before)
+
+
+def test_products_on_meta_have_the_shape_and_dtype_of_others(make):
+    layer = make()
+    layer.weight.copy_(make().weight)
+    meta, bias = layer.to("meta"), torch.empty(N, dtype=BF16, device="meta")
+    for shape in ((2, 3, K), (2, 3, K), (0, K), (K,)):
+        x = torch.empty(shape, dtype=BF16, device="meta")
+        for y in (meta(x), F.linear(x, meta.weight, bias), *((x @ meta.weight.t(),) if len(shape) > 1 else ())):
+            assert (y.device.type, y.shape, y.dtype) == ("meta", (*shape[:-1], N), BF16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert meta(torch.empty(1, K, dtype=BF16, device="meta")).dtype == BF16
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_integers_are_no_dense_weight(make, device):
+    weight = make().weight.to(device)
+    for dtype in (torch.int8, torch.int32, torch.bool):
+        with pytest.raises(DTypeError, match=str(dtype)):
+            weight.dequantize(dtype)
+    assert weight.dequantize(torch.float64).dtype == torch.float64

@@ -14,7 +14,14 @@ from lq_kernels.derivatives import differentiable
 from lq_kernels.dynamic_reference import LAYOUTS, Activation
 from lq_kernels.invariance import ask
 from lq_kernels.preshuffled import start_compiler
-from lq_kernels.validation import ACTIVATIONS, check_activations, check_bias, check_devices, check_int4
+from lq_kernels.validation import (
+    ACTIVATIONS,
+    check_activations,
+    check_bias,
+    check_devices,
+    check_group_size,
+    check_int4,
+)
 
 
 def quantize_tokens(x: Tensor, activation: Activation = "int8") -> tuple[Tensor, Tensor]:
@@ -191,7 +198,7 @@ def int4_dynamic_dequantize(
 
 
 def _check_activation(activation: str) -> None:
-    if activation not in LAYOUTS:
+    if not isinstance(activation, str) or activation not in LAYOUTS:
         raise SpecError(f"activation={activation!r}: expected 'int8' or 'fp8'")
 
 
@@ -206,8 +213,7 @@ def _check_packed(
             f"packed has shape {tuple(packed.shape)}: {out_features} out and {in_features} in features need {shape}, "
             "contiguous"
         )
-    if group_size < 1 or in_features % group_size:
-        raise ShapeError(f"group_size={group_size} does not divide the {in_features} in features")
+    check_group_size(group_size, in_features)
     expected = LAYOUTS[activation].scale_shape(out_features, in_features, group_size)
     if tuple(scale.shape) != expected or not scale.is_contiguous():
         raise ShapeError(

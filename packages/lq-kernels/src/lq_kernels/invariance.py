@@ -11,6 +11,8 @@ A product is batch-invariant if the mode is on when it is called or traced, or w
 import contextlib
 import threading
 
+from lq_formats import SpecError
+
 _PREFIX = "batch-invariant:"
 
 
@@ -66,6 +68,8 @@ class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (used like a 
 
 def ask(kernel: str | None) -> str:
     """Return what an operator is asked for: a kernel's name or "", and the mode."""
+    if kernel is not None and not isinstance(kernel, str):
+        raise SpecError(f"kernel={kernel!r}: expected the name of a kernel (lq_kernels.kernel_names), or None")
     name = kernel or ""
     return _PREFIX + name if is_batch_invariant() else name
 

@@ -21,6 +21,7 @@ from lq_kernels.invariance import asked, is_batch_invariant
 from lq_kernels.problem import Q4_0_SPEC, Arch, Problem
 from lq_kernels.reference import int4_spec, int8_spec
 from lq_kernels.registry import Kernel, select
+from lq_kernels.validation import to_floats
 
 _LIBRARY = DifferentiableLibrary("lq", "DEF")
 _LIBRARY.define(
@@ -255,23 +256,23 @@ def _int4_dynamic_linear(
 for _name, _implementation in (
     ("int4_linear", _int4_linear),
     ("int8_linear", _int8_linear),
-    ("int4_dequantize", dequant_blas.int4_dequantize),
-    ("int8_dequantize", dequant_blas.int8_dequantize),
+    ("int4_dequantize", to_floats(dequant_blas.int4_dequantize)),
+    ("int8_dequantize", to_floats(dequant_blas.int8_dequantize)),
     ("preshuffled_linear", _preshuffled_linear),
     ("preshuffled_linear_add", _preshuffled_linear_add),
     ("preshuffled_gated_linear", _preshuffled_gated_linear),
-    ("preshuffled_dequantize", dequant_blas.preshuffled_dequantize),
+    ("preshuffled_dequantize", to_floats(dequant_blas.preshuffled_dequantize)),
     ("minima_linear", _minima_linear),
-    ("minima_dequantize", dequant_blas.minima_dequantize),
+    ("minima_dequantize", to_floats(dequant_blas.minima_dequantize)),
     ("gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("quantize_gemm_q4_0_q8_1", _gemm_q4_0_q8_1),
     ("q4_0_linear", _q4_0_linear),
     ("quantize_q8_1", _quantize_q8_1),
     ("quantize_tokens", _quantize_tokens),
     ("int8_dynamic_linear", _int8_dynamic_linear),
-    ("int8_dynamic_dequantize", dynamic_reference.int8_dynamic_dequantize),
+    ("int8_dynamic_dequantize", to_floats(dynamic_reference.int8_dynamic_dequantize)),
     ("int4_dynamic_linear", _int4_dynamic_linear),
-    ("int4_dynamic_dequantize", dynamic_reference.int4_dynamic_dequantize),
+    ("int4_dynamic_dequantize", to_floats(dynamic_reference.int4_dynamic_dequantize)),
 ):
     _LIBRARY.impl(_name, _implementation, "CPU")
     _LIBRARY.impl(_name, _implementation, "CUDA")
@@ -288,6 +289,7 @@ def _(x: Tensor, qweight: Tensor, scale: Tensor, kernel: str) -> Tensor:
 
 
 @torch.library.register_fake("lq::int4_dequantize", lib=_LIBRARY)
+@to_floats
 def _(
     qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
@@ -295,6 +297,7 @@ def _(
 
 
 @torch.library.register_fake("lq::int8_dequantize", lib=_LIBRARY)
+@to_floats
 def _(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(qweight, dtype=dtype)
 
@@ -332,6 +335,7 @@ def _(
 
 
 @torch.library.register_fake("lq::preshuffled_dequantize", lib=_LIBRARY)
+@to_floats
 def _(
     packed: Tensor,
     scale: Tensor,
@@ -360,6 +364,7 @@ def _(
 
 
 @torch.library.register_fake("lq::minima_dequantize", lib=_LIBRARY)
+@to_floats
 def _(
     packed: Tensor,
     scale: Tensor,
@@ -400,6 +405,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: str
 
 
 @torch.library.register_fake("lq::int8_dynamic_dequantize", lib=_LIBRARY)
+@to_floats
 def _(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
@@ -420,6 +426,7 @@ def _(
 
 
 @torch.library.register_fake("lq::int4_dynamic_dequantize", lib=_LIBRARY)
+@to_floats
 def _(
     packed: Tensor,
     scale: Tensor,
@@ -615,7 +622,7 @@ def _ggml_linear(
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("ggml_linear", _ggml_linear, _device)
-    _LIBRARY.impl("ggml_dequantize", ggml_kernels.dequantize, _device)
+    _LIBRARY.impl("ggml_dequantize", to_floats(ggml_kernels.dequantize), _device)
 
 
 @torch.library.register_fake("lq::ggml_linear", lib=_LIBRARY)
@@ -626,6 +633,7 @@ def _(
 
 
 @torch.library.register_fake("lq::ggml_dequantize", lib=_LIBRARY)
+@to_floats
 def _(
     codes: Tensor, high: Tensor | None, scale: Tensor, ggml_type: str, in_features: int, dtype: torch.dtype
 ) -> Tensor:

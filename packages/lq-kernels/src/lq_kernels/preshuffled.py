@@ -19,7 +19,14 @@ from lq_kernels.gated import interleaved_rows, separate_rows
 from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.problem import Arch
-from lq_kernels.validation import check_activations, check_bias, check_devices, check_int4
+from lq_kernels.validation import (
+    ACTIVATIONS,
+    check_activations,
+    check_bias,
+    check_devices,
+    check_group_size,
+    check_int4,
+)
 
 _LAYOUTS = {4: FRAGMENT_INT4, 8: FRAGMENT_INT8}
 
@@ -56,7 +63,16 @@ def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         packed, and scale ``(1, rows)``.
+
+    Raises:
+        ShapeError, DTypeError: If the arguments do not fit each other.
     """
+    if weight.dtype != torch.int8:
+        raise DTypeError(f"weight has dtype {weight.dtype}: expected int8")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ShapeError(f"weight has shape {tuple(weight.shape)}: expected (N, K)")
+    if scale.dtype not in ACTIVATIONS:
+        raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
     if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != weight.shape[0]):
         raise ShapeError(
             f"scale has shape {tuple(scale.shape)}: expected ({weight.shape[0]},) per row or () per tensor"
@@ -90,7 +106,12 @@ def preshuffle_q4_0(weight_q: Tensor) -> tuple[Tensor, Tensor]:
 def restore_int4(
     packed: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, out_features: int, in_features: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Undo :func:`preshuffle_int4`; zero stays in scale's dtype."""
+    """Undo :func:`preshuffle_int4`; zero stays in scale's dtype.
+
+    Raises:
+        ShapeError, GroupSizeError, DTypeError: If the tensors are not those of such a weight.
+    """
+    check_group_size(group_size, in_features)
     sizes = out_features, in_features, group_size
     return (
         pack_int4(FRAGMENT_INT4.unpack(packed, out_features, in_features)),
@@ -347,6 +368,7 @@ def check_fragments(
         raise ShapeError("a weight in fragment order is contiguous; call .contiguous() on its tensors")
     if bits == 8 and zero is not None:
         raise ShapeError("8-bit weights in fragment order have no zeros")
+    check_group_size(group_size, k)
     expected = layout.scale_shape(out_features, k, group_size)
     for name, tensor in (("scale", scale), (second, zero)):
         if tensor is not None and tuple(tensor.shape) != expected:

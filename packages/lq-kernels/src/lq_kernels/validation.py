@@ -1,5 +1,8 @@
 """What the arguments of this package's functions must be: each condition stated once, each error named."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from lq_formats import DeviceError, DTypeError, GroupSizeError, ShapeError
 from torch import Tensor
@@ -34,10 +37,7 @@ def check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: 
             f"qweight has shape {tuple(qweight.shape)}, at most {8 * qweight.shape[1]} in features, and the activations "
             f"have {k}: expected (N, {words})"
         )
-    if not isinstance(group_size, INTEGERS):
-        raise GroupSizeError(f"group_size={group_size!r}: expected an integer")
-    if group_size < 1 or k % group_size:
-        raise GroupSizeError(f"group_size={group_size} does not divide the {k} in features")
+    check_group_size(group_size, k)
     if group_size < _MIN_GROUP_SIZE and group_size != k:
         raise GroupSizeError(f"group_size={group_size}: expected at least {_MIN_GROUP_SIZE}")
     expected = (qweight.shape[0], k // group_size)
@@ -50,6 +50,14 @@ def check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: 
             raise ShapeError(f"zero has shape {tuple(zero.shape)}: expected {expected} for group_size={group_size}")
         if zero.dtype not in (torch.uint8, scale.dtype):
             raise DTypeError(f"zero has dtype {zero.dtype}: expected uint8 or the scales' {scale.dtype}")
+
+
+def check_group_size(group_size: int, k: int) -> None:
+    """Raise GroupSizeError unless the group size divides ``k`` in features."""
+    if not isinstance(group_size, INTEGERS):
+        raise GroupSizeError(f"group_size={group_size!r}: expected an integer")
+    if group_size < 1 or k % group_size:
+        raise GroupSizeError(f"group_size={group_size} does not divide the {k} in features")
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
@@ -65,3 +73,22 @@ def check_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> None:
         raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({out_features},)")
     if bias.dtype != dtype:
         raise DTypeError(f"bias has dtype {bias.dtype} and x {dtype}: convert one of them")
+
+
+def check_dense_dtype(dtype: object) -> None:
+    """Raise DTypeError unless a weight can be dequantized to ``dtype``: integers would round it to zeros."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise DTypeError(
+            f"dtype={dtype}: expected float16, bfloat16, float32 or float64; weights are not dequantized to integers"
+        )
+
+
+def to_floats(dequantize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return an operator that dequantizes to the dtype that is its last argument, with that checked."""
+
+    @functools.wraps(dequantize)
+    def run(*args: object) -> Tensor:
+        check_dense_dtype(args[-1])
+        return dequantize(*args)
+
+    return run

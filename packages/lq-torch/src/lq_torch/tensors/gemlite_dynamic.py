@@ -21,6 +21,7 @@ from lq_formats import (
 )
 from lq_formats.layouts import GEMLITE
 from lq_kernels.derivatives import wants_gradient
+from lq_kernels.validation import check_dense_dtype
 from torch import Tensor
 
 from lq_torch.integrations.gemlite import current_kernel, gemlite_linear
@@ -173,6 +174,7 @@ class GemliteTensor(LowBitTensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
+        check_dense_dtype(dtype or self.dtype)
         scale = self.scale.t()
         if self.weight.startswith("mx"):
             scale = torch.exp2(scale.float() - 127)

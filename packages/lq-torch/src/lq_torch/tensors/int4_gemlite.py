@@ -17,6 +17,7 @@ from lq_formats import (
 )
 from lq_formats.layouts import GEMLITE
 from lq_kernels.derivatives import wants_gradient
+from lq_kernels.validation import check_dense_dtype
 from torch import Tensor
 
 from lq_torch.integrations.gemlite import check_kernel, current_kernel, gemlite_linear
@@ -138,6 +139,7 @@ class Int4GemliteTensor(LowBitTensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
+        check_dense_dtype(dtype or self.dtype)
         codes = GEMLITE.unpack(self.qdata, self.bits).float()
         midpoint = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
         groups = (codes - midpoint).reshape(self.shape[0], -1, self.group_size)

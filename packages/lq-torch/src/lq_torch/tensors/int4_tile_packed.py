@@ -29,6 +29,7 @@ from lq_formats import (
     unpack_int4,
 )
 from lq_kernels.derivatives import wants_gradient
+from lq_kernels.validation import check_dense_dtype
 from torch import Tensor
 
 from lq_torch.tensors.base import LowBitTensor
@@ -141,6 +142,7 @@ class Int4TilePackedTensor(LowBitTensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight ``(u - 8) * scale + offset`` in ``dtype`` (default: bf16)."""
+        check_dense_dtype(dtype or self.dtype)
         rows, columns = self.shape
         codes = unpack_tile_4d(self.qdata).to(torch.float32).view(rows, columns // self.group_size, self.group_size)
         scale, offset = self.scale_and_zero.to(torch.float32).permute(2, 1, 0).unsqueeze(-1)
