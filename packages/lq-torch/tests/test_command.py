@@ -195,6 +195,14 @@ def test_a_model_that_cannot_be_rotated_is_left_alone(lq, folder, tmp_path):
     assert lq(*common, "--rotate-stream")[0] == 0
 
 
+def test_a_folder_of_another_checkpoint_is_refused_before_anything_is_read(lq, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    status, _, err = lq("quantize", tmp_path / "missing", tmp_path, "--device", "cpu")
+    assert status == 1
+    assert "lq: SpecError" in err
+    assert "name another folder" in err
+
+
 def test_as_a_module(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["lq", "quantize", str(folder), str(tmp_path), "--device", "cpu", "--group-size", "-1"]

@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from lq_torch.checkpoint_index import FORMAT_VERSION, INDEX_NAME, SEPARATOR, VERSION_KEY, CheckpointIndex, read_index
 from lq_torch.merge import refuse_merged
 from lq_torch.safetensors_header import read_tensor
+from lq_torch.staging import refuse_holding, replacing
 from lq_torch.tensors import LowBitTensor
 from lq_torch.tensors.base import SCALE_DTYPES
 
 MAX_SHARD_BYTES = 4 << 30
+# What Hugging Face's folders have, and lq's have not.
+FOREIGN_NAMES = ("model.safetensors", "model.safetensors.index.json")
+_SHARDS = "model-*-of-*.safetensors"
 
 
 def save_pretrained(
@@ -36,39 +40,65 @@ def save_pretrained(
 ) -> None:
     """Write a quantized model to a folder.
 
+    New files are written beside those of an earlier checkpoint and replace them when all are whole. After a failure the folder
+    holds the earlier model still, or, if it came while files were replaced, is refused by :func:`load`.
+
     Args:
         model: Any module with quantized (or plain) weights. Its Hugging Face configuration is saved beside them.
         directory: Made if needed; files of an earlier checkpoint in it are replaced.
         max_shard_bytes: Start a new safetensors file beyond this size; a weight is never split.
 
     Raises:
+        SpecError: If the folder holds a checkpoint of another library.
         UnsupportedError: If a tensor name holds a colon, a tensor is on ``meta``, or the state dict holds other things
             than tensors.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_target(folder)
     values, aliases = _collect(model)
     shards = split_shards(values, max_shard_bytes)
     files: dict[str, str] = {}
     weights: dict[str, Any] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Canonical copies of weights in a kernel's own order live for one file.
-        tensors = _canonical(shard, weights)
-        save_file(separate_storage(tensors), folder / file, metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)})
-        files.update(dict.fromkeys(tensors, file))
-    for stale in folder.glob("model-*-of-*.safetensors"):
-        if stale.name not in files.values():
-            stale.unlink()
-    index = {"format_version": FORMAT_VERSION, "weights": weights, "aliases": aliases, "files": files}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for name in ("config", "generation_config"):
-        config = getattr(model, name, None)
-        if config is not None and hasattr(config, "save_pretrained"):
-            config = copy.deepcopy(config)
-            if name == "config" and hasattr(config, "architectures"):
-                config.architectures = [type(model).__name__]  # what load builds
-            config.save_pretrained(folder)
+    with replacing(folder, INDEX_NAME, [_SHARDS]) as partial:
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            # Canonical copies of weights in a kernel's own order live for one file.
+            tensors = _canonical(shard, weights)
+            metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION)}
+            save_file(separate_storage(tensors), partial / file, metadata=metadata)
+            files.update(dict.fromkeys(tensors, file))
+        save_configs(model, partial)
+        index = {"format_version": FORMAT_VERSION, "weights": weights, "aliases": aliases, "files": files}
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_target(folder: Path) -> None:
+    """Raise SpecError unless :func:`save_pretrained` may write to a folder."""
+    refuse_holding(folder, FOREIGN_NAMES, "a checkpoint that lq_torch.save_pretrained did not write")
+
+
+def save_configs(model: nn.Module, folder: Path, quantization: Mapping[str, Any] | None = None) -> bool:
+    """Write a model's Hugging Face configurations to a folder; return whether it has one.
+
+    ``config.json`` names the class of what is saved, whatever the model's own configuration says.
+
+    Args:
+        model: Any module.
+        folder: Where to.
+        quantization: What ``config.json`` says under ``quantization_config``; None for what it says already.
+    """
+    generation = getattr(model, "generation_config", None)
+    if hasattr(generation, "save_pretrained"):
+        copy.deepcopy(generation).save_pretrained(folder)
+    config = copy.deepcopy(getattr(model, "config", None))
+    if not hasattr(config, "save_pretrained"):
+        return False
+    if quantization is not None:
+        config.quantization_config = quantization
+    if hasattr(config, "architectures"):
+        config.architectures = [type(model).__name__]  # what load builds
+    config.save_pretrained(folder)
+    return True
 
 
 def load(

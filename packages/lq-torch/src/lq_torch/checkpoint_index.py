@@ -125,7 +125,8 @@ def read_index(folder: Path) -> CheckpointIndex:
         raise FileNotFoundError(f"{folder} is not a folder with an {INDEX_NAME}")
     if not path.is_file():
         raise FormatError(
-            f"{folder} is not an lq checkpoint: it has no {INDEX_NAME} (lq_torch.import_pretrained reads GPTQ, AWQ and others)"
+            f"{folder} is not an lq checkpoint: it has no {INDEX_NAME}, or writing it was interrupted "
+            "(lq_torch.import_pretrained reads GPTQ, AWQ and others)"
         )
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise FormatError(f"{path} has {path.stat().st_size} bytes: more than any model needs")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, mixed_precision
 from lq_torch.calibrate.sequential import calibrate
-from lq_torch.checkpoint import save_pretrained
+from lq_torch.checkpoint import check_target, save_pretrained
 from lq_torch.config import GGMLWeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.integrations.causal_lm import load_dense, token_windows
@@ -45,6 +45,7 @@ def quantize(options: argparse.Namespace) -> None:
     text = _text(options)
     if options.out.exists() and Path(options.model).exists() and options.out.samefile(options.model):
         raise SpecError(f"{options.out} is the model itself; name another folder to write")
+    check_target(options.out)
     model, tokenizer = load_dense(options.model, DTYPES.get(options.dtype))
     chosen = _chosen(model, exclude)
     tokens = None if text is None else _windows(tokenizer, text, model, options)

@@ -1,6 +1,5 @@
 """export_pretrained: a model with lq's weights as a folder that other libraries read."""
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -10,11 +9,17 @@ from lq_formats.interop import LayerScheme, export_format
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lq_torch.checkpoint import MAX_SHARD_BYTES, separate_storage, split_shards
+from lq_torch.checkpoint import FOREIGN_NAMES, MAX_SHARD_BYTES, save_configs, separate_storage, split_shards
+from lq_torch.checkpoint_index import INDEX_NAME
+from lq_torch.interop.folder import OLD_CONFIGS
 from lq_torch.interop.weights import to_affine
 from lq_torch.merge import refuse_merged
 from lq_torch.quantize import named
+from lq_torch.staging import refuse_holding, replacing
 from lq_torch.tensors import LowBitTensor
+
+# Of an earlier checkpoint: readers would take its configuration for that of the new files, or its index.
+_STALE = (*OLD_CONFIGS, *FOREIGN_NAMES, "model-*-of-*.safetensors")
 
 
 def export_pretrained(
@@ -28,12 +33,13 @@ def export_pretrained(
 
     Args:
         model: A module whose quantized weights belong to ``nn.Linear`` layers.
-        directory: Made if needed. config.json is written last: a folder without it is an interrupted export.
+        directory: Made if needed. A checkpoint of Hugging Face's or another library's in it is replaced when the new files are
+            whole, config.json last: a folder without it is an interrupted export.
         format: ``"gptq"``, ``"gptq_v2"``, ``"awq"``, ``"compressed-tensors"``, ``"hqq"`` or ``"auto-round"``.
         max_shard_bytes: Start a new safetensors file beyond this size; a weight is never split.
 
     Raises:
-        SpecError: If there is no such format.
+        SpecError: If there is no such format, or the folder holds a checkpoint of lq.
         UnsupportedError: If the format cannot hold a layer (named) exactly: floating point zeros in most formats, other
             than 4 bits in awq, layers that differ where a format has one scheme for all, merged layers.
         ShapeError, DTypeError: If a layer does not fill the format's words, or has float32 scales where it stores half.
@@ -41,41 +47,35 @@ def export_pretrained(
     form = export_format(format)
     refuse_merged(model, "export_pretrained")
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_holding(folder, [INDEX_NAME], "a checkpoint of lq, which lq_torch.load would go on reading")
     values = _values(model)
     parts = split_shards(values, max_shard_bytes)
     schemes: dict[str, LayerScheme] = {}
     files: dict[str, str] = {}
     total = 0
-    for number, part in enumerate(parts, 1):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for name, value in part.items():
-            if not isinstance(value, LowBitTensor):
-                tensors[name] = value
-                continue
-            path = name.removesuffix(".weight")
-            with named(path):
-                weight = to_affine(value)
-                tensors |= {f"{path}.{inner}": tensor for inner, tensor in form.pack(weight).items()}
-            schemes[path] = LayerScheme.of(weight)
-        save_file(separate_storage(tensors), folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(tensors, file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in schemes]
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        _write(folder / "model.safetensors.index.json", index)
-    quantization = form.to_config(schemes, dense)
-    config = copy.deepcopy(getattr(model, "config", None))
-    if config is None or not hasattr(config, "save_pretrained"):
-        _write(folder / "config.json", {"quantization_config": quantization})
-        return
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    config.quantization_config = quantization
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+    with replacing(folder, "config.json", _STALE) as partial:
+        for number, part in enumerate(parts, 1):
+            file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for name, value in part.items():
+                if not isinstance(value, LowBitTensor):
+                    tensors[name] = value
+                    continue
+                path = name.removesuffix(".weight")
+                with named(path):
+                    weight = to_affine(value)
+                    tensors |= {f"{path}.{inner}": tensor for inner, tensor in form.pack(weight).items()}
+                schemes[path] = LayerScheme.of(weight)
+            save_file(separate_storage(tensors), partial / file, metadata={"format": "pt"})
+            files |= dict.fromkeys(tensors, file)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if len(parts) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            _write(partial / "model.safetensors.index.json", index)
+        quantization = form.to_config(schemes, [path for path in linears if path not in schemes])
+        if not save_configs(model, partial, quantization):
+            _write(partial / "config.json", {"quantization_config": quantization})
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:

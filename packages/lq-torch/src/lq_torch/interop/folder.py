@@ -20,7 +20,7 @@ from lq_torch.safetensors_header import DTYPES, SafetensorsHeader, TensorEntry, 
 
 _INDEX = "model.safetensors.index.json"
 # AutoGPTQ's and AutoAWQ's own files, from before config.json had a quantization_config.
-_OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
+OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 # Buffers that old checkpoints have and models compute.
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -158,7 +158,7 @@ def _configuration(folder: Path) -> Mapping[str, Any]:
             if not isinstance(found, dict):
                 raise FormatError(f"{folder / 'config.json'} has a {key} that is a {type(found).__name__}, not a map")
             return found
-    for name in _OLD_CONFIGS:
+    for name in OLD_CONFIGS:
         if (folder / name).is_file():
             return _json(folder / name)
     raise FormatError(f"{folder} says nothing of quantization: its config.json has no quantization_config")
