@@ -14,6 +14,8 @@ from lq_torch import (
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
     LowBitTensor,
+    export_pretrained,
+    import_pretrained,
     load,
     quantize_,
     save_pretrained,
@@ -205,3 +207,19 @@ def test_importing_lq_torch_imports_no_optional_package():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_the_dtype_is_saved_and_comes_back(dtype, tmp_path):
+    model = tiny(dtype=dtype)
+    said = model.config.dtype = torch.float32 if dtype == torch.float16 else None  # wrong, or nothing
+    quantize_(model, Int4WeightOnlyConfig(32, scale_dtype=torch.float16))
+    export_pretrained(model, tmp_path / "gptq")
+    save_pretrained(model, tmp_path / "lq")
+    assert model.config.dtype == said
+    for folder, back in (("gptq", import_pretrained), ("lq", load)):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        loaded = back(tmp_path / folder)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+        assert loaded.config.dtype == dtype
+        assert torch.equal(outputs(loaded), outputs(model))

@@ -13,6 +13,7 @@ model is built without weights first, so the peak stays near the size of the qua
 import copy
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def check_target(folder: Path) -> None:
 def save_configs(model: nn.Module, folder: Path, quantization: Mapping[str, Any] | None = None) -> bool:
     """Write a model's Hugging Face configurations to a folder; return whether it has one.
 
-    ``config.json`` names the class of what is saved, whatever the model's own configuration says.
+    ``config.json`` says what is saved, whatever the model's own configuration says: its class, and the dtype of most of its
+    parameters' values.
 
     Args:
         model: Any module.
@@ -97,6 +99,12 @@ def save_configs(model: nn.Module, folder: Path, quantization: Mapping[str, Any]
         config.quantization_config = quantization
     if hasattr(config, "architectures"):
         config.architectures = [type(model).__name__]  # what load builds
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    if sizes and hasattr(config, "dtype"):
+        config.dtype = sizes.most_common(1)[0][0]
     config.save_pretrained(folder)
     return True
 
