@@ -13,6 +13,7 @@ from lq_formats import (
     UnsupportedError,
 )
 from lq_torch import (
+    GGMLTensor,
     GGMLWeightOnlyConfig,
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
@@ -190,6 +191,38 @@ def test_mistakes_in_configurations_are_named():
         quantize_(model(), "int4")
     with pytest.warns(UserWarning, match="found no Linear"):
         quantize_(nn.Sequential(nn.ReLU()), CONFIGS["int8-row"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn, "float16"])
+def test_dequantizing_to_what_is_no_dtype_of_weights_changes_nothing(dtype):
+    quantized = model()
+    quantize_(quantized, CONFIGS["int8-row"])
+    before = list(quantized.parameters())
+    with pytest.raises(DTypeError, match="expected float16, bfloat16 or float32"):
+        dequantize_(quantized, dtype)
+    assert [id(parameter) for parameter in quantized.parameters()] == [id(parameter) for parameter in before]
+
+
+def test_dequantized_weights_stay_tied():
+    packed = nn.Parameter(GGMLTensor.from_hp(torch.randn(64, 32), "q8_0"), requires_grad=False)
+    other = nn.Parameter(GGMLTensor.from_hp(torch.randn(48, 32), "q8_0"), requires_grad=False)
+    tied = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(64, 32),
+            "head": nn.Linear(32, 64, bias=False),
+            "one": nn.Linear(32, 48),
+            "two": nn.Linear(32, 48),
+        }
+    )
+    tied["embedding"].weight = tied["head"].weight = packed
+    tied["one"].weight = tied["two"].weight = other
+    values = packed.dequantize(torch.float32), other.dequantize(torch.float32)
+    dequantize_(tied)
+    for (one, two), value in zip((("embedding", "head"), ("one", "two")), values, strict=True):
+        assert tied[one].weight is tied[two].weight
+        assert type(tied[one].weight) is nn.Parameter
+        assert torch.equal(tied[one].weight, value)
+    assert not any(isinstance(parameter, LowBitTensor) for parameter in tied.parameters())
 
 
 def test_operators_without_a_meaning_do_not_densify():

@@ -47,8 +47,9 @@ def quantize_(
             infinity, GroupSizeError where the group size does not divide the in features, DTypeError for weights that
             are not fp16, bf16 or fp32, UnsupportedError for a parametrized weight and for a tied weight that was asked
             for explicitly.
-        SpecError: If ``config`` is not a configuration.
+        SpecError: If ``config`` is not a configuration, or ``model`` no module.
     """
+    check_module(model, "quantize_")
     if not isinstance(config, WeightConfig):
         raise SpecError(f"config is a {type(config).__name__}: expected a configuration such as Int4WeightOnlyConfig()")
     targets = select_linears(model, filter_fn)
@@ -72,15 +73,37 @@ def quantize_(
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every quantized Linear weight of a model by its dense values, in place.
+    """Replace every quantized weight of a model's Linear layers and embeddings by its dense values, in place.
+
+    A weight that several modules share is dequantized once, and they share it afterwards.
 
     Args:
         model: A model that :func:`quantize_` changed.
         dtype: dtype of the dense weights; None for each weight's own.
+
+    Raises:
+        DTypeError: If ``dtype`` is not fp16, bf16 or fp32; the model is then as it was.
+        SpecError: If ``model`` is no module.
     """
+    check_module(model, "dequantize_")
+    if dtype is not None and dtype not in _DTYPES:
+        raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
+    holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and isinstance(module.weight, LowBitTensor):
-            module.weight = nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
+        if isinstance(module, nn.Linear | nn.Embedding) and isinstance(module.weight, LowBitTensor):
+            holders.setdefault(id(module.weight), []).append(module)
+    for modules in holders.values():
+        weight = modules[0].weight
+        assert isinstance(weight, LowBitTensor)
+        dense = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+        for module in modules:
+            module.weight = dense
+
+
+def check_module(model: object, task: str) -> None:
+    """Raise SpecError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"{task} got a {type(model).__name__} for a model: expected a torch.nn.Module")
 
 
 def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[tuple[str, nn.Linear]]:
