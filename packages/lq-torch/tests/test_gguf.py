@@ -676,3 +676,43 @@ def test_loading_peaks_below_1_15_of_the_file(tmp_path):
     assert size > 100e6
     assert loaded < 0.6  # most of the file has not been looked at
     assert 0.9 < touched < 1.15
+
+
+def test_a_dequantized_tied_model_is_saved_as_a_tied_one(saved, tmp_path):
+    file, _ = saved
+    model = load_gguf(file)
+    model.model.embed_tokens.weight = nn.Parameter(GGMLTensor.from_hp(torch.randn(48, 256), "q8_0"), requires_grad=False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    dequantize_(model, torch.float32)
+    assert packed(model) == []
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_gguf(model, tmp_path / "dense.gguf")
+    assert "output.weight" not in open_gguf(tmp_path / "dense.gguf").tensors
+    again = load_gguf(tmp_path / "dense.gguf", dtype=torch.float32)
+    assert again.config.tie_word_embeddings
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("window", [4, 4096])
+def test_the_sliding_window_of_mistral_is_read_back(window, tmp_path):
+    model = build("mistral", sliding_window=window)
+    save_gguf(model, tmp_path / "model.gguf")
+    back = load_gguf(tmp_path / "model.gguf", dtype=torch.float32)
+    assert type(back) is type(model)
+    assert back.config.sliding_window == window
+    assert torch.equal(logits(back), logits(model))
+    wider = build("mistral", sliding_window=None)
+    with pytest.raises(FormatError, match="sliding_window"):
+        load_gguf(tmp_path / "model.gguf", wider)
+    assert torch.equal(logits(load_gguf(tmp_path / "model.gguf", dtype=torch.float32)), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_sliding_window_of_qwen_needs_the_model(kind, tmp_path):
+    """Files do not say from which layer on, so the configuration has to come from elsewhere."""
+    model = build(kind, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    save_gguf(model, tmp_path / "model.gguf")
+    with pytest.raises(FormatError, match="sliding_window = 4"):
+        load_gguf(tmp_path / "model.gguf")
+    assert torch.equal(logits(load_gguf(tmp_path / "model.gguf", copy.deepcopy(model))), logits(model))

@@ -48,6 +48,9 @@ def configuration(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     _expect(file, f"blk.{layers - 1}.ffn_up.weight", (inner, width))
     if layers > len(file.tensors):
         raise FormatError(f"{file.name} claims {layers} layers and has {len(file.tensors)} tensors: it is incomplete")
+    window = values.get("attention.sliding_window")
+    # transformers' llama attends to everything; its mistral is the same model with a window.
+    windowed = {} if window is None or found.name != "llama" else {"model_type": "mistral", "sliding_window": window}
     return {
         "model_type": found.model_types[0],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
@@ -66,7 +69,7 @@ def configuration(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": _token(file, "bos"),
         "eos_token_id": _token(file, "eos"),
-    }
+    } | windowed
 
 
 def _plausible(key: str, value: Any) -> bool:
