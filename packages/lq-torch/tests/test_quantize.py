@@ -17,10 +17,13 @@ from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
     LowBitTensor,
     WeightConfig,
     dequantize_,
+    load,
     quantize_,
+    save_pretrained,
 )
 from torch import nn
 
@@ -245,3 +248,20 @@ def test_quantizing_twice_leaves_quantized_layers_alone():
     with pytest.warns(UserWarning, match="found no Linear"):
         quantize_(quantized, CONFIGS["int8-row"])
     assert quantized[0].weight is before
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("columns", [4, 8, 12])
+def test_a_scale_a_row_of_few_columns_multiplies_and_comes_back(columns, symmetric, tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(columns, 16), nn.Linear(16, columns)).requires_grad_(False)
+    quantize_(layers, IntxWeightOnlyConfig(3, -1, symmetric))
+    weight = layers[0].weight
+    assert weight.group_size == columns
+    x = torch.randn(3, columns)
+    assert relative_error(layers[0](x), x @ weight.dequantize().T + layers[0].bias) < 1e-5
+    save_pretrained(layers, tmp_path)
+    loaded = load(tmp_path, nn.Sequential(nn.Linear(columns, 16), nn.Linear(16, columns)))
+    assert torch.equal(loaded(x), layers(x))
+    dequantize_(layers)
+    assert torch.equal(layers[0].weight, weight.dequantize())

@@ -68,7 +68,8 @@ class IntxTensor(LowBitTensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the ``(N, K)`` weight in ``dtype`` (default: this tensor's dtype)."""
-        spec = QuantSpec(self.bits, "group", self.group_size, self.zero is None)
+        whole = self.group_size == self.shape[1]
+        spec = QuantSpec(self.bits, "row" if whole else "group", None if whole else self.group_size, self.zero is None)
         codes = unpack_bits(self.qdata, self.bits, self.shape[1])
         return dequantize_affine(codes, self.scale, self.zero, spec, dtype or self.dtype)
 
@@ -87,7 +88,7 @@ class IntxTensor(LowBitTensor):
         bits, group_size = saved.attributes["bits"], saved.attributes["group_size"]
         if type(bits) is not int or not 2 <= bits <= 8:
             raise FormatError(f"bits={bits!r}: expected an integer from 2 to 8")
-        if type(group_size) is not int or group_size < 8 or columns % group_size:
+        if type(group_size) is not int or group_size < 1 or columns % group_size or (8 > group_size != columns):
             raise FormatError(f"group_size={group_size!r} does not divide the {columns} in features, or is below 8")
         saved.expect("qdata", (rows, packed_items(columns, bits)), torch.uint8)
         scale = saved.expect("scale", (rows, columns // group_size), *SCALE_DTYPES)
