@@ -102,6 +102,21 @@ def test_saving_again_leaves_no_stale_files(saved):
     assert load(folder, Tied()) is not None
 
 
+def test_dense_weights_train_as_they_did_in_the_model(saved):
+    _, folder = saved
+    model = Tied()
+    model.down.requires_grad_(False)
+    model.up.bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    assert before["embed.weight"]
+    load(folder, model)
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    assert after == before | {"up.weight": False}
+    assert model.head.weight is model.embed.weight
+    model(torch.arange(40)).sum().backward()
+    assert model.embed.weight.grad is not None
+
+
 def index_of(folder):
     return json.loads((folder / "lq.json").read_text())
 

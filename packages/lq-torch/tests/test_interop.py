@@ -82,6 +82,7 @@ def test_exported_and_imported_is_the_same(name, symmetric, group_size, shard, t
     back = import_pretrained(tmp_path, make(seed=1))
     assert_same_weights(back, model)
     assert back.lm_head.weight is back.embed.weight
+    assert [name for name, value in back.named_parameters() if value.requires_grad] == ["embed.weight", "up.bias"]
     tokens = torch.arange(24)
     assert torch.equal(back(tokens), model(tokens))
     export_pretrained(back, tmp_path / "again", name, max_shard_bytes=shard)

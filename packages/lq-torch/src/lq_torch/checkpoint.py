@@ -120,7 +120,8 @@ def load(
     Args:
         directory: The folder.
         model: A module of the same structure, quantized or not, on any device including ``meta``: its weights are
-            replaced. None builds the Hugging Face model of the folder's config.json.
+            replaced, and plain ones train as they did. None builds the Hugging Face model of the folder's config.json, in which
+            nothing trains.
         device: Where the weights go.
         dtype: Compute in this dtype: plain weights are converted, quantized ones keep their bits. None keeps the saved.
 
@@ -251,7 +252,10 @@ def resolve_tensor(model: nn.Module, path: str) -> Tensor:
 
 
 def assign_tensor(model: nn.Module, path: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Put a value in the place of a parameter or buffer, floating point parameters converted to ``dtype``."""
+    """Put a value in the place of a parameter or buffer, floating point parameters converted to ``dtype``.
+
+    A dense value trains if the parameter that it replaces does; a quantized one never does.
+    """
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
     if name not in module._parameters:
@@ -260,7 +264,9 @@ def assign_tensor(model: nn.Module, path: str, value: Tensor, dtype: torch.dtype
         module._parameters[name] = value
     else:
         converted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        module._parameters[name] = nn.Parameter(converted, requires_grad=False)
+        replaced = module._parameters[name]
+        trains = replaced is not None and replaced.requires_grad and not isinstance(converted, LowBitTensor)
+        module._parameters[name] = nn.Parameter(converted, requires_grad=trains)
 
 
 def _convert_buffers(module: nn.Module, dtype: torch.dtype) -> None:
