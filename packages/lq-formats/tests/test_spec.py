@@ -39,6 +39,9 @@ def test_specs_are_hashable_values():
         ({"granularity": "group", "group_size": 32.0}, SpecError, "integer group size"),
         ({"granularity": "row", "group_size": 32}, SpecError, "granularity='group'"),
         ({"granularity": "row", "scale_dtype": torch.float64}, SpecError, "float16, bfloat16, float32"),
+        ({"granularity": "row", "scale_dtype": [16]}, SpecError, "float16, bfloat16, float32"),
+        ({"granularity": "row", "symmetric": "false"}, SpecError, "symmetric='false': expected True or False"),
+        ({"granularity": "row", "symmetric": None}, SpecError, "symmetric=None"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -312,12 +312,17 @@ def test_a_layer_that_cannot_be_quantized_leaves_the_model_as_it_was(tokens):
         ((torch.ones(1, 4, dtype=torch.int64), Int8WeightOnlyConfig()), UnsupportedError, "Int8WeightOnlyConfig"),
         ((torch.ones(1, 4, dtype=torch.int64), "int4"), SpecError, "config is a str"),
         ((torch.ones(1, 4, dtype=torch.int64), {"nowhere": INT4}), SpecError, "'nowhere'"),
+        ((torch.full((1, 4), VOCABULARY), INT4), SpecError, f"embed.* 0 to {VOCABULARY - 1}, and {VOCABULARY} is"),
+        ((torch.full((1, 4), -1), INT4), SpecError, "and -1 is"),
     ],
-    ids=["floats", "flat", "empty", "int8", "name", "nowhere"],
+    ids=["floats", "flat", "empty", "int8", "name", "nowhere", "beyond", "negative"],
 )
 def test_wrong_arguments_are_named(arguments, error, match):
+    model = make()
     with pytest.raises(error, match=match):
-        gptq(make(), *arguments)
+        gptq(model, *arguments)
+    assert weights(model) == {}
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_without_blocks_is_refused(tokens):

@@ -148,6 +148,11 @@ def test_the_budget_is_kept_and_used(target, symmetric, tokens):
         assert type(model.get_submodule(path).weight) is kind
 
 
+def test_tokens_beyond_the_vocabulary_are_named(tokens):
+    with pytest.raises(SpecError, match=f"and {int(tokens.max()) + 1000} is asked for"):
+        mixed_precision(Model(), tokens + 1000, 4.0)
+
+
 def test_a_budget_below_the_cheapest_choice_is_refused(tokens):
     with pytest.raises(SpecError, match="the least these layers take"):
         mixed_precision(Model(), tokens, 2.0)

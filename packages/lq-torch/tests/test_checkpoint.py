@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 import torch
-from lq_formats import FormatError, LQError, ShapeError, UnknownVersionError
+from lq_formats import DeviceError, FormatError, LQError, ShapeError, SpecError, UnknownVersionError
 from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4WeightOnlyConfig,
@@ -19,6 +19,7 @@ from lq_torch import (
     LowBitTensor,
     QuantizedLinear,
     check_safetensors,
+    export_pretrained,
     load,
     quantize_,
     save_pretrained,
@@ -115,6 +116,27 @@ def test_dense_weights_train_as_they_did_in_the_model(saved):
     assert model.head.weight is model.embed.weight
     model(torch.arange(40)).sum().backward()
     assert model.embed.weight.grad is not None
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", 1.5])
+def test_a_device_that_is_none_is_named_and_changes_nothing(saved, device):
+    _, folder = saved
+    model = Tied()
+    before = list(model.parameters())
+    with pytest.raises(DeviceError, match=f"device={device!r}"):
+        load(folder, model, device=device)
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+
+
+def test_what_is_no_module_is_named(saved):
+    _, folder = saved
+    for task in (
+        lambda: save_pretrained(None, folder),
+        lambda: load(folder, "model"),
+        lambda: export_pretrained(1, folder),
+    ):
+        with pytest.raises(SpecError, match=r"expected a torch\.nn\.Module"):
+            task()
 
 
 def index_of(folder):

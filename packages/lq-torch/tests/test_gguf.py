@@ -681,7 +681,9 @@ def test_loading_peaks_below_1_15_of_the_file(tmp_path):
 def test_a_dequantized_tied_model_is_saved_as_a_tied_one(saved, tmp_path):
     file, _ = saved
     model = load_gguf(file)
-    model.model.embed_tokens.weight = nn.Parameter(GGMLTensor.from_hp(torch.randn(48, 256), "q8_0"), requires_grad=False)
+    model.model.embed_tokens.weight = nn.Parameter(
+        GGMLTensor.from_hp(torch.randn(48, 256), "q8_0"), requires_grad=False
+    )
     model.lm_head.weight = model.model.embed_tokens.weight
     dequantize_(model, torch.float32)
     assert packed(model) == []

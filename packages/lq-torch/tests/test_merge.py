@@ -900,12 +900,28 @@ def test_one_group_of_a_module_is_merged():
 
 @pytest.mark.parametrize(
     "patterns",
-    [{}, {"a": "qkv"}, {"a": ("q",)}, {"a": ("q", "q")}, {"a": ("a", "b")}, {"a": ("x.y", "z")}, {"": ("x", "z")}],
+    [
+        ["a"],
+        {},
+        {"a": None},
+        {"a": "qkv"},
+        {"a": ("q",)},
+        {"a": ("q", "q")},
+        {"a": ("a", "b")},
+        {"a": ("x.y", "z")},
+        {"": ("x", "z")},
+    ],
     ids=str,
 )
 def test_patterns_are_checked(patterns):
-    with pytest.raises(SpecError):
+    with pytest.raises(SpecError, match="pattern"):
         merge_linears(block(), patterns)
+
+
+def test_what_is_no_module_is_named():
+    for task in (merge_linears, unmerge_linears):
+        with pytest.raises(SpecError, match=r"expected a torch\.nn\.Module"):
+            task(None)
 
 
 def _language_model(kind, dtype=torch.float32, **changes):

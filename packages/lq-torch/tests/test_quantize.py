@@ -13,8 +13,10 @@ from lq_formats import (
     UnsupportedError,
 )
 from lq_torch import (
+    GemliteConfig,
     GGMLTensor,
     GGMLWeightOnlyConfig,
+    Int4DynamicActivationConfig,
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -194,6 +196,35 @@ def test_mistakes_in_configurations_are_named():
         quantize_(model(), "int4")
     with pytest.warns(UserWarning, match="found no Linear"):
         quantize_(nn.Sequential(nn.ReLU()), CONFIGS["int8-row"])
+    for task in (lambda: quantize_(None, CONFIGS["int8-row"]), lambda: dequantize_({})):
+        with pytest.raises(SpecError, match=r"expected a torch\.nn\.Module"):
+            task()
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: GGMLWeightOnlyConfig(4), "ggml format 4"),
+        (lambda: GGMLWeightOnlyConfig(None), "ggml format None"),
+        (lambda: WeightConfig.from_json('{"name": "ggml_weight_only", "ggml_type": 4}'), "ggml format 4"),
+        (lambda: WeightConfig.from_json('{"name": "gemlite", "weight": ["int4"]}'), r"weight=\['int4'\]"),
+        (lambda: GemliteConfig("int8", {}), "activation={}"),
+        (lambda: GemliteConfig(group_size=32.0), r"group_size=32\.0"),
+        (lambda: WeightConfig.from_dict([1]), "not a list"),
+        (lambda: WeightConfig.from_dict({"name": "int8_weight_only", 1: 2}), "has no 1"),
+        (lambda: Int4WeightOnlyConfig(symmetric="false"), "symmetric='false'"),
+        (lambda: IntxWeightOnlyConfig(symmetric="false"), "symmetric='false'"),
+        (lambda: WeightConfig.from_json('{"name": "intx_weight_only", "symmetric": "false"}'), "symmetric='false'"),
+        (lambda: Int4WeightOnlyConfig(-1.0), r"group_size=-1\.0"),
+        (lambda: IntxWeightOnlyConfig(3, -1.0), r"group_size=-1\.0"),
+        (lambda: Int4DynamicActivationConfig(group_size=-1.0), r"group_size=-1\.0"),
+        (lambda: Int4WeightOnlyConfig(True), "group_size=True"),
+        (lambda: Int4WeightOnlyConfig(scale_dtype=[16]), r"scale_dtype=\[16\]"),
+    ],
+)
+def test_values_of_another_type_are_named(make, named):
+    with pytest.raises(SpecError, match=named):
+        make()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn, "float16"])

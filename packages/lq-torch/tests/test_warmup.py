@@ -85,11 +85,13 @@ def test_activations_have_the_dtype_of_the_bias_or_of_the_model(calls, bias):
 
 
 def test_what_is_no_size_or_dtype_is_named():
-    for sizes in ([0], [-1], [1.0], [True], ["1"]):
+    for sizes in ([0], [-1], [1.0], [True], ["1"], 4, None, (1, "a"), ([1],)):
         with pytest.raises(SpecError, match="batch_sizes"):
             warmup(nn.Linear(8, 8), sizes)
     with pytest.raises(DTypeError, match="float64"):
         warmup(nn.Linear(8, 8), [1], dtype=torch.float64)
+    with pytest.raises(SpecError, match=r"expected a torch\.nn\.Module"):
+        warmup(torch.zeros(8, 8))
     assert warmup(nn.Linear(8, 8), [1]) == 0
 
 

@@ -44,6 +44,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise SpecError(f"bits={self.bits!r}: expected an integer from 1 to 8")
+        if not isinstance(self.symmetric, bool):
+            raise SpecError(f"symmetric={self.symmetric!r}: expected True or False")
         if self.symmetric and self.bits == 1:
             raise SpecError("bits=1 with symmetric=True has no code but zero above it; use symmetric=False")
         if self.granularity not in get_args(Granularity):
@@ -55,7 +57,7 @@ class QuantSpec:
                 raise GroupSizeError(f"group_size={self.group_size}: expected at least {MIN_GROUP_SIZE}")
         elif self.group_size is not None:
             raise SpecError(f"group_size={self.group_size} goes with granularity='group', not {self.granularity!r}")
-        if self.scale_dtype not in _SCALE_DTYPE_NAMES:
+        if not isinstance(self.scale_dtype, torch.dtype) or self.scale_dtype not in _SCALE_DTYPE_NAMES:
             raise SpecError(f"scale_dtype={self.scale_dtype}: expected one of {', '.join(_SCALE_DTYPES)}")
 
     @property
@@ -113,8 +115,6 @@ class QuantSpec:
         if not isinstance(data, dict) or set(data) != expected:
             came = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise SpecError(f"a quantization spec has the keys {sorted(expected)}; got {came}")
-        if not isinstance(data["symmetric"], bool):
-            raise SpecError(f"symmetric={data['symmetric']!r}: expected true or false")
         dtype = data["scale_dtype"]
         if not isinstance(dtype, str) or dtype not in _SCALE_DTYPES:
             raise SpecError(f"scale_dtype={dtype!r}: expected one of {', '.join(_SCALE_DTYPES)}")

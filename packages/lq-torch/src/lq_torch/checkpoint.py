@@ -23,6 +23,7 @@ from lq_formats import DTypeError, UnsupportedError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module, parse_device
 from lq_torch.checkpoint_index import FORMAT_VERSION, INDEX_NAME, SEPARATOR, VERSION_KEY, CheckpointIndex, read_index
 from lq_torch.merge import refuse_merged
 from lq_torch.safetensors_header import read_tensor
@@ -50,10 +51,11 @@ def save_pretrained(
         max_shard_bytes: Start a new safetensors file beyond this size; a weight is never split.
 
     Raises:
-        SpecError: If the folder holds a checkpoint of another library.
+        SpecError: If the folder holds a checkpoint of another library, or ``model`` is no module.
         UnsupportedError: If a tensor name holds a colon, a tensor is on ``meta``, or the state dict holds other things
             than tensors.
     """
+    check_module(model, "save_pretrained")
     folder = Path(directory)
     check_target(folder)
     values, aliases = _collect(model)
@@ -89,10 +91,10 @@ def save_configs(model: nn.Module, folder: Path, quantization: Mapping[str, Any]
         folder: Where to.
         quantization: What ``config.json`` says under ``quantization_config``; None for what it says already.
     """
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "save_pretrained"):
         copy.deepcopy(generation).save_pretrained(folder)
-    config = copy.deepcopy(getattr(model, "config", None))
+    config: Any = copy.deepcopy(getattr(model, "config", None))
     if not hasattr(config, "save_pretrained"):
         return False
     if quantization is not None:
@@ -133,26 +135,30 @@ def load(
         ShapeError: If a weight has another shape in the model.
         UnsupportedError: If the model holds merged layers; load first, then merge.
         UnknownVersionError: If the folder was written by a newer format version.
+        SpecError, DTypeError, DeviceError: If ``model`` is no module, ``dtype`` is not fp16, bf16 or fp32, or there is no such
+            device.
         MissingPackageError: If a Hugging Face model is to be built and transformers is not installed.
     """
     folder = Path(directory)
     index = read_index(folder)
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
+    where = parse_device(device)
     built = model is None
     if model is None:
         from lq_torch.integrations.transformers import build_model
 
         model = build_model(folder)
+    check_module(model, "load")
     refuse_merged(model, "load")
     index.check_model(model)
-    for path, tensor in _stream(folder, index, torch.device(device)):
+    for path, tensor in _stream(folder, index, where):
         assign_tensor(model, path, tensor, dtype)
     for path, target in index.aliases.items():
         assign_tensor(model, path, resolve_tensor(model, target))
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+            module._buffers[name] = None if buffer is None else buffer.to(where)
         if dtype is not None:
             _convert_buffers(module, dtype)
     return model.eval() if built else model

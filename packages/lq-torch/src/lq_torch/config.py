@@ -1,6 +1,7 @@
 """What to quantize weights to: frozen, validated, JSON round-trippable configurations for ``quantize_``."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, StrEnum
 from typing import Any, ClassVar, Literal
@@ -72,12 +73,14 @@ class WeightConfig:
         }
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> "WeightConfig":
+    def from_dict(data: Mapping[str, Any]) -> "WeightConfig":
         """Build the configuration that :meth:`to_dict` describes.
 
         Raises:
             SpecError: If it is not one.
         """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"a configuration is a map of names to values, not a {type(data).__name__}")
         values = dict(data)
         name = values.pop("name", None)
         cls = WeightConfig._classes.get(name) if isinstance(name, str) else None
@@ -87,7 +90,7 @@ class WeightConfig:
             )
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise SpecError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+            raise SpecError(f"{cls.__name__} has no {', '.join(sorted(str(key) for key in unknown))}")
         dtype = values.get("scale_dtype")
         if dtype is not None:
             if not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -113,6 +116,12 @@ class WeightConfig:
         if not isinstance(data, dict):
             raise SpecError(f"a configuration is a JSON object, not {type(data).__name__}")
         return WeightConfig.from_dict(data)
+
+
+def check_group_size(group_size: object) -> None:
+    """Raise SpecError unless a group size is an integer; -1.0 would pass for -1."""
+    if type(group_size) is not int:
+        raise SpecError(f"group_size={group_size!r}: expected an integer, -1 for one scale a row")
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class Int4WeightOnlyConfig(WeightConfig):
             raise SpecError(
                 f"scale_dtype goes with int4_packing_format='plain' or 'preshuffled', not {packing.value!r}"
             )
+        check_group_size(self.group_size)
         int4_spec(self.group_size, self.symmetric, self.scale_dtype or torch.float32)
 
     def quantize(self, w: Tensor) -> LowBitTensor:

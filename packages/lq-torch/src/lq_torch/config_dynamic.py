@@ -7,7 +7,7 @@ import torch
 from lq_formats import SpecError
 from torch import Tensor
 
-from lq_torch.config import WeightConfig
+from lq_torch.config import WeightConfig, check_group_size
 from lq_torch.tensors.base import LowBitTensor
 from lq_torch.tensors.int4 import int4_spec
 from lq_torch.tensors.int4_dynamic import Int4DynamicTensor
@@ -31,6 +31,7 @@ class Int4DynamicActivationConfig(WeightConfig):
 
     def __post_init__(self) -> None:
         _check(self.activation)
+        check_group_size(self.group_size)
         int4_spec(self.group_size, True, self.scale_dtype or torch.float32)
 
     def quantize(self, w: Tensor) -> LowBitTensor:

@@ -8,7 +8,7 @@ from lq_formats import QuantSpec, SpecError
 from lq_formats.search import ALGORITHMS
 from torch import Tensor
 
-from lq_torch.config import WeightConfig
+from lq_torch.config import WeightConfig, check_group_size
 from lq_torch.tensors.base import LowBitTensor
 from lq_torch.tensors.intx import IntxTensor
 
@@ -40,6 +40,7 @@ class IntxWeightOnlyConfig(WeightConfig):
             raise SpecError(
                 f"choose_qparams_algorithm={self.choose_qparams_algorithm!r}: expected one of {', '.join(ALGORITHMS)}"
             )
+        check_group_size(self.group_size)
         self.spec(torch.float32)
 
     def spec(self, dtype: torch.dtype) -> QuantSpec:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lq_formats import UnsupportedError
+from lq_formats import SpecError, UnsupportedError
 from torch import Tensor
 
-from lq_torch.config import WeightConfig
+from lq_torch.config import WeightConfig, check_group_size
 from lq_torch.tensors import LowBitTensor
 from lq_torch.tensors.gemlite_dynamic import GemliteTensor, check_combination
 from lq_torch.tensors.int4_gemlite import Int4GemliteTensor
@@ -32,6 +32,11 @@ class GemliteConfig(WeightConfig):
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weight", "activation"):
+            if not isinstance(getattr(self, name), str):
+                raise SpecError(f"{name}={getattr(self, name)!r}: expected the name of a format, for example 'int8'")
+        if self.group_size is not None:
+            check_group_size(self.group_size)
         if self.weight in _WEIGHT_ONLY_BITS and self.activation == "none":
             return
         if self.weight in ("int1", "int2"):

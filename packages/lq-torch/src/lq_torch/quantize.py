@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lq_torch.arguments import check_module
 from lq_torch.config import WeightConfig
 from lq_torch.tensors import LowBitTensor
 
@@ -98,12 +99,6 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         dense = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
         for module in modules:
             module.weight = dense
-
-
-def check_module(model: object, task: str) -> None:
-    """Raise SpecError unless ``model`` is a module."""
-    if not isinstance(model, nn.Module):
-        raise SpecError(f"{task} got a {type(model).__name__} for a model: expected a torch.nn.Module")
 
 
 def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[tuple[str, nn.Linear]]:

@@ -10,6 +10,7 @@ from lq_formats import DTypeError, SpecError
 from lq_kernels.prepare import compiling, onto_gpu, representatives, units
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module
 from lq_torch.linear import Int4PackedLinear, Int8Linear
 from lq_torch.problems import problem_of
 from lq_torch.tensors import Int4DynamicTensor, LowBitTensor
@@ -58,12 +59,15 @@ def warmup(
 
     Raises:
         CompileError: If a kernel does not compile.
-        SpecError: If a batch size is not a positive integer.
+        SpecError: If a batch size is not a positive integer, or ``model`` no module.
         DTypeError: If ``dtype`` is not fp16, bf16 or fp32.
     """
-    sizes = sorted(set(batch_sizes))
-    if any(type(size) is not int or size < 1 for size in sizes):
-        raise SpecError(f"batch_sizes={sizes}: expected positive integers")
+    check_module(model, "warmup")
+    given = list(batch_sizes) if isinstance(batch_sizes, Iterable) else None
+    if given is None or any(type(size) is not int or size < 1 for size in given):
+        shown = batch_sizes if given is None else given
+        raise SpecError(f"batch_sizes={shown!r}: expected positive integers, for example (1, 16)")
+    sizes = sorted(set(given))
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
     distinct: dict[str, _Product] = {}

@@ -85,7 +85,7 @@ def ggml_format(name: str) -> GGMLFormat:
     Raises:
         SpecError: If there is none.
     """
-    found = GGML_FORMATS.get(name.lower())
+    found = GGML_FORMATS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         raise SpecError(f"unknown ggml format {name!r}: expected one of {', '.join(GGML_FORMATS)}")
     return found

@@ -116,7 +116,7 @@ def ggml_type(name: str) -> GGMLType:
     Raises:
         SpecError: If there is none.
     """
-    found = GGML_TYPES.get(name.lower())
+    found = GGML_TYPES.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         raise SpecError(f"unknown ggml type {name!r}: expected one of {', '.join(GGML_TYPES)}")
     return found

@@ -104,6 +104,7 @@ def record_stream(
         storage: Where activations are kept.
 
     Raises:
+        SpecError: If a token is beyond the vocabulary.
         UnsupportedError: If a block does not take the output of the one before it.
     """
     found = Stream([], [{} for _ in blocks], device)
@@ -133,7 +134,7 @@ def record_stream(
     where = next(model.parameters()).device
     for batch in batches:
         try:
-            with _replaced([block for _, block in blocks], receive):
+            with checked_lookups(model), _replaced([block for _, block in blocks], receive):
                 model(batch.to(where), **options)
         except _LastBlock:
             continue
@@ -150,6 +151,31 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(map_tensors(item, function) for item in value)
     return value
+
+
+@contextmanager
+def checked_lookups(model: nn.Module) -> Iterator[None]:
+    """Raise SpecError where a model looks up a row that an embedding does not have; a GPU would be lost to this process."""
+
+    def check(path: str, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows, last = args[0] if args else kwargs["input"], module.num_embeddings - 1
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) <= last:
+            worst = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
+            raise SpecError(
+                f"tokens: {path} has the rows 0 to {last}, and {worst} is asked for; use the tokenizer of the model, and "
+                "windows within its context"
+            )
+
+    embeddings = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    hooks = [
+        module.register_forward_pre_hook(partial(check, path or "the model"), with_kwargs=True)
+        for path, module in embeddings
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from lq_formats import NonFiniteError
 from torch import Tensor, nn
 
-from lq_torch.calibrate.blocks import evaluation, find_blocks, record_stream, split_batches
+from lq_torch.calibrate.blocks import checked_lookups, evaluation, find_blocks, record_stream, split_batches
 from lq_torch.calibrate.layers import quantize_together
 from lq_torch.calibrate.options import GPTQOptions
 from lq_torch.calibrate.resume import SensitivityFile
@@ -53,7 +53,8 @@ def sensitivity(
     sample = split_batches(tokens[: -(-_SAMPLE // length), :length], 1)
     missing = {path: layer for path, layer in layers.items() if path not in kept.known}
     with torch.no_grad(), evaluation(model):
-        expected = [_log_probabilities(model, window) for window in sample] if missing else []
+        with checked_lookups(model):
+            expected = [_log_probabilities(model, window) for window in sample] if missing else []
         if any(bool(log_p.isnan().any()) for log_p in expected):
             raise NonFiniteError(
                 "the model's predictions for the calibration text hold NaN; does it run in this dtype?"

@@ -14,6 +14,7 @@ import torch
 from lq_formats import SpecError
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module, parse_device
 from lq_torch.calibrate.blocks import Stream, evaluation, find_blocks, record_stream, split_batches
 from lq_torch.calibrate.layers import quantize_blocks_together, quantize_together
 from lq_torch.calibrate.moments import Moments
@@ -50,11 +51,12 @@ def calibrate(
     Without options of an algorithm, weights become ggml blocks; see :func:`lq_torch.calibrate.imatrix`.
     """
     started = time.monotonic()
+    check_module(model, "calibration")
     batches = split_batches(tokens, batch_size)
     layers, configs = _checked(model, config, filter_fn, blocks=gptq is None and awq is None)
     blocks = find_blocks(model)
     home = next(blocks[0][1].parameters()).device
-    where = home if device is None else torch.device(device)
+    where = home if device is None else parse_device(device)
     folder = None if resume is None else ResumeFolder(resume, model, tokens, configs, gptq, awq)
     calibration = _Calibration(configs, gptq, awq, shared_parameters(model), progress)
     resumed = 0

@@ -9,6 +9,7 @@ from lq_formats import GGML_FORMATS, DTypeError, FormatError, LQError, ShapeErro
 from lq_formats.gguf import GGMLType, GGUFFile, GGUFTensor, ggml_type, open_gguf
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module, parse_device
 from lq_torch.checkpoint import assign_tensor, resolve_tensor
 from lq_torch.gguf.architecture import ROPE_FREQS, architecture_of, check_heads, split_rows
 from lq_torch.gguf.configuration import configuration
@@ -53,21 +54,23 @@ def load_gguf(
             are not the model's.
         ShapeError: If a tensor has another shape in the model.
         UnsupportedError: If the model or the type of a tensor is none that lq knows, or the model holds merged layers.
-        SpecError, DTypeError: If ``dequantize`` names no type, or ``dtype`` is not fp16, bf16 or fp32.
+        SpecError, DTypeError, DeviceError: If ``dequantize`` names no type, ``model`` is no module, ``dtype`` is not fp16, bf16
+            or fp32, or there is no such device.
         MissingPackageError: If a model is to be built and transformers is not installed.
     """
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
     dense = {ggml_type(name).name for name in dequantize}
+    target = parse_device(device)
     file = open_gguf(path)
     built = model is None
     if model is None:
         from lq_torch.integrations.transformers import build_causal_lm
 
         model = build_causal_lm(configuration(file, dtype or torch.bfloat16))
+    check_module(model, "load_gguf")
     refuse_merged(model, "load_gguf")
     plan, tied = _plan(file, model, dtype, dense)
-    target = torch.device(device)
     for step in plan:
         value = _read(file, step, target)
         if step.path == _EMBEDDING and not tied and isinstance(value, GGMLTensor):

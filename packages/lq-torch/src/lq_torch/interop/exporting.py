@@ -9,6 +9,7 @@ from lq_formats.interop import LayerScheme, export_format
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module
 from lq_torch.checkpoint import FOREIGN_NAMES, MAX_SHARD_BYTES, save_configs, separate_storage, split_shards
 from lq_torch.checkpoint_index import INDEX_NAME
 from lq_torch.interop.folder import OLD_CONFIGS
@@ -39,11 +40,12 @@ def export_pretrained(
         max_shard_bytes: Start a new safetensors file beyond this size; a weight is never split.
 
     Raises:
-        SpecError: If there is no such format, or the folder holds a checkpoint of lq.
+        SpecError: If there is no such format, the folder holds a checkpoint of lq, or ``model`` is no module.
         UnsupportedError: If the format cannot hold a layer (named) exactly: floating point zeros in most formats, other
             than 4 bits in awq, layers that differ where a format has one scheme for all, merged layers.
         ShapeError, DTypeError: If a layer does not fill the format's words, or has float32 scales where it stores half.
     """
+    check_module(model, "export_pretrained")
     form = export_format(format)
     refuse_merged(model, "export_pretrained")
     folder = Path(directory)

@@ -8,6 +8,7 @@ import torch
 from lq_formats import DTypeError, FormatError
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module, parse_device
 from lq_torch.checkpoint import assign_tensor, resolve_tensor
 from lq_torch.interop.folder import ForeignFolder, read_folder
 from lq_torch.interop.weights import to_tensor
@@ -45,11 +46,14 @@ def import_pretrained(
             unless a layer's values contradict its configuration, which shows when it is read.
         ShapeError: If a weight has another shape in the model.
         UnsupportedError: If the kind of checkpoint, or one layer, is none that lq holds; the message says which.
+        SpecError, DTypeError, DeviceError: If ``model`` is no module, ``dtype`` is not fp16, bf16 or fp32, or there is no such
+            device.
         MissingPackageError: If a Hugging Face model is to be built and transformers is not installed.
     """
     folder = read_folder(Path(directory))
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
+    target = parse_device(device)
     built = model is None
     if model is None:
         from lq_torch.integrations.transformers import build_model
@@ -57,12 +61,12 @@ def import_pretrained(
         model = build_model(folder.path)
         if hasattr(model, "config") and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # what it says is not how the model is saved from now on
+    check_module(model, "import_pretrained")
     refuse_merged(model, "import_pretrained")
     known, aliases = folder.check_model(model)
     _check_biases(folder, folder.extra_biases(model))
     dtypes = {name: value.dtype for name, value in model.state_dict(keep_vars=True).items()}
     wanted = set(known) | {f"{path}.{name}" for path, names in folder.layers.items() for name in names}
-    target = torch.device(device)
     for name, value in _stream(folder, wanted, target, dtype, dtypes):
         assign_tensor(model, name, value)
     for name, repeated in aliases.items():

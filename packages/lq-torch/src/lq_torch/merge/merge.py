@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lq_formats import SpecError, UnsupportedError
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module
 from lq_torch.merge.gated import is_plain_silu
 from lq_torch.merge.modules import Group, MergedLinear, MergedPart, MergingModule, cat_bias, merging_class
 from lq_torch.merge.rows import cat_rows, slice_rows, why_not_cat
@@ -60,8 +61,9 @@ def merge_linears(
         Paths of the merged layers, for example ``"model.layers.0.self_attn.qkv_proj"``.
 
     Raises:
-        SpecError: If ``patterns`` does not map names to two names or more.
+        SpecError: If ``patterns`` does not map names to two names or more, or ``model`` is no module.
     """
+    check_module(model, "merge_linears")
     wanted = _check_patterns(DEFAULT_PATTERNS if patterns is None else patterns)
     shared = _shared_parameters(model)
     plan: list[tuple[str, nn.Module, Group]] = []
@@ -102,7 +104,9 @@ def unmerge_linears(model: nn.Module) -> list[str]:
 
     Raises:
         UnsupportedError: If a merged layer was replaced, or quantized to a packing that mixes rows; nothing is changed.
+        SpecError: If ``model`` is no module.
     """
+    check_module(model, "unmerge_linears")
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, MergingModule)]
     # Whatever cannot be cut is refused before anything is put back.
     restored = []
@@ -128,9 +132,13 @@ def refuse_merged(model: nn.Module, task: str) -> None:
 
 
 def _check_patterns(patterns: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    if not isinstance(patterns, Mapping):
+        raise SpecError(
+            f"patterns is a {type(patterns).__name__}: expected a map such as {{'qkv_proj': ('q_proj', 'k_proj', 'v_proj')}}"
+        )
     checked = {}
     for name, members in patterns.items():
-        names = () if isinstance(members, str) else tuple(members)
+        names = tuple(members) if isinstance(members, Sequence) and not isinstance(members, str) else ()
         if len(names) < 2 or len({name, *names}) != len(names) + 1:
             raise SpecError(f"pattern {name!r}: {members!r}: expected a new name and two or more different layer names")
         for word in (name, *names):
