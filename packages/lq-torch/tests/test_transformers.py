@@ -14,6 +14,7 @@ from lq_torch import (
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
     LowBitTensor,
+    dequantize_,
     export_pretrained,
     import_pretrained,
     load,
@@ -223,3 +224,13 @@ def test_the_dtype_is_saved_and_comes_back(dtype, tmp_path):
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
         assert loaded.config.dtype == dtype
         assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_hugging_face_saves_what_is_dense_again(tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    quantize_(model, Int4WeightOnlyConfig(32))
+    dequantize_(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(outputs(loaded), outputs(model))
