@@ -66,7 +66,7 @@ def test_foreign_json_is_named(change, match):
         QuantSpec.from_dict(data)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"bits": 4}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"bits": 4}', None])
 def test_text_that_is_no_spec(text):
     with pytest.raises(SpecError):
         QuantSpec.from_json(text)

@@ -128,8 +128,11 @@ def test_a_device_that_is_none_is_named_and_changes_nothing(saved, device):
     assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
 
 
-def test_what_is_no_module_is_named(saved):
-    _, folder = saved
+def test_what_is_no_module_or_size_is_named(saved):
+    model, folder = saved
+    for save in (save_pretrained, export_pretrained):
+        with pytest.raises(SpecError, match="max_shard_bytes='4GB'"):
+            save(model, folder / "new", max_shard_bytes="4GB")
     for task in (
         lambda: save_pretrained(None, folder),
         lambda: load(folder, "model"),

@@ -25,6 +25,7 @@ from lq_torch import (
     dequantize_,
     load,
     quantize_,
+    rotate_,
     save_pretrained,
 )
 from torch import nn
@@ -196,7 +197,7 @@ def test_mistakes_in_configurations_are_named():
         quantize_(model(), "int4")
     with pytest.warns(UserWarning, match="found no Linear"):
         quantize_(nn.Sequential(nn.ReLU()), CONFIGS["int8-row"])
-    for task in (lambda: quantize_(None, CONFIGS["int8-row"]), lambda: dequantize_({})):
+    for task in (lambda: quantize_(None, CONFIGS["int8-row"]), lambda: dequantize_({}), lambda: rotate_(None)):
         with pytest.raises(SpecError, match=r"expected a torch\.nn\.Module"):
             task()
 
@@ -211,6 +212,7 @@ def test_mistakes_in_configurations_are_named():
         (lambda: GemliteConfig("int8", {}), "activation={}"),
         (lambda: GemliteConfig(group_size=32.0), r"group_size=32\.0"),
         (lambda: WeightConfig.from_dict([1]), "not a list"),
+        (lambda: WeightConfig.from_json(None), "not a JSON configuration"),
         (lambda: WeightConfig.from_dict({"name": "int8_weight_only", 1: 2}), "has no 1"),
         (lambda: Int4WeightOnlyConfig(symmetric="false"), "symmetric='false'"),
         (lambda: IntxWeightOnlyConfig(symmetric="false"), "symmetric='false'"),

@@ -133,6 +133,6 @@ class QuantSpec:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (TypeError, ValueError) as error:
             raise SpecError(f"not a JSON quantization spec: {error}") from None
         return cls.from_dict(data)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lq_formats import DTypeError, UnsupportedError
+from lq_formats import DTypeError, SpecError, UnsupportedError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -217,7 +217,13 @@ def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_shards(values: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Return values by name in parts of at most ``limit`` bytes; a value that is larger is a part of its own."""
+    """Return values by name in parts of at most ``limit`` bytes; a value that is larger is a part of its own.
+
+    Raises:
+        SpecError: If ``limit`` is not a number.
+    """
+    if not isinstance(limit, int | float):
+        raise SpecError(f"max_shard_bytes={limit!r}: expected a number of bytes, for example {MAX_SHARD_BYTES}")
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in values.items():

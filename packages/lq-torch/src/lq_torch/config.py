@@ -111,7 +111,7 @@ class WeightConfig:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (TypeError, ValueError) as error:
             raise SpecError(f"not a JSON configuration: {error}") from None
         if not isinstance(data, dict):
             raise SpecError(f"a configuration is a JSON object, not {type(data).__name__}")

@@ -16,6 +16,7 @@ import torch
 from lq_formats import UnsupportedError
 from torch import Tensor, nn
 
+from lq_torch.arguments import check_module
 from lq_torch.calibrate.blocks import evaluation, find_blocks, record_stream
 from lq_torch.calibrate.smoothing import shared_parameters
 from lq_torch.quantize import check_linear
@@ -66,9 +67,10 @@ def rotate_(
         UnsupportedError: If the architecture does not allow it (norms that subtract a mean or have a bias or whose output no
             Linear layer takes, learned positions, shared weights, tied embeddings without ``untie``), or the model is
             quantized.
-        SpecError: If there is no Hadamard matrix of a size.
+        SpecError: If there is no Hadamard matrix of a size, or ``model`` is no module.
         LQError: The named error of a weight that is not a finite matrix.
     """
+    check_module(model, "rotate_")
     with torch.no_grad(), evaluation(model):
         return _Rotating(model, matrix, heads, untie, seed).run()
 
