@@ -29,7 +29,9 @@ def build(name, defines, arch="sm_90a"):
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_decode_compiles_without_spills(disassemble, variant):
-    for form in forms(variant.scales):
+    # Every other variant in all forms; the others in that which has fewest registers, and that which multiplies most at once.
+    known = forms(variant.scales)
+    for form in known if VARIANTS.index(variant) % 2 == 0 else (known[0], known[-1]):
         result = build("decode_a16", (*variant.defines, *form.defines))
         (used,) = result.usage().values()
         assert (used.spills, used.stack) == (0, 0), form
@@ -45,9 +47,8 @@ def test_decode_compiles_without_spills(disassemble, variant):
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
 @pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
 def test_epilogues_compile_without_spills(variant, epilogue):
-    known = forms(variant.scales)
-    sizes = [("decode_a16", form.defines) for form in (known[2], known[-1])]
-    for name, size in (*sizes, *(("prefill_a16", (f"LQ_TOKENS={tokens}",)) for tokens in (16, 256))):
+    form = forms(variant.scales)[2 if epilogue == "residual" else -1]
+    for name, size in (("decode_a16", form.defines), ("prefill_a16", ("LQ_TOKENS=256",))):
         result = build(name, (*variant.defines, *size, *EPILOGUES[epilogue]))
         (used,) = result.usage().values()
         assert (used.spills, used.stack) == (0, 0), (name, size)
