@@ -48,7 +48,8 @@ def _sparse(size, share, generator):
     return kept * (torch.randint(0, 2, (size, size), generator=generator) * 2.0 - 1.0)
 
 
-SHAPES = pytest.mark.parametrize(("width", "rows"), [(128, 13), (37, 8), (1, 1)], ids=str)
+# Less for the interpreter, which is slow.
+SHAPES = pytest.mark.parametrize(("width", "rows"), [(64, 9) if INTERPRETED else (128, 13), (37, 8), (1, 1)], ids=str)
 
 
 @on_every_device
