@@ -1,4 +1,4 @@
-"""Every torch operator of lq, and the only file that touches ``torch.library``.
+"""Every torch operator of lq, and the only file that registers any (in a library of :mod:`lq_kernels.derivatives`).
 
 Operators take canonical packings, choose a kernel by the sizes they see at run time, and are registered with a fake
 implementation (so ``torch.compile(fullgraph=True)`` and export trace them with dynamic sizes) and a gradient for the

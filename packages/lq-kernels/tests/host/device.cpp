@@ -10,6 +10,8 @@
 //   what is in flight when its CTA ends, and threads that wait for each other all end the run with a message.
 //
 // Sums of products are in double: the order in which tensor cores add is not specified.
+//
+// It is long on purpose: memory, barriers, copies and products all say to one scheduler what a thread waits for, and all end a run alike.
 #include "device.h"
 
 #include <signal.h>
