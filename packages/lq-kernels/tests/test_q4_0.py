@@ -1,4 +1,7 @@
-"""Q4_0 x Q8_1: every kernel against the blocks' exact arithmetic, and the fused quantizer byte for byte."""
+"""Q4_0 x Q8_1: every kernel against the blocks' exact arithmetic, and the fused quantizer byte for byte.
+
+One long file: blocks and floats, in one launch and in several, are ways to the same numbers, and share what is drawn for them.
+"""
 
 import random
 

@@ -1,5 +1,9 @@
 """Fixtures that several test files share."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from lq_kernels import reads_fragments
@@ -14,6 +18,24 @@ def fragment_device(request, monkeypatch):
     elif not reads_fragments(torch.device("cuda")):
         pytest.skip("needs a Hopper GPU and NVRTC")
     return request.param
+
+
+@pytest.fixture
+def run_script():
+    """Return a function that runs a script in a Python of its own and returns what it prints."""
+
+    def run(script, *arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture

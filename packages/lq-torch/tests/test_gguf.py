@@ -8,8 +8,6 @@ import math
 import os
 import secrets
 import struct
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -623,7 +621,7 @@ def test_float32_is_read_as_written(saved):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
-def test_loading_peaks_below_1_15_of_the_file(tmp_path):
+def test_loading_peaks_below_1_15_of_the_file(tmp_path, run_script):
     """Load, then touch every weight: q and k are copied, norms and an F16 embedding converted, all else stays in the file."""
 
     def save(path, width, layers):
@@ -666,15 +664,7 @@ def test_loading_peaks_below_1_15_of_the_file(tmp_path):
         size = os.path.getsize(sys.argv[1] + "/large")
         print(size, (loaded - before) / size, (peak() - before) / size)
     """)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    size, loaded, touched = map(float, done.stdout.split())
+    size, loaded, touched = map(float, run_script(script, tmp_path).split())
     assert size > 100e6
     assert loaded < 0.6  # most of the file has not been looked at
     assert 0.9 < touched < 1.15

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -198,16 +196,9 @@ def test_without_transformers_the_error_says_what_to_install(tmp_path, monkeypat
         load(tmp_path)
 
 
-def test_importing_lq_torch_imports_no_optional_package():
+def test_importing_lq_torch_imports_no_optional_package(run_script):
     script = "import sys, lq_torch; print([m for m in ('transformers', 'gemlite', 'gguf', 'accelerate') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.stdout.strip() == "[]"
+    assert run_script(script).strip() == "[]"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
