@@ -76,8 +76,9 @@ def test_golden_bytes():
 
 def test_bad_input_is_named():
     codes = torch.tensor([[1, 2]], dtype=torch.uint8)
-    with pytest.raises(SpecError, match="bits=9"):
-        pack_bits(codes, 9)
+    for bits in (0, 9, 3.0, None):
+        with pytest.raises(SpecError, match=f"bits={bits}: expected an integer from 1 to 8"):
+            pack_bits(codes, bits)
     with pytest.raises(SpecError, match="does not fit 1 bits"):
         pack_bits(codes, 1)
     with pytest.raises(DTypeError, match="int64"):

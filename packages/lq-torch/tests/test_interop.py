@@ -380,6 +380,8 @@ def test_old_configurations_are_read(tmp_path):
 def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(SpecError, match="'gguf'"):
         export_pretrained(make(rtn()), tmp_path, "gguf")
+    with pytest.raises(SpecError, match="expected one of auto-round, awq"):
+        export_pretrained(make(rtn()), tmp_path, ["gptq"])
     with pytest.raises(UnsupportedError, match="no quantized layer"):
         export_pretrained(make(), tmp_path)
     with pytest.raises(UnsupportedError, match=r"up: a GGMLTensor"):

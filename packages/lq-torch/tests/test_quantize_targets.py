@@ -264,3 +264,11 @@ def test_json_that_is_not_a_configuration_is_refused(text):
 def test_select_linears_is_what_quantize_changes():
     model = nn.ModuleDict({"body": layers(64, 64), "lm_head": nn.Linear(64, 64)})
     assert [path for path, _ in quantize.select_linears(model)] == ["body.0"]
+
+
+@pytest.mark.parametrize("filter_fn", ["attention", ["0"], 0])
+def test_what_cannot_be_called_chooses_no_layers(filter_fn):
+    model = layers(64, 64)
+    with pytest.raises(SpecError, match="expected a function of a module and its path"):
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn)
+    assert type(model[0].weight) is nn.Parameter

@@ -40,7 +40,7 @@ def pack_bits(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Ten
         ``(..., packed_items(count, bits, dtype))`` of ``dtype``, contiguous.
 
     Raises:
-        SpecError: If ``bits`` is not in 1 to 8, or a code does not fit ``bits`` bits.
+        SpecError: If ``bits`` is no integer from 1 to 8, or a code does not fit ``bits`` bits.
         DTypeError: If ``codes`` is not uint8 or ``dtype`` is none of the above.
         ShapeError: If ``codes`` has no dimension.
     """
@@ -76,7 +76,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         ``(..., count) uint8``, contiguous.
 
     Raises:
-        SpecError: If ``bits`` is not in 1 to 8.
+        SpecError: If ``bits`` is no integer from 1 to 8.
         DTypeError: If ``packed`` is none of the dtypes above.
         ShapeError: If the number of items is not what ``count`` codes need.
     """
@@ -108,7 +108,7 @@ def _block(bits: int) -> tuple[int, int, torch.dtype]:
 
 
 def _check(bits: int, dtype: torch.dtype) -> None:
-    if not 1 <= bits <= 8:
-        raise SpecError(f"bits={bits}: expected 1 to 8")
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise SpecError(f"bits={bits!r}: expected an integer from 1 to 8")
     if dtype not in _ITEM_BYTES:
         raise DTypeError(f"packed dtype {dtype}: expected torch.uint8, torch.int16 or torch.int32")

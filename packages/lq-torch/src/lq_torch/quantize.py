@@ -48,7 +48,7 @@ def quantize_(
             infinity, GroupSizeError where the group size does not divide the in features, DTypeError for weights that
             are not fp16, bf16 or fp32, UnsupportedError for a parametrized weight and for a tied weight that was asked
             for explicitly.
-        SpecError: If ``config`` is not a configuration, or ``model`` no module.
+        SpecError: If ``config`` is not a configuration, ``model`` no module, or ``filter_fn`` cannot be called.
     """
     check_module(model, "quantize_")
     if not isinstance(config, WeightConfig):
@@ -105,8 +105,11 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[
     """Return the ``(path, layer)`` pairs that :func:`quantize_` would change, in the model's order.
 
     Raises:
+        SpecError: If ``filter_fn`` cannot be called.
         UnsupportedError: If ``filter_fn`` picks a layer whose weight is tied to another module.
     """
+    if filter_fn is not None and not callable(filter_fn):
+        raise SpecError(f"filter_fn={filter_fn!r}: expected a function of a module and its path, which returns a bool")
     owners = Counter(id(item) for module in model.modules() for item in module._parameters.values() if item is not None)
     found = []
     for path, module in model.named_modules():

@@ -61,6 +61,6 @@ def export_format(name: str) -> CheckpointFormat:
     Raises:
         SpecError: If there is none of that name.
     """
-    if name not in EXPORTS:
+    if not isinstance(name, str) or name not in EXPORTS:
         raise SpecError(f"format={name!r}: expected one of {', '.join(EXPORTS)}")
     return EXPORTS[name]
