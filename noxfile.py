@@ -77,6 +77,13 @@ def gpu_tests(session: nox.Session) -> None:
 
 
 @nox.session
+def exhaustive(session: nox.Session) -> None:
+    """The CPU test suite with every form of every kernel: what changes a kernel runs it."""
+    _sync(session, "dev")
+    _run_python(session, "-m", "pytest", *(session.posargs or ("-n", "auto")), env={"LQ_EXHAUSTIVE": "1"})
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Read 200,000 mutated GGUF files; arguments go to pytest. LQ_GGUF_SEED=<seed> repeats a failure."""
     _sync(session, "dev")

@@ -51,6 +51,7 @@ def test_a_text_is_worth_as_much_to_ggml_types_as_an_imatrix(lq_eval, tmp_path, 
     assert documents["weighted"]["kl_divergence"] < share * documents["plain"]["kl_divergence"]
 
 
+@pytest.mark.exhaustive
 def test_bits_by_layer_beat_uniform_bits_of_the_same_size(lq_eval, tmp_path):
     """Rounded without data, to be quick; measured on the whole text, 4.5 bits: a KL divergence of 0.040, and 0.069 uniform."""
     common = ("--device", "cpu", "--dtype", "float32", "--algorithm", "mse", "--scale-dtype", "bfloat16")

@@ -64,12 +64,16 @@ def test_the_batch_size_does_not_change_the_figure(tiny, windows):
     assert one.value == pytest.approx(four.value, rel=1e-5)
 
 
-def test_the_documented_figures_of_the_bundled_model(tiny, tokens):
-    """Float 23.651; int4 symmetric round to nearest, groups of 128, float32 scales: +12.98%."""
+@pytest.mark.exhaustive(where=lambda text: text > 10_240)
+@pytest.mark.parametrize(
+    ("text", "perplexity", "more", "divergence"), [(10_240, 25.342, 0.1276, 0.128), (51_200, 23.651, 0.1298, 0.131)]
+)
+def test_the_documented_figures_of_the_bundled_model(tiny, tokens, text, perplexity, more, divergence):
+    """The whole text's are documented: float, and int4 symmetric round to nearest, groups of 128, float32 scales."""
     quantized = quantized_copy(tiny.model, parse_scheme("int4-g128", torch.float32))
-    found = compare(tiny.model, {"q": quantized}, make_windows(tokens, 256, 51_200))
-    assert found.reference.value == pytest.approx(23.651, abs=0.005)
-    assert found.reference.scored == 51_000
+    found = compare(tiny.model, {"q": quantized}, make_windows(tokens, 256, text))
+    assert found.reference.value == pytest.approx(perplexity, abs=0.005)
+    assert found.reference.scored == text // 256 * 255
     change = found.perplexity["q"].value / found.reference.value - 1
-    assert change == pytest.approx(0.1298, abs=0.001)
-    assert found.divergence["q"].kl == pytest.approx(0.131, abs=0.002)
+    assert change == pytest.approx(more, abs=0.001)
+    assert found.divergence["q"].kl == pytest.approx(divergence, abs=0.002)

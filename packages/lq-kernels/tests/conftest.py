@@ -47,6 +47,6 @@ def disassemble(tmp_path):
             pytest.skip("no disassembler: Triton, or a Triton with nvdisasm, is not installed")
         path = tmp_path / "kernel.cubin"
         path.write_bytes(cubin)
-        return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-c", "-ndf", path], capture_output=True, text=True, check=True).stdout
 
     return sass

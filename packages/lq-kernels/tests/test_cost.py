@@ -43,13 +43,12 @@ def specs(op):
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
 def test_predictions_are_positive_and_finite(kernel, arch):
     for spec in specs(kernel.op):
-        for n, k in SIZES:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                for m in TOKENS:
-                    predicted = kernel.predict_us(Problem(kernel.op, m, n, k, spec, dtype, arch))
-                    assert isinstance(predicted, float)
-                    assert math.isfinite(predicted)
-                    assert predicted > 0
+        for (n, k), dtype in zip(SIZES, 2 * (torch.bfloat16, torch.float16, torch.float32), strict=True):
+            for m in TOKENS:
+                predicted = kernel.predict_us(Problem(kernel.op, m, n, k, spec, dtype, arch))
+                assert isinstance(predicted, float)
+                assert math.isfinite(predicted)
+                assert predicted > 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())

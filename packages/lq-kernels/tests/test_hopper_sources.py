@@ -20,6 +20,7 @@ Q4_0 = Scales(4, False, False, 128)
 KEPT = [form for form in forms(Q4_0) if not form.streamed]
 """Forms that keep x in shared memory."""
 IDS = ["-".join(define.split("=")[1] for define in variant.defines) for variant in VARIANTS]
+FORMS = [(number, form) for number, variant in enumerate(VARIANTS) for form in range(len(forms(variant.scales)))]
 
 
 def build(name, defines, arch="sm_90a"):
@@ -27,15 +28,14 @@ def build(name, defines, arch="sm_90a"):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
-def test_decode_compiles_without_spills(disassemble, variant):
-    # Every other variant in all forms; the others in that which has fewest registers, and that which multiplies most at once.
-    known = forms(variant.scales)
-    for form in known if VARIANTS.index(variant) % 2 == 0 else (known[0], known[-1]):
-        result = build("decode_a16", (*variant.defines, *form.defines))
-        (used,) = result.usage().values()
-        assert (used.spills, used.stack) == (0, 0), form
-        assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8, form  # ten warps a CTA
+@pytest.mark.exhaustive(where=lambda number, form: form != number % len(forms(VARIANTS[number].scales)))
+@pytest.mark.parametrize(("number", "form"), FORMS, ids=[f"{IDS[number]}-{form}" for number, form in FORMS])
+def test_decode_compiles_without_spills(disassemble, number, form):
+    variant, form = VARIANTS[number], forms(VARIANTS[number].scales)[form]
+    result = build("decode_a16", (*variant.defines, *form.defines))
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    assert used.registers <= 65536 // (10 * 32 * form.ctas) // 8 * 8  # ten warps a CTA
     sass = disassemble(result.cubin)
     assert re.search(r"\bHMMA\.16816\.F32", sass)
     assert re.search(r"\bUBLKCP\b", sass)
@@ -44,16 +44,19 @@ def test_decode_compiles_without_spills(disassemble, variant):
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(where=lambda number, epilogue: (number // 2 + (epilogue == "residual")) % 3)
+@pytest.mark.parametrize("name", ["decode_a16", "prefill_a16"])
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul"])
-@pytest.mark.parametrize("variant", VARIANTS[::2], ids=IDS[::2])
-def test_epilogues_compile_without_spills(variant, epilogue):
+@pytest.mark.parametrize("number", range(0, len(VARIANTS), 2), ids=lambda number: IDS[number])
+def test_epilogues_compile_without_spills(number, epilogue, name):
+    variant = VARIANTS[number]
     form = forms(variant.scales)[2 if epilogue == "residual" else -1]
-    for name, size in (("decode_a16", form.defines), ("prefill_a16", ("LQ_TOKENS=256",))):
-        result = build(name, (*variant.defines, *size, *EPILOGUES[epilogue]))
-        (used,) = result.usage().values()
-        assert (used.spills, used.stack) == (0, 0), (name, size)
-        assert used.registers <= 168
-        assert "C75" not in result.log
+    size = form.defines if name == "decode_a16" else ("LQ_TOKENS=256",)
+    result = build(name, (*variant.defines, *size, *EPILOGUES[epilogue]))
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    assert used.registers <= 168
+    assert "C75" not in result.log
 
 
 @pytest.mark.nvrtc
@@ -75,6 +78,7 @@ def test_decode_of_q8_1_blocks_compiles_without_spills(disassemble, form):
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(where=lambda form, dtype: (form == KEPT[0]) != (dtype == torch.bfloat16))
 @pytest.mark.parametrize("form", KEPT)
 @pytest.mark.parametrize("dtype", ROUNDED_DEFINES, ids=str)
 def test_decode_that_rounds_tokens_compiles_without_spills(dtype, form, disassemble):

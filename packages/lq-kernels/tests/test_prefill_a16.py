@@ -35,6 +35,7 @@ def case_id(case):
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(where=lambda case: CASES.index(case) % 2)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, disassemble):
     variant, tokens = case
@@ -60,6 +61,7 @@ def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, disass
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(where=lambda variant, tokens: (TOKENS.index(tokens) + variant.bits // 4) % 2)
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=["int4", "int8"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_pairs_share_tokens_without_spills(variant, tokens):
@@ -81,6 +83,7 @@ def compiled(variant, config):
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(where=lambda number, tokens, pair: (number // 2 + tokens // 64 + (pair == "split")) % 2)
 @pytest.mark.parametrize(
     ("number", "tokens", "pair"),
     [

@@ -33,6 +33,18 @@ def shared(tokens, parts, m, n, multicast=False, wide=False):
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(
+    where=lambda number, tokens, epilogue: (
+        (number, tokens, epilogue)
+        not in (
+            *((0, tokens, "none") for tokens in RUNS_TOKENS),
+            *((number, 128, "none") for number in (5, 6, 12)),
+            *((number, 128, "residual") for number in (4, 10)),
+            (0, 128, "silu_mul"),
+            (6, 64, "transposed"),
+        )
+    )
+)
 @pytest.mark.parametrize(
     ("number", "tokens", "epilogue"),
     [

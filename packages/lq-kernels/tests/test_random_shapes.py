@@ -407,7 +407,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(("module", "form"), ALL)
-@MANY
+@settings(MANY, max_examples=25)
 @given(data=st.data())
 def test_every_problem_that_is_drawn_can_be_cut(module, form, data):
     problem = data.draw(of(module, form))

@@ -194,7 +194,7 @@ def compile_launch(launch, arch):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(result.asm["cubin"])
-        sass = subprocess.run([DISASSEMBLER, "-c", path], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([DISASSEMBLER, "-c", "-ndf", path], capture_output=True, text=True, check=True).stdout
     return result, sass
 
 
@@ -208,6 +208,7 @@ def check_resources(name, result, sass, arch):
 
 
 # Known: where a block lies in one group and has a zero a row, Triton loads and converts one for each weight, and spills.
+@pytest.mark.exhaustive(where=lambda case, arch: arch == "sm_89" and DOT.index(case) not in (1, 3, 10))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", DOT, ids=str)
 def test_dot_kernels_use_the_tensor_cores(case, arch, monkeypatch):
@@ -240,6 +241,7 @@ def check_conversions(case, launched, sass):
         assert conversions <= divisions + weights
 
 
+@pytest.mark.exhaustive(where=lambda case, arch: arch == "sm_89")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", OTHER, ids=str)
 def test_other_kernels_do_not_spill(case, arch, monkeypatch):

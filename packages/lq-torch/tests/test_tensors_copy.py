@@ -167,13 +167,17 @@ def test_aliases_share_memory_and_copies_do_not(make):
 
 @torch.no_grad()
 def test_a_weight_that_was_copied_into_is_freed(make):
-    layer, x = make(), torch.randn(3, K).to(BF16)
-    layer(x)
-    layer.load_state_dict(make().state_dict())
-    layer(x)
-    inner = [weakref.ref(tensor) for tensor in layer.weight.inner_tensors().values()]
-    del layer
-    gc.collect()
+    gc.freeze()  # what is there already need not be looked through
+    try:
+        layer, x = make(), torch.randn(3, K).to(BF16)
+        layer(x)
+        layer.load_state_dict(make().state_dict())
+        layer(x)
+        inner = [weakref.ref(tensor) for tensor in layer.weight.inner_tensors().values()]
+        del layer
+        gc.collect()
+    finally:
+        gc.unfreeze()
     assert all(reference() is None for reference in inner)
 
 
