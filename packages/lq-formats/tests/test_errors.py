@@ -18,6 +18,7 @@ BUILTIN = {
     "ShapeError": ValueError,
     "SizeOverflowError": OverflowError,
     "SpecError": ValueError,
+    "StorageError": RuntimeError,
     "UnknownVersionError": ValueError,
     "UnsupportedError": NotImplementedError,
 }

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lq_formats import FormatError, MissingPackageError
+from lq_formats import FormatError, MissingPackageError, StorageError
 from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4WeightOnlyConfig,
@@ -215,6 +215,26 @@ def test_the_dtype_is_saved_and_comes_back(dtype, tmp_path):
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
         assert loaded.config.dtype == dtype
         assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Int4WeightOnlyConfig(32), Int8WeightOnlyConfig(), GGMLWeightOnlyConfig("q4_0")],
+    ids=["int4", "int8", "q4_0"],
+)
+def test_who_writes_blocks_of_memory_is_told_what_saves_quantized_weights(config, tmp_path):
+    model = tiny()
+    quantize_(model, config)
+    safetensors = pytest.importorskip("safetensors.torch")
+    for save in (
+        lambda: model.save_pretrained(tmp_path),
+        lambda: safetensors.save_file(dict(model.state_dict()), tmp_path / "x.safetensors"),
+        lambda: safetensors.save_model(model, tmp_path / "x.safetensors"),
+        lambda: model.model.layers[0].mlp.up_proj.weight.storage(),
+    ):
+        with pytest.raises(StorageError, match=r"lq_torch\.save_pretrained\(model, folder\)"):
+            save()
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_hugging_face_saves_what_is_dense_again(tmp_path):

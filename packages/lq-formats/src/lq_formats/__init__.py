@@ -21,6 +21,7 @@ from lq_formats.errors import (
     ShapeError,
     SizeOverflowError,
     SpecError,
+    StorageError,
     UnknownVersionError,
     UnsupportedError,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "ShapeError",
     "SizeOverflowError",
     "SpecError",
+    "StorageError",
     "UnknownVersionError",
     "UnsupportedError",
     "check_elements",

@@ -32,6 +32,10 @@ class DeviceError(LQError, RuntimeError):
     """Tensors are on different devices, or on a device that cannot do what was asked."""
 
 
+class StorageError(LQError, RuntimeError):
+    """Someone asked for the one block of memory behind a tensor, and a quantized weight is several tensors."""
+
+
 class OutOfRangeError(LQError, IndexError):
     """An index is negative, or beyond the rows that there are."""
 

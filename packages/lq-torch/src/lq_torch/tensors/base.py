@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from lq_formats import DeviceError, DTypeError, FormatError, NoKernelError, ShapeError, UnsupportedError
+from lq_formats import DeviceError, DTypeError, FormatError, NoKernelError, ShapeError, StorageError, UnsupportedError
 from lq_kernels import is_batch_invariant
 from torch import Tensor
 
@@ -181,6 +181,12 @@ class LowBitTensor(torch.Tensor):
                 return linear(*args, **kwargs)
             if func == _SET_DATA:
                 return _set_data(*args)
+            if func is torch.Tensor.storage:  # what writers of safetensors ask for
+                raise StorageError(
+                    f"a quantized weight ({cls.__name__}) is several tensors, not one block of memory, which "
+                    "Hugging Face's save_pretrained and safetensors write: save the model with "
+                    "lq_torch.save_pretrained(model, folder), or with theirs after lq_torch.dequantize_(model)"
+                )
             return func(*args, **kwargs)
 
     @classmethod
