@@ -80,7 +80,9 @@ def gpu_tests(session: nox.Session) -> None:
 def exhaustive(session: nox.Session) -> None:
     """The CPU test suite with every form of every kernel: what changes a kernel runs it."""
     _sync(session, "dev")
-    _run_python(session, "-m", "pytest", *(session.posargs or ("-n", "auto")), env={"LQ_EXHAUSTIVE": "1"})
+    _run_python(
+        session, "-m", "pytest", *(session.posargs or ("-n", "auto", "--dist", "worksteal")), env={"LQ_EXHAUSTIVE": "1"}
+    )
 
 
 @nox.session

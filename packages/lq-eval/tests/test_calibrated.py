@@ -38,6 +38,7 @@ def test_calibrated_codes_are_far_nearer_to_the_float_model(lq_eval, tmp_path):
 
 
 # Measured over 4096 tokens: q4_0 0.076 and 0.059, q4_k 0.050 and 0.032.
+@pytest.mark.exhaustive(where=lambda ggml_type: ggml_type == "q4_0")
 @pytest.mark.parametrize(("ggml_type", "share"), [("q4_0", 0.9), ("q4_k", 0.8)], ids=["q4_0", "q4_k"])
 def test_a_text_is_worth_as_much_to_ggml_types_as_an_imatrix(lq_eval, tmp_path, ggml_type, share):
     common = ("--scheme", ggml_type, "--device", "cpu", "--dtype", "float32")

@@ -114,7 +114,7 @@ class TestRows:
     def test_on_a_cpu(self, n, k, group, dtype):
         x = torch.randn(70, k).to(dtype)
         for name, product in products(n, k, group, dtype, "cpu"):
-            alone = check(name, product, x, range(1, 71) if dtype == FP32 else (*range(2, 18), 31, 33, 64, 70))
+            alone = check(name, product, x, range(1, 71) if dtype == FP32 else (2, 3, 5, 8, 9, 16, 17, 33, 70))
             usual = product(x)
             error = (alone.double() - usual.double()).norm() / usual.double().norm()
             assert error < {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}[dtype], f"{name}: another result altogether"

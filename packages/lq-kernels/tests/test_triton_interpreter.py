@@ -69,7 +69,8 @@ def run_int8(n, k, granularity, dtype, tokens):
         int8.dequantize_int8(q, scale, dtype), f.dequantize_weight_int8(q, scale, dtype)) else float("inf")
     for m in tokens:
         x = randn(m, k).to(dtype)
-        for launcher in (int8.gemv, int8.splitk, int8.gemm, *((int8.invariant,) if m > 1 else ())):
+        few = (int8.gemv,) if m * n < 200 else ()
+        for launcher in (*few, int8.splitk, int8.gemm, *((int8.invariant,) if m > 1 else ())):
             note(f"{launcher.__name__}-{label}-M{m}", launcher(x, q, scale), x.double() @ dense.t(), x)
 
 if op == "int4":
