@@ -256,7 +256,7 @@ def test_mutated_headers_load_or_are_refused_by_name(saved, tmp_path):
     ids=["int8", "int4-tile", "int4-gemlite"],
 )
 def test_loading_peaks_below_1_15_of_the_quantized_size(config, tmp_path, run_script):
-    for folder, layers, size in (("large", 12, 4096), ("small", 1, 256)):
+    for folder, layers, size in (("large", 24, 4096), ("small", 1, 256)):
         layer = nn.Sequential(nn.Linear(size // 2, size, bias=False).bfloat16())
         quantize_(layer, config)
         save_pretrained(nn.Sequential(*[copy.deepcopy(layer[0]) for _ in range(layers)]), tmp_path / folder)
@@ -269,7 +269,7 @@ def test_loading_peaks_below_1_15_of_the_quantized_size(config, tmp_path, run_sc
                 return nn.Sequential(*[nn.Linear(size // 2, size, bias=False) for _ in range(layers)])
         def peak():
             return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        small, large = build(1, 256), build(12, 4096)
+        small, large = build(1, 256), build(24, 4096)
         load(sys.argv[1] + "/small", small)  # imports what loading needs, once a process
         before = peak()
         model = load(sys.argv[1] + "/large", large)
