@@ -317,7 +317,7 @@ def linear(
         raise DeviceError(f"x is on {device} and bias on {bias.device}; move one of them with .to()")
     if is_batch_invariant() and (reason := weight.why_not_batch_invariant()) is not None:
         raise NoKernelError(f"a batch-invariant product with a {type(weight).__name__}", [(weight.kind, reason)])
-    product = product or weight.linear
+    product = weight.linear if product is None else product
     if autocasts(input):
         return autocast(product, input, bias)
     if input.dtype != weight.dtype:
