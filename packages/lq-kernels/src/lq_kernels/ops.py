@@ -3,6 +3,8 @@
 Operators take canonical packings, choose a kernel by the sizes they see at run time, and are registered with a fake
 implementation (so ``torch.compile(fullgraph=True)`` and export trace them with dynamic sizes) and a gradient for the
 activations, and for bias and residual. Arguments are validated by the callers in :mod:`lq_kernels.linear`.
+
+Longer than other files because it is the only one: families of operators, each with its schemas and what they call.
 """
 
 import functools
