@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from cuda_host.order import pieces
 from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8
 from lq_kernels.cuda.linear_a8 import (
     MAX_PROMOTED,
@@ -89,29 +90,6 @@ def test_shared_memory_fits_and_the_ring_is_deep_enough():
             assert 4 <= stages <= 16
 
 
-def pieces(config, m, n, k):
-    """Return (row tile, token tile, first K step, last) of every CTA in its order: what struct Work of the source yields."""
-    (rows, tokens), steps = config.tiles(m, n), -(-k // STEP)
-    units, result = config.shared_tiles * steps, []
-    for cta in range(config.ctas):
-        mine = []
-        if cta < config.workers:
-            unit, stop = cta * units // config.workers, (cta + 1) * units // config.workers
-            while unit < stop:
-                tile = unit // steps
-                end = min(stop - tile * steps, steps)
-                mine.append((tile, unit - tile * steps, end))
-                unit = tile * steps + end
-        mine += [(tile, 0, steps) for tile in range(config.shared_tiles + cta, rows * tokens, config.ctas)]
-        for tile, begin, end in mine:
-            band, in_band = divmod(tile, config.raster * tokens)
-            height = min(rows - band * config.raster, config.raster)
-            token, row = divmod(in_band, height)
-            for rank in range(config.sharers):
-                result.append(((band * config.raster + row) * config.sharers + rank, token, begin, end))
-    return result
-
-
 SHAPES = [
     (m, n, k)
     for m in (1, 17, 64, 300, 1000, 2048)
@@ -131,9 +109,10 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits):
             assert 1 <= config.ctas * config.sharers <= 132
             assert 0 <= config.workers <= config.ctas
             seen = {}
-            for row, token, begin, end in pieces(config, m, n, k):
+            for row, token, begin, end in pieces(config, *config.tiles(m, n), steps):
                 assert 0 <= begin < end <= steps, "a piece without a step"
-                seen.setdefault((row, token), []).append((begin, end))
+                for rank in range(config.sharers):
+                    seen.setdefault((row * config.sharers + rank, token), []).append((begin, end))
             row_tiles = -(-n // ROWS)
             assert len([row for row, _ in seen if row < row_tiles]) == row_tiles * -(-m // config.tokens)
             for parts in seen.values():

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from cuda_host.order import pieces
 from lq_kernels.cuda.prefill_cuts import (
     BETWEEN,
     ROWS,
@@ -32,27 +33,13 @@ def test_shared_memory_fits_and_the_ring_is_deep_enough():
             assert stages >= (2 if tokens == 256 and scale_bytes > 64 else 3), (tokens, bits, scale_bytes)
 
 
-def pieces(config, m, n, k, bits):
-    """Return (row tile, token tile, first K step, last) of every CTA in its order: what struct Work of the source yields."""
-    rows, tokens, steps = -(-n // config.rows), -(-m // config.tokens), config.steps(k, bits)
-    units, result = config.shared_tiles * steps, []
-    for cta in range(config.ctas):
-        mine = []
-        if cta < config.workers:
-            unit, stop = cta * units // config.workers, (cta + 1) * units // config.workers
-            while unit < stop:
-                tile = unit // steps
-                end = min(stop - tile * steps, steps)
-                mine.append((tile, unit - tile * steps, end))
-                unit = tile * steps + end
-        mine += [(tile, 0, steps) for tile in range(config.shared_tiles + cta, rows * tokens, config.ctas)]
-        for tile, begin, end in mine:
-            band, in_band = divmod(tile, config.raster * tokens)
-            height = min(rows - band * config.raster, config.raster)
-            token, row = divmod(in_band, height)
-            middle = (begin + end + 1) // 2
-            for part in ((begin, middle), (middle, end)) if config.split else ((begin, end),):
-                result.append((band * config.raster + row, token, *part))
+def split_pieces(config, m, n, k, bits):
+    """Return (row tile, token tile, first K step, last) of every CTA in its order, of pairs that share K of both halves."""
+    result = []
+    for row, token, begin, end in pieces(config, -(-n // config.rows), -(-m // config.tokens), config.steps(k, bits)):
+        middle = (begin + end + 1) // 2
+        halves = ((begin, middle), (middle, end)) if config.split else ((begin, end),)
+        result += [(row, token, *half) for half in halves]
     return result
 
 
@@ -74,7 +61,7 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits, scale_byt
         steps = -(-k // 64) if bits == 8 and not config.wide else -(-k // 128)
         assert 1 <= config.workers <= config.ctas <= 132 or config.workers == 0 < config.ctas <= 132
         seen = {}
-        for row, token, begin, end in pieces(config, m, n, k, bits):
+        for row, token, begin, end in split_pieces(config, m, n, k, bits):
             assert 0 <= begin < end <= steps, "a piece without a step"
             seen.setdefault((row, token), []).append((begin, end))
         assert len(seen) == -(-n // config.rows) * -(-m // config.tokens)
