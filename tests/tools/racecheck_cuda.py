@@ -12,7 +12,7 @@ the first cluster barrier, without which decode of passes that its ring does not
 compiles what is shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at: of 8-bit weights it sees the
 epilogue.
 
-In 25 of the 78 launches CTAs of a cluster arrive at each other's mbarriers: decode-kept-*-cluster2 and -cluster4 (five passes:
+In 25 of the 84 launches CTAs of a cluster arrive at each other's mbarriers: decode-kept-*-cluster2 and -cluster4 (five passes:
 boxes are used again), prefill-multicast-*, prefill-runs and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
 
 tests/tools/sanitize_cuda.py has more launches, for the other tools.
@@ -27,14 +27,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from lq_formats import dequantize_q4_0, quantize_q4_0, quantize_q8_1
+from lq_formats import dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
 from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_a16, prefill_cuts
-from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1
 from lq_kernels.cuda.sources import A8_VARIANTS, VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.jit import launcher
-from sanitize_cuda import FEATURES, ROWS, SHARED, Case, a8_operands, close, forms_of, kept_forms
+from sanitize_cuda import FEATURES, ROWS, SHARED, Case, a8_operands, close, forms_of, forms_of_q8_1
 
 Launches = Iterator[tuple[str, Callable[[], None]]]
 _SHORT = 512
@@ -122,28 +121,24 @@ def _run_decode(
 
 
 def _decode_q8_1() -> Launches:
-    """Tokens in Q8_1 blocks, in more chunks than are on their way at once; tokens rounded to theirs, in more than warps."""
-    for form in kept_forms():
+    """Tokens that are quantized like Q8_1 blocks: in a launch before, few and more; and here, more than are loaded at once."""
+    for form in forms_of_q8_1():
+        way = "quantized" if form.quantizes else "streamed" if form.streamed else "kept"
         for cluster in (1, 2):
-            name = f"{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
-            yield f"q8_1-{name}", functools.partial(_run_decode_q8_1, form, cluster)
-            if form.token_tiles == 1:
-                yield f"rounded-{name}", functools.partial(_run_decode_q8_1, form, cluster, rounding=True)
+            name = f"q8_1-{way}-{form.token_tiles}-{form.warp_blocks}-{form.ctas}-cluster{cluster}"
+            yield name, functools.partial(_run_decode_q8_1, form, cluster)
 
 
-def _run_decode_q8_1(form: decode_cuts.Form, cluster: int, rounding: bool = False) -> None:
-    m, k = (3, 5)[cluster - 1], (2336 if rounding else 1536) * cluster
+def _run_decode_q8_1(form: decode_cuts.Form, cluster: int) -> None:
+    few = form.quantizes or cluster == 1
+    m, k = 11 if form.token_tiles == 2 else 4 if few else 7, (4608 if form.quantizes else 1536) * cluster
     w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()
-    given = torch.randn(m, k).to((torch.bfloat16, torch.float16)[cluster - 1])
+    x = torch.randn(m, k, device="cuda").to((torch.bfloat16, torch.float16)[cluster - 1])
     packed, scales = q4_0_kernel.fragments(w)
-    blocks = quantize_q8_1(given).cuda()
-    config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, 1, SHARED, most_stages=2)
+    config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, 1, SHARED, most_stages=2, q8_1=True)
     assert config is not None
-    rest = (packed, scales, ROWS - 1, config)
-    y = decode_a16.linear_rounding(given.cuda(), *rest) if rounding else decode_a16.linear_q8_1(blocks, *rest)
-    x = dequantize_q8_1(blocks)
-    close(y, dequantize_q4_0(w, torch.float64) @ x.double().T)
-    assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, config, transposed=True), y)
+    y = decode_a16.linear_q8_1(x, packed, scales, ROWS - 1, config)
+    close(y, dequantize_q4_0(w, torch.float64) @ dequantize_q8_1(quantize_q8_1(x), torch.float64).T)
 
 
 def _prefill() -> Launches:

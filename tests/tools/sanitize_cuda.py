@@ -38,7 +38,7 @@ from typing import TypeVar
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from lq_formats import dequantize_q8_1, quantize_q4_0, quantize_q8_1
+from lq_formats import dequantize_q4_0, dequantize_q8_1, quantize_q4_0, quantize_q8_1
 from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_A8_INT8, FRAGMENT_INT4, FRAGMENT_INT8
 from lq_kernels import gemm_q4_0_q8_1, interleave_rows, quantize_activation_q8_1
 from lq_kernels import q4_0 as q4_0_kernel
@@ -182,9 +182,9 @@ def forms_of(variant: Variant) -> tuple[decode_cuts.Form, ...]:
     return decode_cuts.forms(variant.scales)
 
 
-def kept_forms() -> list[decode_cuts.Form]:
-    """Return the forms of Q4_0 whose tokens may come as something else, since they stay."""
-    return [form for form in decode_cuts.forms(Scales(4, False, False, 128)) if not form.streamed]
+def forms_of_q8_1() -> tuple[decode_cuts.Form, ...]:
+    """Return the forms of Q4_0 whose tokens are quantized like Q8_1 blocks."""
+    return decode_cuts.forms(Scales(4, False, False, 128), q8_1=True)
 
 
 def cuts_of(case: Case, form: decode_cuts.Form) -> Iterator[decode_cuts.DecodeConfig]:
@@ -379,27 +379,24 @@ def from_q8_1(selection: Selection) -> int:
 
 
 def decode_q8_1(selection: Selection) -> int:
-    """Tokens in Q8_1 blocks, and to be rounded to what these stand for: the bits of tokens that were made bf16 before."""
+    """Tokens that are quantized like Q8_1 blocks, in a launch before or by decode itself, and such blocks."""
     runs = 0
-    for k in (128, FEATURES, 4096):
+    for k in (96, 128, FEATURES, 4096):
         w = quantize_q4_0(torch.randn(ROWS - 1, k)).cuda()
         packed, scales = q4_0_kernel.fragments(w)
         for m in (1, 3, 4, 8, 9, 16, 17):
             if not selection.takes():
                 continue
-            given = torch.randn(m, k).to((torch.bfloat16, torch.float16)[m % 2])
-            blocks = quantize_q8_1(given).cuda()
-            x = dequantize_q8_1_cuda(blocks)
-            for form in kept_forms():
+            x = torch.randn(m, k).to((torch.bfloat16, torch.float16, torch.float32)[m % 3])
+            blocks = quantize_q8_1(x).cuda()
+            exact = dequantize_q4_0(w, torch.float64) @ dequantize_q8_1(blocks, torch.float64).T
+            for form in forms_of_q8_1():
                 for cluster, clusters in selection.cuts(((1, 1), (1, 9), (2, 4), (4, 2), (8, 5))):
-                    config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED)
-                    if config is None:
-                        continue
-                    y = decode_a16.linear_q8_1(blocks, packed, scales, ROWS - 1, config)
-                    assert torch.equal(decode_a16.linear_rounding(given.cuda(), packed, scales, ROWS - 1, config), y)
-                    options = {"config": config, "transposed": True}
-                    assert torch.equal(decode_a16.linear(x, packed, scales, None, None, ROWS - 1, 32, 4, **options), y)
-                    runs += 1
+                    config = decode_cuts.cut(m, 9, k, 4, 128, form, cluster, clusters, SHARED, q8_1=True)
+                    for given in (x.cuda(), blocks):
+                        if config is not None and not (form.quantizes and given is blocks):
+                            close(decode_a16.linear_q8_1(given, packed, scales, ROWS - 1, config), exact)
+                            runs += 1
     return runs
 
 

@@ -1,8 +1,8 @@
-"""Cuts of products behind the launch that rounds their tokens, and with tokens that become something else where they stay."""
+"""Cuts of products with tokens that are quantized like Q8_1 blocks, in the launch before or by the product itself."""
 
 import pytest
 import torch
-from lq_formats import ShapeError, SpecError, quantize_q4_0, quantize_q8_1
+from lq_formats import DTypeError, SpecError, quantize_q4_0, quantize_q8_1
 from lq_kernels import Arch, Problem, plans, q4_0
 from lq_kernels.cuda import constraints, decode_a16, decode_cuts
 from lq_kernels.cuda.variant import Scales
@@ -55,7 +55,7 @@ def test_what_stands_behind_a_launch_is_as_it_was_measured_there():
         ("prefill_a16", BEHIND, Point(2, 17.0, tiles)),
     )
     assert decode_a16.choice(2, *Q4_0_SIZES).config == by_itself
-    chosen = decode_a16.choice(2, *Q4_0_SIZES, behind=True)
+    chosen = decode_a16.choice(2, *Q4_0_SIZES, q8_1=True)
     assert (chosen.config, chosen.measured.point.us) == (deep, 11.25)
     # ... and so it is planned, and launched.
     asked = Problem("q4_0_q8_1", 2, 4096, 14336, q4_0.spec(14336), torch.float32, H200)
@@ -65,44 +65,57 @@ def test_what_stands_behind_a_launch_is_as_it_was_measured_there():
     assert (of_decode.us, of_decode.cut, of_prefill.us) == (11.25, str(deep), 17.0)
     with_16_bits = Problem("q4_0", 2, 4096, 14336, q4_0.spec(14336), torch.bfloat16, H200)
     assert q4_0.OnQ4_0("", plans.decode, lambda problem: None).plan(with_16_bits).us == 10.5
-    # Where nothing was, what is fastest by itself has a multiprocessor for each CTA.
+    # Where nothing was, what is fastest by itself has a multiprocessor for each CTA, and room for int8 where it had 16 bits.
     save(by_itself_alone)
-    assert decode_a16.choice(2, *Q4_0_SIZES, behind=True).config == decode_cuts.alone(by_itself, 2, 132)
+    config = decode_a16.choice(2, *Q4_0_SIZES, q8_1=True, quantizes=False).config
+    assert all(getattr(config, name) == getattr(by_itself, name) for name in decode_cuts.SAME)
+    assert config.pitch == by_itself.pitch // 256 * 144
+    assert config == decode_cuts.alone(config, 2, 132)
 
 
-def test_tokens_that_have_to_stay_take_the_measured_cut_otherwise():
-    streamed = decode_cut(Q4_0, 1, streamed=True, stages=6, clusters=64)
-    save(("decode_a16", Q4_0, Point(1, 9.5, fields_of(streamed))))
-    config = decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config
-    assert not config.streamed
-    assert config.stages <= streamed.stages
-    for name in ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters"):
-        assert getattr(config, name) == getattr(streamed, name)
-    # Minima multiply sums of tokens, so these stay as well; a table tells nothing of them but the bytes of their weight.
+def test_few_numbers_are_quantized_where_they_are_multiplied():
+    sizes = (256, 4096, *Q4_0_SIZES[2:])
+    assert decode_a16.choice(4, *sizes, q8_1=True).config.quantizes
+    for m, each, options in ((4, sizes, {"quantizes": False}), (5, sizes, {}), (4, Q4_0_SIZES, {})):
+        assert not decode_a16.choice(m, *each, q8_1=True, **options).config.quantizes
+    # What was measured comes first, and what is not for blocks has a twin.
+    here, there = (decode_cut(BEHIND, 2, quantizes=each, streamed=False) for each in (True, False))
+    save(("decode_a16", BEHIND, Point(2, 10.0, fields_of(here))))
+    assert decode_a16.choice(2, *Q4_0_SIZES, q8_1=True).config == here
+    of_blocks = decode_a16.choice(2, *Q4_0_SIZES, q8_1=True, quantizes=False).config
+    assert {name for name in decode_cuts.SAME if getattr(of_blocks, name) != getattr(here, name)} <= {
+        "quantizes",
+        "stages",
+    }
+    assert not of_blocks.quantizes
+    save(("decode_a16", BEHIND, Point(2, 10.0, fields_of(there))))
+    assert decode_a16.choice(2, *Q4_0_SIZES, q8_1=True).config == there
+
+
+def test_tokens_that_are_added_up_take_the_measured_cut_otherwise():
+    # Minima multiply sums of tokens, so these stay where they are; a table tells nothing of them but the bytes of their weight.
+    sizes = (256, 14336, 4, Scales(4, True, True, 256), 132, H200.name)
     asymmetric = weight(4, 32, 4096, 14336, symmetric=False)
+    streamed = decode_cut(Q4_0, 1, streamed=True, stages=6, clusters=64)
     save(("decode_a16", asymmetric, Point(1, 10.5, fields_of(streamed))))
-    chosen = decode_a16.choice(1, 256, 14336, 4, Scales(4, True, True, 256), 132, H200.name)
+    chosen = decode_a16.choice(1, *sizes)
     assert not chosen.config.streamed
-    assert (chosen.config.clusters, chosen.measured.point.us) == (streamed.clusters, 10.5)
+    assert chosen.config.stages <= streamed.stages
+    for name in ("token_tiles", "warp_blocks", "ctas", "cluster", "clusters"):
+        assert getattr(chosen.config, name) == getattr(streamed, name)
+    assert chosen.measured.point.us == 10.5
     many = tuple(sorted({**dict(fields_of(streamed)), "stages": 1 << 30}.items()))
-    save(("decode_a16", Q4_0, Point(1, 9.5, many)))
-    assert decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config.stages <= 16, "whatever a file says"
-    stays = decode_cut(Q4_0, 1, streamed=False, stages=3, clusters=132)
-    save(("decode_a16", Q4_0, Point(1, 9.5, fields_of(stays))))
-    assert decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config == stays
+    save(("decode_a16", asymmetric, Point(1, 9.5, many)))
+    assert decode_a16.choice(1, *sizes).config.stages <= 16, "whatever a file says"
     save()
-    assert not decode_a16.choice(1, *Q4_0_SIZES, streamed=False).config.streamed
+    assert not decode_a16.choice(1, *sizes).config.streamed
 
 
-@pytest.mark.parametrize("read", [True, False])
-def test_they_do_not_pass_by(read):
+def test_blocks_are_not_quantized_again():
     w = quantize_q4_0(torch.randn(16, 256))
-    config = decode_cut(weight(4, 32, 16, 256), 1, streamed=True)
-    run, tokens = (
-        (decode_a16.linear_q8_1, quantize_q8_1) if read else (decode_a16.linear_rounding, torch.Tensor.bfloat16)
-    )
-    with pytest.raises(ShapeError, match="pass a config that is not streamed"):
-        run(tokens(torch.randn(1, 256)), q4_0.pack_codes(w), q4_0.pack_scales(w), 16, config)
+    config = decode_cut(weight(4, 32, 16, 256, activation="q8_1"), 1, quantizes=True)
+    with pytest.raises(DTypeError, match="Q8_1 blocks, which nobody quantizes; pass a config that does not"):
+        decode_a16.linear_q8_1(quantize_q8_1(torch.randn(1, 256)), q4_0.pack_codes(w), q4_0.pack_scales(w), 16, config)
 
 
 @pytest.mark.parametrize("form", [{"bits": 8, "group_size": -1}, {"bits": 4, "group_size": 128}])

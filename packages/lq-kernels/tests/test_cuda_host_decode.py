@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 import torch
 from cuda_host.cases import Case
-from lq_formats import quantize_q8_1
 from lq_kernels.cuda import decode_a16
 from lq_kernels.cuda.decode_cuts import SHARED, Form, cut, sum_bytes
-from lq_kernels.cuda.quantize_q8_1 import round_q8_1
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -93,23 +91,3 @@ def test_a_token_does_not_depend_on_the_others(host):
     case.x = host.guard(case.x[9:12].clone())
     how = config(3, case.blocks, 512, case.variant, Form(1, 1, 2), 2, 1)
     assert torch.equal(case.run(decode_a16.linear, how), whole[9:12])
-
-
-@pytest.mark.parametrize(("m", "k"), [(3, 640), (12, 256)])
-def test_tokens_become_what_their_q8_1_blocks_stand_for(host, m, k):
-    torch.manual_seed(m)
-    case = Case(m, 50, k, group=32, scale=FP16, epilogue="transposed", bias=False).guard(host.guard)
-    x = torch.randn(m, k) * torch.tensor([1.0, 1e-6, 1e3]).repeat(m)[:m, None]
-    x[1, 40:44] = torch.tensor([0.5, -0.5, 3e4, 0.0])
-    x = host.guard(x.bfloat16())
-    blocks = host.guard(quantize_q8_1(x))
-    case.x = round_q8_1(x)
-    exact = case.w @ case.x.double().T
-    for cluster in (1, 2):
-        how = config(m, case.blocks, k, case.variant, Form(1 if m <= 8 else 2, 1, 2), cluster, 2)
-        host.seed = 0
-        expected = case.run(decode_a16.linear, how)
-        assert float((expected.double() - exact).norm() / exact.norm()) < 1e-6
-        for host.seed in (0, 1, 2):
-            assert torch.equal(decode_a16.linear_q8_1(blocks, case.packed, case.scales, 50, how), expected)
-            assert torch.equal(decode_a16.linear_rounding(x, case.packed, case.scales, 50, how), expected)

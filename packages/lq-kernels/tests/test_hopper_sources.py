@@ -8,8 +8,9 @@ import pytest
 import torch
 from lq_formats import CompileError
 from lq_kernels.cuda import decode_cuts
-from lq_kernels.cuda.decode_a16 import Q8_1_DEFINES, ROUNDED_DEFINES
+from lq_kernels.cuda.decode_a16 import q8_1_defines
 from lq_kernels.cuda.decode_cuts import Form, alone, candidates, cost, cut, forms, sum_bytes
+from lq_kernels.cuda.quantize_q8_1 import FRAGMENT_KERNELS
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
 from lq_kernels.jit import compiler
@@ -17,8 +18,14 @@ from lq_kernels.jit import compiler
 PLAIN = Scales(1, False, False, 32)
 """Symmetric groups of 128, bf16."""
 Q4_0 = Scales(4, False, False, 128)
-KEPT = [form for form in forms(Q4_0) if not form.streamed]
-"""Forms that keep x in shared memory."""
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+OF_Q8_1 = [
+    (form, m, dtype)
+    for form in forms(Q4_0, q8_1=True)
+    for m in ((1,) if form.quantizes else (1, 8) if form.token_tiles == 1 else (16,))
+    for dtype in (DTYPES if form.quantizes else DTYPES[:1])
+]
+"""What is compiled for tokens that are quantized like Q8_1 blocks."""
 IDS = ["-".join(define.split("=")[1] for define in variant.defines) for variant in VARIANTS]
 FORMS = [(number, form) for number, variant in enumerate(VARIANTS) for form in range(len(forms(variant.scales)))]
 
@@ -60,44 +67,40 @@ def test_epilogues_compile_without_spills(number, epilogue, name):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("form", KEPT)
-def test_decode_of_q8_1_blocks_compiles_without_spills(disassemble, form):
+@pytest.mark.parametrize(("form", "m", "dtype"), OF_Q8_1)
+def test_decode_of_q8_1_multiplies_integers_without_spills(disassemble, form, m, dtype):
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
-    tail = (*form.defines, *EPILOGUES["transposed"])
-    result = build("decode_a16", (*q4_0.defines, *tail, *Q8_1_DEFINES))
+    result = build(
+        "decode_a16", (*q4_0.defines, *form.defines, *EPILOGUES["transposed"], *q8_1_defines(form, m, dtype))
+    )
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
-    assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8
+    assert used.registers <= 65536 // (10 * 32 * form.ctas) // 8 * 8
     sass = disassemble(result.cubin)
-    assert re.search(r"\bUBLKCP\b", sass)
-    assert re.search(r"\bF2FP\.BF16\.F32\.PACK_AB\b", sass)
-    of_bf16 = disassemble(build("decode_a16", (*q4_0.defines, *tail)).cubin)
-    # Nobody waits for a conversion but on its mbarrier.
-    assert sass.count(" BAR.") == of_bf16.count(" BAR.") > 0
-    assert not re.search(r"\bI2FP?\.(F32|F16|BF16)\.S(8|16|32)\b", sass)
+    assert (
+        len(re.findall(r"\bIMMA\.16832\.S8\.S8\b", sass)) == 8 * form.token_tiles
+    )  # two steps, or blocks, of four groups
+    assert not re.search(r"\bHMMA\b|\bI2FP?\b", sass)
+    # Of sums to be scaled half are another token's where there are few, and another column of the same.
+    loop = sass[sass.index("IMMA") : sass.rindex("IMMA")]
+    assert len(re.findall(r"\bFFMA\b", loop)) < (40 if m <= 4 else 64 * form.token_tiles)
+    assert not re.search(r"\bMOV\b.*0x4b400000|\bIMAD\.MOV.*0x4b400000", loop)  # the magic number stays in registers
 
 
 @pytest.mark.nvrtc
-@pytest.mark.exhaustive(where=lambda form, dtype: (form == KEPT[0]) != (dtype == torch.bfloat16))
-@pytest.mark.parametrize("form", KEPT)
-@pytest.mark.parametrize("dtype", ROUNDED_DEFINES, ids=str)
-def test_decode_that_rounds_tokens_compiles_without_spills(dtype, form, disassemble):
+def test_int8_tokens_are_for_symmetric_int4_in_groups_of_32():
+    with pytest.raises(CompileError, match="int8 tokens: symmetric int4 in groups of 32"):
+        build("decode_a16", (*VARIANTS[0].defines, "LQ_TILES=1", *EPILOGUES["transposed"], "LQ_TOKENS_INT8=1"))
     q4_0 = Variant.of(torch.bfloat16, torch.float16, 4, 32, 4096, False)
-    tail = (*form.defines, *EPILOGUES["transposed"])
-    result = build("decode_a16", (*q4_0.defines, *tail, *ROUNDED_DEFINES[dtype]))
-    (used,) = result.usage().values()
-    assert (used.spills, used.stack) == (0, 0)
-    assert used.registers <= 65536 // (10 * 32 * form[2]) // 8 * 8
-    sass = disassemble(result.cubin)
-    assert sass.count("FADD.RZ") == 2 * 2 * 32  # of a block, where d is a number and where it is none
-    of_bf16 = disassemble(build("decode_a16", (*q4_0.defines, *tail)).cubin)
-    assert sass.count(" BAR.") == of_bf16.count(" BAR.") > 0  # nobody waits for another warp but on its mbarrier
+    with pytest.raises(CompileError, match="few tokens: a tile of int8"):
+        build("decode_a16", (*q4_0.defines, "LQ_TILES=1", *EPILOGUES["transposed"], "LQ_FEW=1"))
 
 
 @pytest.mark.nvrtc
-def test_blocks_of_q8_1_need_whole_steps_of_multiples_of_16_bytes():
-    with pytest.raises(CompileError, match="144 bytes of Q8_1"):
-        build("decode_a16", (*VARIANTS[6].defines, "LQ_TILES=1", *EPILOGUES["transposed"], *Q8_1_DEFINES))
+def test_fragments_of_q8_1_compile_without_spills(disassemble):
+    result = build("fragment_q8_1", ())
+    assert set(result.usage()) == set(FRAGMENT_KERNELS.values())
+    assert all((used.spills, used.stack) == (0, 0) for used in result.usage().values())
 
 
 @pytest.mark.nvrtc

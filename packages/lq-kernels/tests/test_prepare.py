@@ -5,7 +5,7 @@ import torch
 from lq_formats import CompileError, QuantSpec
 from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_INT4, FRAGMENT_INT8
 from lq_kernels import Arch, Problem, select
-from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16, quantize_tokens
+from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16, quantize_q8_1, quantize_tokens
 from lq_kernels.cuda.sources import SOURCES
 from lq_kernels.prepare import Unit, compile_units, into_cache, representatives, units
 from lq_kernels.tuned import lookup
@@ -28,7 +28,7 @@ def launches(monkeypatch):
         asked.add((name, kernel, defines))
 
     empty = torch.empty(0)
-    for module in (decode_a16, prefill_a16, linear_a8, quantize_tokens):
+    for module in (decode_a16, prefill_a16, linear_a8, quantize_q8_1, quantize_tokens):
         for name, fake in (("Launch", launched), ("launch", launch)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)
@@ -159,18 +159,31 @@ def test_nor_for_q4_0_times_q8_1(k, launches, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)  # nothing runs, so none is asked for
     ready = compiled(Problem("q4_0_q8_1", 1, n, k, spec, FP32, H200))
     packed, scale, _ = fragment(4, n, k, 32, FP16, False)
-    for m in range(1, 300, 7):
-        if k % 128 == 0 and m == 1:
-            decode_a16.linear_q8_1(torch.empty(m, k // 32, 36, dtype=torch.uint8), packed, scale, n)
-        if m <= 8:
-            for dtype in (BF16, FP16):
-                decode_a16.linear_rounding(torch.empty(m, k, dtype=dtype), packed, scale, n)
-        for module in (decode_a16, prefill_a16):
-            choice = module.choice_of(Problem("preshuffled", m, n, k, spec, BF16, H200))
-            operands = (torch.empty(m, k, dtype=BF16), packed, scale, None, None, n, 32, 4)
-            module.linear(*operands, choice.config, transposed=True)
+    for m in (*range(1, 9), *range(9, 300, 7)):
+        for dtype in (BF16, FP16, FP32):
+            decode_a16.linear_q8_1(torch.empty(m, k, dtype=dtype), packed, scale, n)
+        decode_a16.linear_q8_1(torch.empty(m, k // 32, 36, dtype=torch.uint8), packed, scale, n)
+        x = torch.empty(m, k, dtype=BF16)
+        prefill_a16.linear(x, packed, scale, None, None, n, 32, 4, transposed=True)
         assert launches <= ready, m
+    fragments = {("fragment_q8_1", kernel, ()) for kernel in quantize_q8_1.FRAGMENT_KERNELS.values()}
     assert {("dequantize_q8_1", "dequantize_q8_1", ())} <= ready - launches
+    assert fragments <= launches
+    of_decode = {defines for name, _, defines in launches if name == "decode_a16"}
+    assert {"LQ_QUANTIZED=Bf16", "LQ_QUANTIZED=Fp16", "LQ_QUANTIZED=Fp32", "LQ_FEW=1"} <= set().union(*of_decode)
+    names = {"decode_a16", "prefill_a16", "fragment_q8_1", "dequantize_q8_1", *SOURCES}
+    assert {name for name, _, _ in ready} == names
+
+
+def test_nor_where_a_row_is_one_block(launches, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    spec, n = QuantSpec(4, "row", None, True, FP16), 512
+    ready = compiled(Problem("q4_0_q8_1", 1, n, 32, spec, FP32, H200))
+    packed, scale, _ = fragment(4, n, 32, 32, FP16, False)
+    for m in (1, 4, 9, 64, 200):
+        for module in (decode_a16, prefill_a16):
+            module.linear(torch.empty(m, 32, dtype=BF16), packed, scale, None, None, n, 32, 4, transposed=True)
+        assert launches <= ready, m
     assert {name for name, _, _ in ready} == {"decode_a16", "prefill_a16", "dequantize_q8_1", *SOURCES}
 
 

@@ -27,8 +27,14 @@ def test_operands_are_weights_in_fragment_order(each, monkeypatch):
 
     monkeypatch.setattr(decode_a16, "linear", linear)
     monkeypatch.setattr(prefill_a16, "linear", linear)
-    rounded = []
+    rounded, quantized = [], []
     monkeypatch.setattr(quantize_q8_1, "round_q8_1", lambda x: rounded.append(x) or x)
+
+    def linear_q8_1(x, packed, scale, out_features, config):
+        quantized.append(x)
+        return linear(x, packed, scale, None, None, out_features, 32, 4, config, True)
+
+    monkeypatch.setattr(decode_a16, "linear_q8_1", linear_q8_1)
     make = timer._q8_1_calls if each.activation else timer._a16_calls
     calls = make(each, torch.device("cpu"), torch.Generator().manual_seed(0))
     kernels = {kernel for kernel, tunable in TUNABLES.items() if tunable.useful(each, 128)}
@@ -36,7 +42,7 @@ def test_operands_are_weights_in_fragment_order(each, monkeypatch):
     x = torch.randn(3, each.k, dtype=torch.bfloat16)
     results = [call(x, None) for call in calls.values()]
     assert results[0].shape == ((each.n, 3) if each.activation else (3, each.n))
-    assert len(rounded) == (len(calls) if each.activation else 0)
+    assert (len(rounded), len(quantized)) == ((len(calls) - 1, 1) if each.activation else (0, 0))
     assert not any(timer._difference(y, results[0]) for y in results)
     assert "is wrong by" in timer._difference(results[0] * 1.2, results[0])
     assert "finite" in timer._difference(results[0] / 0, results[0])

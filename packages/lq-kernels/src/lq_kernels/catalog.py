@@ -85,7 +85,7 @@ _TRITON = {"gemv": _portable(cost.gemv_us), "splitk": _portable(cost.splitk_us),
 _DECODE = ("cuda-decode", cuda_constraints.why_not_decode, plans.decode)
 _PREFILL = ("cuda-prefill", cuda_constraints.why_not_prefill, plans.prefill)
 _A8 = ("cuda-a8", dynamic_kernels.why_not_cuda, plans.a8)
-_Q4_0_DECODE = q4_0.OnQ4_0("decode_a16", plans.decode, cuda_constraints.why_not_decode, reads_q8_1=True)
+_Q4_0_DECODE = q4_0.OnQ4_0("decode_a16", plans.decode, cuda_constraints.why_not_decode, multiplies_int8=True)
 _Q4_0_PREFILL = q4_0.OnQ4_0("prefill_a16", plans.prefill, cuda_constraints.why_not_prefill)
 _DENSE = ("dequant-blas", dequant_blas.why_not, plans.dense)
 _A8_DENSE = (_anything, dynamic_kernels.predict_dense_us)

@@ -70,19 +70,27 @@ def _blocks(problem: Problem) -> tuple[Unit, ...]:
 
 
 def _of_q8_1(problem: Problem) -> Iterator[Unit]:
-    from lq_kernels.cuda import decode_a16
+    from lq_kernels.cuda import decode_a16, decode_cuts, quantize_q8_1
 
     tokens = replace(problem, op="int4", spec=q4_0.spec(problem.k), dtype=torch.bfloat16)
     if constraints.why_not_fragment(tokens) is not None:
         return
-    direct = [decode_a16.Q8_1_DEFINES] if decode_a16.why_not_q8_1(problem.k) is None else []
+    grouped = tokens.group_size != problem.k  # and decode multiplies int8
     for unit in _a16(tokens):
-        if unit.source != "dequantize_fragment":
+        if unit.source != "dequantize_fragment" and not (grouped and unit.source == "decode_a16"):
             yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"]))
-            # More tokens are made bf16 in a launch.
-            if unit.source == "decode_a16" and "LQ_TILES=1" in unit.defines and "LQ_STREAMED=1" not in unit.defines:
-                for tail in (*direct, *decode_a16.ROUNDED_DEFINES.values()):
-                    yield Unit(unit.source, (*unit.defines, *EPILOGUES["transposed"], *tail))
+    if grouped:
+        variant = Variant.of(tokens.dtype, tokens.spec.scale_dtype, 4, q4_0.BLOCK, problem.k, False)
+        for form in reversed(decode_cuts.forms(variant.scales, q8_1=True)):
+            defines = (*variant.defines, *form.defines, *EPILOGUES["transposed"])
+            tails = {
+                decode_a16.q8_1_defines(form, m, dtype)
+                for m in ((1,) if form.quantizes else _ONE_OF_EACH)
+                for dtype in (torch.bfloat16, torch.float16, torch.float32)
+            }
+            for tail in sorted(tails):
+                yield Unit("decode_a16", (*defines, *tail))
+        yield Unit("fragment_q8_1", (), tuple(quantize_q8_1.FRAGMENT_KERNELS.values()))
     yield Unit("dequantize_q8_1")
 
 

@@ -19,25 +19,12 @@ from lq_formats.layouts import FRAGMENT_INT4
 from torch import Tensor
 
 from lq_kernels.hopper import once
-from lq_kernels.plans import Plan
+from lq_kernels.plans import MODEL, Plan
 from lq_kernels.problem import Q4_0_SPEC, Problem
 from lq_kernels.tuned.table import Q8_1
 
 BLOCK = 32
-_DEQUANTIZE_US = 1.5
-_MOST_READ = 1
-"""Tokens that the kernel reads as Q8_1 blocks, at most: a single warp of a CTA makes 16 bits of them.
-
-On an H200, 4096x14336, quantizer included: 1 token 11.9 us, 13.5 in a launch more; 4 tokens 17.9 us, 14.0 in a launch more.
-"""
-_MOST_ROUNDED = 4
-"""Tokens of 16 bits that the kernel makes Q8_1's numbers of itself, at most: every CTA does so with its part of them ..."""
-_ROUNDING_WEIGHT = 2**24
-"""... where the weight has no more numbers than so. A larger one fills its ring while a launch quantizes them.
-
-On an H200, a launch and two, 1, 2 and 4 tokens: 4096x4096 4.6 / 4.8 / 5.8 us and 5.1 / 5.3 / 5.8; 14336x4096 11.0 / 11.6 / 11.9
-and 11.0 / 11.4 / 11.6; 4096x14336 11.0 / 12.1 / 13.2 and 10.9 / 11.1 / 11.5: the fastest cut of each.
-"""
+_QUANTIZE_US = 1.5
 _CHUNK = 2**24  # elements that are repacked at a time, a byte each and a few copies
 
 
@@ -58,7 +45,7 @@ class OnQ4_0:  # noqa: N801
         why_not: Callable[[Problem], str | None],
         function: str = "linear",
         *,
-        reads_q8_1: bool = False,
+        multiplies_int8: bool = False,
     ) -> None:
         """Take the function of a module of :mod:`lq_kernels.cuda` that runs, and what is known of its int4 kernel.
 
@@ -67,11 +54,10 @@ class OnQ4_0:  # noqa: N801
             plan: The kernel's plan for an int4 problem.
             why_not: Why it cannot run one, or None.
             function: The function.
-            reads_q8_1: Whether the module has a ``linear_q8_1`` too, which reads Q8_1 blocks itself, and ``why_not_q8_1``; and
-                a ``linear_rounding``, which makes Q8_1's numbers of x.
+            multiplies_int8: Whether the module has a ``linear_q8_1`` too, which multiplies the integers of Q8_1.
         """
         self._module, self._function, self._plan, self._why_not = module, function, plan, why_not
-        self._reads_q8_1 = reads_q8_1
+        self._multiplies_int8 = multiplies_int8
 
     def __call__(self, x: Tensor, weight_q: Tensor) -> Tensor:
         """Return ``x (M, K) @ w.T``, ``(M, N)`` in x's dtype."""
@@ -84,33 +70,20 @@ class OnQ4_0:  # noqa: N801
         return lambda x: linear(x, packed, scales, None, None, n, BLOCK, 4)
 
     def of_q8_1(self, weight_q: Tensor, activation: Tensor) -> Tensor:
-        """Return the ``(N, M) float32`` product with Q8_1 blocks, or with activations rounded to what theirs would stand for.
+        """Return the ``(N, M) float32`` product with Q8_1 blocks, or with activations quantized like theirs.
 
-        Either becomes bf16 in the kernel or in one of its own, floats without blocks between: the same bf16, which decode may
-        add up in another order, since each way has its fastest cut.
+        Decode multiplies integers, which is exact but for the sums of groups; prefill what they stand for, rounded to bf16.
         """
         from lq_kernels.cuda.quantize_q8_1 import dequantize_q8_1, round_q8_1
 
         (packed, scales), n, blocks = fragments(weight_q), weight_q.shape[0], holds_blocks(activation)
         y: Tensor
-        if blocks and self.reads_blocks(activation.shape[0], activation.shape[1] * BLOCK):
+        if self._multiplies_int8 and weight_q.shape[1] > 1:  # a single block's scale is that of a row
             y = self._imported().linear_q8_1(activation, packed, scales, n)
-        elif not blocks and self.rounds(activation, n):
-            y = self._imported().linear_rounding(activation, packed, scales, n)
         else:
             x = dequantize_q8_1(activation) if blocks else round_q8_1(activation)
             y = self._linear()(x, packed, scales, None, None, n, BLOCK, 4, transposed=True)
         return y
-
-    def reads_blocks(self, m: int, k: int) -> bool:
-        """Return whether the kernel reads Q8_1 blocks of ``m`` tokens and ``k`` in features itself."""
-        return self._reads_q8_1 and m <= _MOST_READ and self._imported().why_not_q8_1(k) is None
-
-    def rounds(self, x: Tensor, n: int) -> bool:
-        """Return whether the kernel rounds activations ``(M, K)`` to Q8_1's numbers itself, for ``n`` out features."""
-        m, k = x.shape
-        few = m <= _MOST_ROUNDED and n * k <= _ROUNDING_WEIGHT
-        return self._reads_q8_1 and few and x.dtype in (torch.bfloat16, torch.float16)
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why it cannot run a problem of either kind."""
@@ -121,9 +94,9 @@ class OnQ4_0:  # noqa: N801
         return self._plan(_int4(problem))
 
     def plan_of_blocks(self, problem: Problem) -> Plan:
-        """Return its plan for Q8_1 blocks."""
+        """Return its plan for Q8_1 blocks, and for activations to quantize: a table's times have the launch that does so."""
         found = self.plan(problem)
-        return found if self.reads_blocks(problem.m, problem.k) else replace(found, us=found.us + _DEQUANTIZE_US)
+        return replace(found, us=found.us + _QUANTIZE_US) if found.source == MODEL else found
 
     def _imported(self) -> Any:
         return importlib.import_module(f"lq_kernels.cuda.{self._module}")

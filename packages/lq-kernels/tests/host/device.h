@@ -68,6 +68,17 @@ void nothing(T&&...) {}
 inline void lop3_and_or(u32& d, u32 a, u32 b, u32 c) { d = (a & b) | c; }
 inline void lop3_and_xor(u32& d, u32 a, u32 b, u32 c) { d = (a & b) ^ c; }
 inline void max_u16x2(u32& d, u32 a, u32 b) { d = std::max(a & 0xffff, b & 0xffff) | std::max(a >> 16, b >> 16) << 16; }
+inline void prmt(u32& d, u32 a, u32 b, u32 selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  u32 result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 which = selector >> (4 * i) & 15;
+    u32 byte = static_cast<u32>(bytes >> (8 * (which & 7)) & 0xff);
+    if (which & 8) byte = byte & 0x80 ? 0xff : 0;
+    result |= byte << (8 * i);
+  }
+  d = result;
+}
 void add_f16x2(u32& d, u32 a, u32 b);
 void sub_f16x2(u32& d, u32 a, u32 b);
 void mul_f16x2(u32& d, u32 a, u32 b);
@@ -123,6 +134,7 @@ void bulk_wait_read(int pending);
 void st_async_v2(u32 to, float x, float y, u32 barrier);
 void st_async_v4(u32 to, float x, float y, float z, float w, u32 barrier);
 
+void mma_s8_of(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 c0, u32 c1, u32 c2, u32 c3);
 void mma_s8(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c);
 enum class Type { kBf16, kF16, kTf32, kS8, kE4m3 };
 // D = A B + C of 16 x kK, kK x 8; registers of A and B one after the other.
@@ -179,14 +191,8 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
   return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32) | low) >> (by & 31));
 }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned which = selector >> (4 * i) & 15;
-    unsigned byte = static_cast<unsigned>(bytes >> (8 * (which & 7)) & 0xff);
-    if (which & 8) byte = byte & 0x80 ? 0xff : 0;
-    result |= byte << (8 * i);
-  }
+  unsigned result;
+  host::prmt(result, a, b, selector);
   return result;
 }
 inline bool __any_sync(unsigned, bool value) { return host::meet_any(value) != 0; }
@@ -194,6 +200,7 @@ inline unsigned __reduce_or_sync(unsigned, unsigned value) { return host::meet_o
 inline unsigned __reduce_max_sync(unsigned, unsigned value) { return host::meet_max(value); }
 inline unsigned __shfl_sync(unsigned, unsigned value, int lane) { return host::meet_from(value, lane); }
 inline int __shfl_sync(unsigned, int value, int lane) { return static_cast<int>(host::meet_from(static_cast<unsigned>(value), lane)); }
+inline float __shfl_sync(unsigned, float value, int lane) { return __uint_as_float(host::meet_from(__float_as_uint(value), lane)); }
 inline int __shfl_xor_sync(unsigned, int value, int mask) {
   return static_cast<int>(host::meet_from(static_cast<unsigned>(value), static_cast<int>(threadIdx.x % 32) ^ mask));
 }

@@ -65,6 +65,7 @@ PTX = {
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
     "{%10,%10,%10,%10};": "mma_k16_of<::host::Type::kF16>",
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};": "mma_s8",
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};": "mma_s8_of",
     "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};": "mma_tf32_k4",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%0,%1,%2,%3};": "mma_tf32_k8",
     "mov.u32 %0, %%cluster_ctarank;": "cluster_ctarank",
@@ -73,6 +74,7 @@ PTX = {
     "mul.rn.f16x2 %0, %1, %2;": "mul_f16x2",
     "nanosleep.u32 1000000;": "nothing",
     "prefetch.tensormap [%0];": "nothing",
+    "prmt.b32 %0, %1, %2, %3;": "prmt",
     "setmaxnreg.dec.sync.aligned.u32 %0;": "nothing",
     "setmaxnreg.inc.sync.aligned.u32 %0;": "nothing",
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];": "st_async_v2",

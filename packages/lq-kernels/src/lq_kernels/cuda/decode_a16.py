@@ -1,6 +1,6 @@
 """Launch ``src/decode_a16.cu``: a few tokens times an int4 or int8 weight in fragment order, on Hopper.
 
-Tokens are bf16 or fp16, or Q8_1 blocks, which the kernel makes bf16 of itself.
+Tokens are bf16 or fp16; or they are quantized like ggml's Q8_1 blocks, by the kernel itself or in a launch before it.
 """
 
 import functools
@@ -8,24 +8,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from lq_formats import ShapeError
-from lq_formats.layouts import FRAGMENT_INT4
+from lq_formats import DTypeError, ShapeError
 from lq_formats.layouts.fragment import BLOCK_ROWS
 from torch import Tensor
 
-from lq_kernels.cuda.decode_cuts import MAX_STAGES, SAME, SHARED, DecodeConfig, alone, candidates, cost
-from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
+from lq_kernels.cuda.decode_cuts import FEW, MAX_STAGES, SAME, SHARED, DecodeConfig, Form, alone, candidates, cost
+from lq_kernels.cuda.variant import EPILOGUES, TYPES, Scales, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
-from lq_kernels.tuned.lookup import Choice, choose, measurements
+from lq_kernels.tuned.lookup import Choice, alike, choose, measurements
 from lq_kernels.tuned.table import Q8_1, Weight
 
 THREADS = 320
-Q8_1_DEFINES = ("LQ_TOKENS_Q8_1=1",)
-"""``NAME=VALUE`` of the macro with which tokens are Q8_1 blocks."""
-ROUNDED_DEFINES = {torch.bfloat16: ("LQ_ROUNDED=Bf16",), torch.float16: ("LQ_ROUNDED=Fp16",)}
-"""... with which tokens of a dtype are made what their Q8_1 blocks would stand for."""
 _Q8_1_BLOCK = 32
+_QUANTIZED_HERE = 28672
+"""Numbers of tokens that CTAs quantize themselves, at most, where nothing was measured: more are faster in a launch of theirs.
+
+On an H200, a launch and two, 1, 2 and 4 tokens, fastest cuts: 4096x14336 9.4 / 9.9 / 10.9 us and 9.6 / 10.3 / 10.5; 8192x8192
+10.3 / 10.8 / 11.9 and 11.1 / 11.1 / 11.4; 14336x4096 9.4 / 9.6 / 9.9 and 9.8 / 10.0 / 10.2; 4096x4096 3.7 / 3.8 / 4.2 and
+4.7 / 4.9 / 5.0.
+"""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -38,8 +40,8 @@ def choice(
     sm_count: int,
     device: str,
     *,
-    streamed: bool = True,
-    behind: bool = False,
+    q8_1: bool = False,
+    quantizes: bool = True,
 ) -> Choice[DecodeConfig] | None:
     """Return the cut that was measured to be fastest on ``device``, or is by the model; None if none fits.
 
@@ -51,30 +53,27 @@ def choice(
         scales: Of the variant.
         sm_count: Multiprocessors.
         device: Name of the GPU, for the tables; empty for the model.
-        streamed: Whether x may be streamed. Where it may not, since tokens become something else in shared memory, or cannot,
-            since they are added up, the cut is what comes nearest to the measured one.
-        behind: Whether the product stands right behind a launch that x comes from: what was measured so, or else what is
-            fastest by itself, with a multiprocessor for each CTA (:func:`lq_kernels.cuda.decode_cuts.alone`).
+        q8_1: Whether x is quantized like Q8_1 blocks: what was measured so, or else what is fastest by itself, with a
+            multiprocessor for each CTA (:func:`lq_kernels.cuda.decode_cuts.alone`) behind the launch that quantizes.
+        quantizes: Whether that may be this launch, as of tokens that do not come as blocks.
     """
     sizes = (m, blocks, k, bits, scales, sm_count)
-    activation = Q8_1 if behind else ""
-    weight = Weight(bits, scales.groups, scales.zero, scales.bytes, activation, blocks * BLOCK_ROWS, k)
+    weight = Weight(bits, scales.groups, scales.zero, scales.bytes, Q8_1 if q8_1 else "", blocks * BLOCK_ROWS, k)
     found = tuple(measurements("decode_a16", m, weight, device, sm_count))
-    chosen: Choice[DecodeConfig] | None
-    if behind and not found:
-        chosen = choice(*sizes, device, streamed=streamed)
-        return chosen and replace(chosen, config=alone(chosen.config, m, sm_count))
-
-    def able(configs: Iterable[DecodeConfig]) -> list[DecodeConfig]:
-        return [config for config in configs if streamed or not config.streamed]
+    if q8_1 and not found:
+        chosen = choice(*sizes, device)
+        return chosen and replace(chosen, config=_for_q8_1(chosen.config, sizes, quantizes=quantizes))
 
     def time(config: DecodeConfig) -> float:
         return cost(config, m, blocks, k, bits, sm_count)
 
-    measured = able(config for each in found for config in candidates(*sizes, dict(each.point.cut), behind=behind))
-    kept = () if measured else _kept([dict(each.point.cut) for each in found], *sizes)
+    def able(configs: Iterable[DecodeConfig]) -> list[DecodeConfig]:
+        return [config for config in configs if quantizes or not config.quantizes]
+
+    measured = able(config for each in found for config in candidates(*sizes, dict(each.point.cut), q8_1=q8_1))
+    kept = () if measured else _kept([dict(each.point.cut) for each in found], sizes, q8_1=q8_1)
     chosen = Choice(min(kept, key=time), found[0]) if kept else None
-    chosen = chosen or choose(measured or able(candidates(*sizes)), time, SAME, found)
+    chosen = chosen or choose(measured or able(candidates(*sizes, q8_1=q8_1)), time, SAME, found)
     if chosen is None or chosen.measured is None:
         return chosen
     # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
@@ -83,29 +82,43 @@ def choice(
     return replace(chosen, config=replace(chosen.config, shared=max(chosen.config.shared, shared)))
 
 
-def _kept(
-    cuts: Iterable[Mapping[str, int]], m: int, blocks: int, k: int, bits: int, scales: Scales, sm_count: int
-) -> list[DecodeConfig]:
-    """Return the cuts that keep x and are otherwise like the first measured one that has any, with fewer stages if need be."""
-    sizes = (m, blocks, k, bits, scales, sm_count)
+_Sizes = tuple[int, int, int, int, Scales, int]
+
+
+def _kept(cuts: Iterable[Mapping[str, int]], sizes: _Sizes, *, q8_1: bool = False) -> list[DecodeConfig]:
+    """Return the cuts that are like the first measured one that has any, with fewer stages if need be, and keep x as it is."""
     most = ((cut, min(cut.get("stages", 0), MAX_STAGES)) for cut in cuts)  # a file may hold any number
-    twins = ({**cut, "streamed": 0, "stages": each} for cut, stages in most for each in range(stages, 0, -1))
-    return next(filter(None, (list(candidates(*sizes, twin)) for twin in twins)), [])
+    twins = (
+        {**cut, "streamed": 0, "quantizes": 0, "stages": each} for cut, stages in most for each in range(stages, 0, -1)
+    )
+    return next(filter(None, (list(candidates(*sizes, twin, q8_1=q8_1)) for twin in twins)), [])
+
+
+def _for_q8_1(config: DecodeConfig, sizes: _Sizes, *, quantizes: bool) -> DecodeConfig:
+    """Return what the cut of a product with 16 bits becomes where x is quantized like Q8_1 blocks."""
+    m, blocks, k, bits, _, sm_count = sizes
+    fields = {name: int(getattr(config, name)) for name in SAME}
+    if quantizes and m <= FEW and m * k <= _QUANTIZED_HERE:
+        able = [each for each in candidates(*sizes, q8_1=True) if each.quantizes]
+        wanted = {**fields, "streamed": 0, "quantizes": 1}
+        twin = alike(tuple(wanted.items()), able, SAME)
+        return twin or min(able, key=lambda each: cost(each, m, blocks, k, bits, sm_count), default=config)
+    return alone(next(candidates(*sizes, fields, q8_1=True), config), m, sm_count)
 
 
 def choice_of(problem: Problem) -> Choice[DecodeConfig] | None:
     """Return the cut of a problem, or None if the tokens do not fit shared memory or the grid."""
     bits, symmetric = problem.spec.bits, problem.spec.symmetric
     variant = Variant.of(problem.dtype, problem.spec.scale_dtype, bits, problem.group_size, problem.k, not symmetric)
-    behind = problem.activation == Q8_1
-    return _choice(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch, behind=behind)
+    q8_1 = problem.activation == Q8_1 and variant.groups > 0
+    return _choice(problem.m, -(-problem.n // BLOCK_ROWS), problem.k, variant, problem.arch, q8_1=q8_1)
 
 
 def _choice(
-    m: int, blocks: int, k: int, variant: Variant, arch: Arch, *, streamed: bool = True, behind: bool = False
+    m: int, blocks: int, k: int, variant: Variant, arch: Arch, *, q8_1: bool = False, quantizes: bool = True
 ) -> Choice[DecodeConfig] | None:
     sizes = (m, blocks, k, variant.bits, variant.scales, arch.sm_count, arch.name)
-    return choice(*sizes, streamed=streamed, behind=behind)
+    return choice(*sizes, q8_1=q8_1, quantizes=quantizes)
 
 
 def linear(
@@ -175,69 +188,67 @@ def linear(
     return y
 
 
-def why_not_q8_1(k: int) -> str | None:
-    """Return why the kernel cannot read tokens of ``k`` in features as Q8_1 blocks, or None."""
-    if k % FRAGMENT_INT4.step:
-        return f"bulk copies of Q8_1 blocks start and end at multiples of 16 bytes: needs K divisible by 128, got {k}"
-    return None
-
-
 def linear_q8_1(
-    blocks: Tensor, packed: Tensor, scale: Tensor, out_features: int, config: DecodeConfig | None = None
-) -> Tensor:
-    """Return ``w @ x.T``, ``(out_features, M) float32``, of an int4 weight in groups of 32 and tokens in Q8_1 blocks.
-
-    To the bit what :func:`linear` makes of ``dequantize_q8_1(blocks)`` with the same cut: blocks become bf16 in shared
-    memory.
-
-    Args:
-        blocks: ``(M, K // 32, 36) uint8``, contiguous, not empty; :func:`why_not_q8_1` says which K.
-        packed: As for :func:`linear`, and so are the others.
-        scale: Arranged alike.
-        out_features: Rows of the weight.
-        config: How to cut, for tuning, without ``streamed``; by default :func:`choice`.
-
-    Raises:
-        ShapeError: If K is none that it takes, or the tokens do not fit shared memory or the grid.
-    """
-    m, k = blocks.shape[0], blocks.shape[1] * _Q8_1_BLOCK
-    if (reason := why_not_q8_1(k)) is not None:
-        raise ShapeError(f"{reason}; make bf16 of them first (dequantize_q8_1)")
-    if blocks.data_ptr() % 16:
-        blocks = blocks.clone()
-    variant = Variant.of(torch.bfloat16, scale.dtype, 4, _Q8_1_BLOCK, k, False)
-    sizes = (blocks.get_device(), m, out_features, k, packed.shape[1], _Q8_1_BLOCK)
-    launch = _prepare(*sizes, variant, config, "transposed", Q8_1_DEFINES)
-    y = blocks.new_empty((out_features, m), dtype=torch.float32)
-    launch(blocks.data_ptr(), packed.data_ptr(), scale.data_ptr(), 0, 0, 0, y.data_ptr())
-    return y
-
-
-def linear_rounding(
     x: Tensor, packed: Tensor, scale: Tensor, out_features: int, config: DecodeConfig | None = None
 ) -> Tensor:
-    """Return :func:`linear_q8_1` of what x is in Q8_1 blocks, in one launch; with the same cut to the same bits.
+    """Return ``w @ x.T``, ``(out_features, M) float32``, of an int4 weight in groups of 32 and tokens as their Q8_1 blocks are.
+
+    Products are of integers and exact; a group's sum is multiplied by both scales and added up in fp32.
 
     Args:
-        x: ``(M, K)`` bf16 or fp16, not empty, K a multiple of 32.
+        x: ``(M, K)`` bf16, fp16 or fp32, K a multiple of 32; or blocks ``(M, K // 32, 36) uint8``. Not empty.
         packed: As for :func:`linear`, and so are the others.
-        scale: Arranged alike.
+        scale: Arranged alike, fp16 or bf16, of groups of 32; K is more than 32.
         out_features: Rows of the weight.
-        config: How to cut, for tuning, without ``streamed``; by default :func:`choice`.
+        config: How to cut, for tuning; by default :func:`choice`. One that ``quantizes`` takes one launch, of floats only;
+            otherwise x becomes int8 in a launch before.
 
     Raises:
         ShapeError: If the tokens do not fit shared memory or the grid.
+        DTypeError: If x is blocks, and ``config`` is one that quantizes.
     """
-    m, k = x.shape
-    if x.stride() != (k, 1) or x.data_ptr() % 16:
+    from lq_kernels.cuda.quantize_q8_1 import fragment_q8_1
+
+    blocks = x.dtype == torch.uint8
+    m, k = x.shape[0], x.shape[1] * (_Q8_1_BLOCK if blocks else 1)
+    sizes = (x.get_device(), m, out_features, k, packed.shape[1])
+    launch, quantizes = _prepare_q8_1(*sizes, x.dtype, scale.dtype, config)
+    if not quantizes:
+        x = fragment_q8_1(x)
+    elif x.stride() != (k, 1) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    variant = Variant.of(torch.bfloat16, scale.dtype, 4, _Q8_1_BLOCK, k, False)
-    tail = ROUNDED_DEFINES[x.dtype]
-    sizes = (x.get_device(), m, out_features, k, packed.shape[1], _Q8_1_BLOCK)
-    launch = _prepare(*sizes, variant, config, "transposed", tail, quantized=False)
     y = x.new_empty((out_features, m), dtype=torch.float32)
     launch(x.data_ptr(), packed.data_ptr(), scale.data_ptr(), 0, 0, 0, y.data_ptr())
     return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_q8_1(
+    index: int,
+    m: int,
+    n: int,
+    k: int,
+    blocks: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    config: DecodeConfig | None,
+) -> tuple[Launch, bool]:
+    variant = Variant.of(torch.bfloat16, scale_dtype, 4, _Q8_1_BLOCK, k, False)
+    if config is None:
+        chosen = _choice(m, blocks, k, variant, _arch(index), q8_1=True, quantizes=dtype != torch.uint8)
+        config = None if chosen is None else chosen.config
+    if config is not None and config.quantizes and dtype not in TYPES:
+        raise DTypeError(f"x is {dtype}, Q8_1 blocks, which nobody quantizes; pass a config that does not, or floats")
+    if config is None:
+        raise _too_large(m, k)
+    tokens = q8_1_defines(config.form, m, dtype)
+    return _prepare(index, m, n, k, blocks, _Q8_1_BLOCK, variant, config, "transposed", tokens), config.quantizes
+
+
+def q8_1_defines(form: Form, m: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the macros with which ``m`` tokens of a dtype are multiplied as their Q8_1 blocks are."""
+    few = ("LQ_FEW=1",) if m <= FEW and form.token_tiles == 1 else ()
+    return (f"LQ_QUANTIZED={TYPES[dtype]}" if form.quantizes else "LQ_TOKENS_INT8=1", *few)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -252,21 +263,15 @@ def _prepare(
     config: DecodeConfig | None,
     epilogue: str,
     tokens: tuple[str, ...] = (),
-    quantized: bool = True,
 ) -> Launch:
-    # Tokens come from a quantizer of theirs, if not to this kernel; what becomes something else in it stays where it is.
-    behind = epilogue == "transposed" and quantized
-    if config is None:
+    if config is None and not tokens:
         arch = _arch(index)
-        chosen = _choice(m, blocks, k, variant, arch, streamed=not tokens, behind=behind and not tokens)
+        chosen = _choice(m, blocks, k, variant, arch)
         if chosen is not None:
-            config = alone(chosen.config, m, arch.sm_count) if behind and tokens else chosen.config
+            # Q8_1's tokens in 16 bits come from a launch of theirs.
+            config = alone(chosen.config, m, arch.sm_count) if epilogue == "transposed" else chosen.config
     if config is None:
-        raise ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
-    if tokens and config.streamed:
-        raise ShapeError(
-            f"{tokens[0]}: tokens that become something else stay in shared memory; pass a config that is not streamed"
-        )
+        raise _too_large(m, k)
     return Launch(
         index,
         "decode_a16",
@@ -291,6 +296,10 @@ def _prepare(
         dependent=True,
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue], *tokens),
     )
+
+
+def _too_large(m: int, k: int) -> ShapeError:
+    return ShapeError(f"M={m} tokens with K={k} do not fit decode_a16; let lq choose the kernel")
 
 
 def _arch(index: int) -> Arch:

@@ -15,7 +15,7 @@ from lq_kernels.cuda.variant import Scales
 
 SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that each of so many CTAs of an SM can have."""
-SAME = ("token_tiles", "warp_blocks", "ctas", "streamed", "cluster", "clusters", "stages")
+SAME = ("token_tiles", "warp_blocks", "ctas", "streamed", "quantizes", "cluster", "clusters", "stages")
 """Fields of a cut from which the others follow."""
 _WARPS = 8
 _HEADER = 512
@@ -23,10 +23,14 @@ _PLACES = 2 * _WARPS
 """Of a block and K step, in a stage."""
 _STREAMED_PASSES = 2
 """At most, where x is streamed: the warp that brings it adds up all passes but the last, when it has brought all."""
-_BEHIND_STAGES = 8
-"""At most, where x is streamed behind the launch that it comes from: 9 to 11 were as fast (4096x14336)."""
+_BEHIND_STAGES = 9
+"""At most, where x is streamed behind the launch that quantizes it, or quantized here: with up to 11 no product was faster."""
 MAX_STAGES = 16
 """Of a ring, for which the kernel has barriers."""
+Q8_1_STEP = 144
+"""Bytes of a token that is quantized like Q8_1 blocks, in a step of 128 in features: int8, with a float for each 32."""
+FEW = 4
+"""Tokens quantized so, at most, of which each has two columns of a tile, and which CTAs may quantize themselves."""
 _MAX_GRID_Y = 65535
 _PLACE = 0.7
 """Part of the time of a block and K step that a slot without a block takes as well (:func:`_slots`)."""
@@ -42,12 +46,14 @@ class Form(NamedTuple):
         warp_blocks: Blocks of 16 rows that a warp multiplies with what it reads of the tokens: 1 or 2.
         ctas: CTAs of an SM that registers must do for.
         streamed: Whether x passes by with the weights, stage by stage. Otherwise a CTA keeps its part of x.
+        quantizes: Whether CTAs make Q8_1's numbers of their part of x themselves; what they compile then depends on x's dtype.
     """
 
     token_tiles: int
     warp_blocks: int
     ctas: int
     streamed: bool = False
+    quantizes: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -72,6 +78,7 @@ class DecodeConfig:
         pitch: Bytes from token to token in shared memory: in a stage, where x is streamed.
         shared: Bytes of shared memory.
         streamed: As :class:`Form` has it. All passes, two at most, then have as many slots.
+        quantizes: As :class:`Form` has it.
     """
 
     token_tiles: int
@@ -85,11 +92,17 @@ class DecodeConfig:
     pitch: int
     shared: int
     streamed: bool = False
+    quantizes: bool = False
+
+    @property
+    def form(self) -> Form:
+        """What it compiles."""
+        return Form(self.token_tiles, self.warp_blocks, self.ctas, self.streamed, self.quantizes)
 
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros that the cut sets."""
-        return Form(self.token_tiles, self.warp_blocks, self.ctas, self.streamed).defines
+        return self.form.defines
 
     def shares(self, blocks: int) -> tuple[int, int, int]:
         """Return the blocks of a cluster, how many clusters have one more, and what the last pass of both has.
@@ -106,7 +119,7 @@ class DecodeConfig:
         return few, more, last_pass(few) | last_pass(few + 1) << 8
 
 
-def forms(scales: Scales) -> tuple[Form, ...]:
+def forms(scales: Scales, *, q8_1: bool = False) -> tuple[Form, ...]:
     """Return what is compiled for a weight.
 
     Nothing in a form spills. Of ten that were timed, these are within 0.05% of the fastest, on average of 127 products of 14
@@ -114,12 +127,15 @@ def forms(scales: Scales) -> tuple[Form, ...]:
 
     Args:
         scales: Of the variant.
+        q8_1: Whether tokens are quantized like Q8_1 blocks, for a weight in groups of 32.
     """
     groups, zero, sums, scale_bytes = scales
     few = groups <= 1 and not sums and scale_bytes <= (4 if zero else 2) * BLOCK_ROWS  # registers for a group's scales
     most = 3 if few else 2
     if not sums:
         found = [Form(1, 1, most), Form(2, 1, 2), Form(1, 1, most, True), Form(2, 1, 2, True)]
+        if q8_1:
+            found.append(Form(1, 1, 2, quantizes=True))
         return (*found, Form(1, 2, 2, True)) if scale_bytes <= 16 * BLOCK_ROWS else tuple(found)
     # Nobody adds up tokens that pass by.
     found = [Form(1, 1, 2), Form(1, 2, 1), Form(2, 1, 1 if groups == 4 else 2)]
@@ -138,9 +154,11 @@ def cut(
     shared: int,
     sum_bytes: int = 0,
     most_stages: int = MAX_STAGES,
+    *,
+    q8_1: bool = False,
 ) -> DecodeConfig | None:
     """Return the configuration of these choices, or None if it does not fit ``shared`` bytes."""
-    token_tiles, warp_blocks, ctas, streamed = form
+    token_tiles, warp_blocks, ctas, streamed, quantizes = form
     step = 512 // bits
     steps = -(-k // step)
     if cluster > steps or clusters > blocks:
@@ -151,7 +169,8 @@ def cut(
     passes = -(-rows // slots)
     if streamed and (passes > _STREAMED_PASSES or k % step):
         return None
-    pitch = (_PLACES // slots if streamed else share) * step * 2 + 16
+    here = _PLACES // slots if streamed else share
+    pitch = here * Q8_1_STEP if q8_1 else here * step * 2 + 16
     boxes = min(passes, 2)
     row = 8 * token_tiles + (4 if token_tiles == 2 else 2)
     fixed = _HEADER + boxes * 16 * most * row * 4 + share * sum_bytes * 8 * token_tiles
@@ -163,7 +182,8 @@ def cut(
     if stages < min(wanted, 2):
         return None
     size = fixed + stages * stage
-    return DecodeConfig(token_tiles, warp_blocks, ctas, slots, cluster, clusters, stages, boxes, pitch, size, streamed)
+    sizes = (slots, cluster, clusters, stages, boxes, pitch, size)
+    return DecodeConfig(token_tiles, warp_blocks, ctas, *sizes, streamed, quantizes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -210,7 +230,7 @@ def candidates(
     sm_count: int,
     alike: Mapping[str, int] | None = None,
     *,
-    behind: bool = False,
+    q8_1: bool = False,
 ) -> Iterator[DecodeConfig]:
     """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
@@ -226,32 +246,37 @@ def candidates(
         sm_count: Multiprocessors.
         alike: Fields by name; only cuts that have those of ``SAME`` are yielded, and none that takes more room than it
             needs. None for all.
-        behind: Whether the product stands right behind a launch that x comes from, while which weights fill a deep ring.
+        q8_1: Whether x is quantized like Q8_1 blocks, for a symmetric int4 weight in groups of 32: in a launch right before
+            this one, while which weights fill a deep ring, or in this one.
     """
     sums = sum_bytes(scales)
-    only = None if alike is None else tuple(alike.get(name, -1) for name in SAME)
-    for form in forms(scales):
-        token_tiles, warp_blocks, ctas, streamed = form
-        if (token_tiles > 1 and m <= 8) or -(-m // (8 * token_tiles)) > _MAX_GRID_Y or (only and form != only[:4]):
+    only = None if alike is None else tuple(alike.get(name, 0) for name in SAME)
+    for form in forms(scales, q8_1=q8_1):
+        token_tiles, warp_blocks, ctas, streamed, quantizes = form
+        if (token_tiles > 1 and m <= 8) or -(-m // (8 * token_tiles)) > _MAX_GRID_Y or (only and form != only[:5]):
+            continue
+        if quantizes and m > FEW:
             continue
         # The next kernel fills its own ring in what this one leaves. x waits for that kernel, and passes by later than weights.
-        most_stages = _BEHIND_STAGES if behind and streamed else _stages(token_tiles, bits) + (2 if streamed else 1)
+        most_stages = (
+            _BEHIND_STAGES if q8_1 and (streamed or quantizes) else _stages(token_tiles, bits) + (2 if streamed else 1)
+        )
         for per_sm in (2, 1) if warp_blocks == 1 or streamed else (ctas,):
             for cluster in (1, 2, 4, 8):
                 once = _clusters(sm_count, cluster)
                 if once < 1 or per_sm > ctas or (per_sm == 2 and blocks <= once):
                     continue  # too few multiprocessors for the cluster; a CTA for each of them at most
                 for clusters in _grids(blocks, once * per_sm):
-                    if only and (cluster, clusters) != only[4:6]:
+                    if only and (cluster, clusters) != only[5:7]:
                         continue
                     sizes = (m, blocks, k, bits, scales.bytes, form, cluster, clusters)
-                    largest = cut(*sizes, SHARED[per_sm], sums, most_stages)
+                    largest = cut(*sizes, SHARED[per_sm], sums, most_stages, q8_1=q8_1)
                     if largest is None:
                         continue
                     x_bytes = min(m, 8 * token_tiles) * largest.pitch if streamed else 0
                     stage = _stage_bytes(scales.bytes, x_bytes)
                     for stages in (largest.stages, *range(largest.stages - 1, 1, -1)):
-                        if only and stages != only[6]:
+                        if only and stages != only[7]:
                             continue
                         size = largest.shared - (largest.stages - stages) * stage
                         found = _resized(largest, stages, size)
@@ -270,7 +295,7 @@ def _resized(config: DecodeConfig, stages: int, shared: int) -> DecodeConfig:
     """Return the cut with another ring; ``dataclasses.replace`` takes five times as long, and a choice makes hundreds."""
     c = config
     sizes = (c.token_tiles, c.warp_blocks, c.ctas, c.slots, c.cluster, c.clusters)
-    return DecodeConfig(*sizes, stages, c.boxes, c.pitch, shared, c.streamed)
+    return DecodeConfig(*sizes, stages, c.boxes, c.pitch, shared, c.streamed, c.quantizes)
 
 
 def _grids(blocks: int, at_once: int) -> tuple[int, ...]:

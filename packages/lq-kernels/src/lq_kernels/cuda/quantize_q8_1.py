@@ -1,14 +1,29 @@
-"""Launch the activation quantizers of ``src/quantize_q8_1.cu``, and the way back of ``src/dequantize_q8_1.cu``."""
+"""Launch the kernels of activations in Q8_1 blocks: ``quantize_q8_1.cu``, ``fragment_q8_1.cu`` and ``dequantize_q8_1.cu``."""
+
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from lq_kernels.cuda.decode_cuts import Q8_1_STEP
 from lq_kernels.jit.launcher import launch
 from lq_kernels.problem import Arch
 
 _THREADS = 256
 _BLOCK = 32
 _LANES = 4  # of a block
+_HALVES = 8  # of blocks, in a step of 128 in features
+_FRAGMENT_THREADS = 128
+"""8 and 16 tokens, 4096x14336: 10.8 and 13.3 us in all, with 256 10.9 to 11.2 and 13.4 (H200)."""
+FRAGMENT_KERNELS = MappingProxyType(
+    {
+        torch.float32: "fragment_q8_1_float32",
+        torch.float16: "fragment_q8_1_float16",
+        torch.bfloat16: "fragment_q8_1_bfloat16",
+        torch.uint8: "fragment_q8_1_blocks",
+    }
+)
+"""Of ``fragment_q8_1.cu``, by dtype; of blocks for bytes."""
 
 
 def quantize_q8_1(x: Tensor) -> Tensor:
@@ -36,6 +51,30 @@ def round_q8_1(x: Tensor) -> Tensor:
     """
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     _launch("round", x, out)
+    return out
+
+
+def fragment_q8_1(x: Tensor) -> Tensor:
+    """Quantize activations like Q8_1 blocks, or take blocks, and return their codes and scales in the order of int8 tokens.
+
+    The codes and scales are those of :func:`quantize_q8_1`, the scales as floats; ``include/lq/q8_1.cuh`` has the order. Where
+    a scale is not finite codes are anything: no product with it is a number.
+
+    Args:
+        x: ``(M, K)`` fp16, bf16 or fp32 on a Hopper GPU, K a multiple of 32, not empty; or blocks ``(M, K // 32, 36) uint8``.
+
+    Returns:
+        ``(M * ceil(K / 128) * 144,) uint8``, with zeros past K.
+    """
+    m, row_blocks = x.shape[0], x.shape[1] if x.dtype == torch.uint8 else x.shape[1] // _BLOCK
+    steps = -(-row_blocks // 4)
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    out = torch.empty(m * steps * Q8_1_STEP, dtype=torch.uint8, device=x.device)
+    grid = (-(-m * steps * _HALVES // _FRAGMENT_THREADS), 1, 1)
+    kernel = FRAGMENT_KERNELS[x.dtype]
+    launch("fragment_q8_1", kernel, grid, _FRAGMENT_THREADS, 0, x.device, x, out, m, row_blocks, dependent=True)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from lq_formats import SpecError
 from lq_formats.layouts.fragment import BLOCK_ROWS
 
-from lq_kernels.cuda import decode_cuts, linear_a8, prefill_cuts
+from lq_kernels.cuda import decode_a16, decode_cuts, linear_a8, prefill_cuts
 from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.prepare import Unit
 from lq_kernels.tuned.table import Q8_1, Cut, Weight, cut_of
@@ -80,6 +80,10 @@ def epilogue_of(weight: Weight) -> tuple[str, ...]:
     return EPILOGUES["transposed" if weight.activation == Q8_1 else "none"]
 
 
+def _int8_tokens(weight: Weight) -> bool:
+    return weight.activation == Q8_1 and weight.groups > 0
+
+
 class Tunable(Protocol):
     """A kernel, as the tuner sees it.
 
@@ -101,8 +105,8 @@ class Tunable(Protocol):
         """Return what takes the tiles of a configuration in another order, of which the model knows nothing."""
         ...
 
-    def unit(self, weight: Weight, config: Any) -> Unit:
-        """Return what a configuration compiles."""
+    def unit(self, weight: Weight, m: int, config: Any) -> Unit:
+        """Return what a configuration compiles for ``m`` tokens."""
         ...
 
 
@@ -114,15 +118,16 @@ class _Decode:
 
     def ranked(self, weight: Weight, m: int, sm_count: int) -> list[Any]:
         blocks, sizes = weight.n // BLOCK_ROWS, (weight.k, weight.bits)
-        behind = weight.activation == Q8_1
-        cuts = decode_cuts.candidates(m, blocks, *sizes, variant_of(weight).scales, sm_count, behind=behind)
+        scales = variant_of(weight).scales
+        cuts = decode_cuts.candidates(m, blocks, *sizes, scales, sm_count, q8_1=_int8_tokens(weight))
         return sorted(cuts, key=lambda config: decode_cuts.cost(config, m, blocks, *sizes, sm_count))
 
     def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
         return ()
 
-    def unit(self, weight: Weight, config: Any) -> Unit:
-        return Unit("decode_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight)))
+    def unit(self, weight: Weight, m: int, config: Any) -> Unit:
+        tokens = decode_a16.q8_1_defines(config.form, m, DTYPE) if _int8_tokens(weight) else ()
+        return Unit("decode_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight), *tokens))
 
 
 class _Prefill:
@@ -139,7 +144,7 @@ class _Prefill:
     def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
         return ()
 
-    def unit(self, weight: Weight, config: Any) -> Unit:
+    def unit(self, weight: Weight, m: int, config: Any) -> Unit:
         return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight)))
 
 
@@ -158,7 +163,7 @@ class _A8:
     def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
         return linear_a8.orders(config, m, weight.n)
 
-    def unit(self, weight: Weight, config: Any) -> Unit:
+    def unit(self, weight: Weight, m: int, config: Any) -> Unit:
         grouped = weight.groups > 0
         promote = linear_a8.promotes(weight.activation, grouped)
         scale = scale_dtype(weight)
@@ -178,7 +183,7 @@ class _Dense:
     def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
         return ()
 
-    def unit(self, weight: Weight, config: Any) -> Unit:
+    def unit(self, weight: Weight, m: int, config: Any) -> Unit:
         defines = tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant_of(weight).defines)
         return Unit("dequantize_fragment", defines)
 

@@ -202,7 +202,7 @@ def forget() -> None:
     tables.cache_clear()
     for module in ("cuda.decode_a16", "cuda.prefill_a16", "cuda.linear_a8", "registry", "eager"):
         loaded = sys.modules.get(f"lq_kernels.{module}")
-        for name in ("choice", "_prepare", "select", "_selected"):
+        for name in ("choice", "_prepare", "_prepare_q8_1", "select", "_selected"):
             clear = getattr(getattr(loaded, name, None), "cache_clear", None)
             if clear is not None:
                 clear()

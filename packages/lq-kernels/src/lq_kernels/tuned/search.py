@@ -78,7 +78,7 @@ def proposals(
             most = candidates * (_BEHIND if weight.activation == Q8_1 else 1)
             again = (alike(cut, ranked, tunable.same) for cut in known.get(kernel, ()))
             for config in dict.fromkeys([*ranked[:most], *(config for config in again if config is not None)]):
-                yield kernel, fields_of(config), tunable.unit(weight, config)
+                yield kernel, fields_of(config), tunable.unit(weight, m, config)
 
 
 def search(

@@ -114,12 +114,8 @@ class GraphTimer:
         return self._copies[1]
 
 
-def _a16_calls(
-    weight: Weight, device: torch.device, generator: torch.Generator, *, transposed: bool = False
-) -> dict[str, _Call]:
-    from lq_kernels import dequant_blas
-    from lq_kernels.cuda import decode_a16, prefill_a16
-
+def _numbers(weight: Weight, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return random codes in fragment order, with scales and zeros."""
     layout = FRAGMENT_INT4 if weight.bits == 4 else FRAGMENT_INT8
     size, rows = group_size(weight), weight.n
     shape = layout.packed_shape(rows, weight.k)
@@ -129,7 +125,20 @@ def _a16_calls(
     zero = None
     if weight.zero:
         zero = torch.randint(0, 16, scales, device=device, generator=generator).to(scale.dtype)
-    rest = (packed, scale, zero, None, rows, size, weight.bits)
+    return packed, scale, zero
+
+
+def _a16_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
+    return _products(weight, *_numbers(weight, device, generator))
+
+
+def _products(
+    weight: Weight, packed: Tensor, scale: Tensor, zero: Tensor | None, *, transposed: bool = False
+) -> dict[str, _Call]:
+    from lq_kernels import dequant_blas
+    from lq_kernels.cuda import decode_a16, prefill_a16
+
+    rest = (packed, scale, zero, None, weight.n, group_size(weight), weight.bits)
 
     def turned(y: Tensor) -> Tensor:
         return y.t().float() if transposed else y
@@ -143,14 +152,20 @@ def _a16_calls(
 
 
 def _q8_1_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:
+    """Return products behind a launch that rounds their tokens; decode's quantizes them itself, or in a launch of its own."""
+    from lq_kernels.cuda import decode_a16
     from lq_kernels.cuda.quantize_q8_1 import round_q8_1
 
-    calls = _a16_calls(weight, device, generator, transposed=True)
+    packed, scale, _ = _numbers(weight, device, generator)
+    calls = _products(weight, packed, scale, None, transposed=True)
 
     def behind(call: _Call) -> _Call:
         return lambda x, config: call(round_q8_1(x), config)
 
-    return {name: behind(call) for name, call in calls.items() if name != "dequant_blas"}
+    found = {name: behind(call) for name, call in calls.items() if name != "dequant_blas"}
+    if weight.groups:
+        found["decode_a16"] = lambda x, config: decode_a16.linear_q8_1(x, packed, scale, weight.n, config)
+    return found
 
 
 def _a8_calls(weight: Weight, device: torch.device, generator: torch.Generator) -> dict[str, _Call]:

@@ -30,10 +30,12 @@
 // tokens: 1, 2), LQ_WARP_BLOCKS (1, 2), LQ_CTAS (CTAs of a multiprocessor that registers must do for), LQ_TRANSPOSED (1: y is fp32
 // (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a
 // gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n
-// for ups; 0), LQ_TOKENS_Q8_1 (1: x is Q8_1 blocks `half d; half s; int8 q[32]`, which the warp that brings them makes d q in X where
-// they lie, a chunk ahead of the products; k is a multiple of 128; 0); LQ_STREAMED (1: x passes by, all passes have as many slots, there
-// are two at most, and k is a multiple of a step; 0); and with LQ_ROUNDED (Bf16, Fp16) where x, of that type, is to be what its Q8_1
-// blocks would stand for: the warps that multiply make it that where it lies, before they do; k is a multiple of 32.
+// for ups; 0), LQ_STREAMED (1: x passes by, all passes have as many slots, there are two at most, and k is a multiple of a step; 0), and
+// LQ_TOKENS_INT8 (1: x is what fragment_q8_1_* of quantize_q8_1.cu make: int8 in groups of 32, with a float each. Products are of
+// integers, and exact; a group's sum is multiplied by that float and the weight's scale. Int4 in groups of 32; 0); and with LQ_QUANTIZED
+// (Bf16, Fp16, Fp32) where x, of that type, becomes that in shared memory: the warps that multiply quantize their CTA's part of it.
+// LQ_FEW (1: 4 int8 tokens in a tile at most, each in two columns, of which a lane scales the sums of one: 69 instructions for 16 rows x
+// 128 in features in place of 92, and of 116 with tokens of 16 bits; 0).
 
 #include "lq/dequantize.cuh"
 #include "lq/epilogue.cuh"
@@ -76,33 +78,37 @@ static_assert(kTransposed + kGated + kResidual < 2, "one epilogue");
 #define LQ_WARP_BLOCKS 1
 #endif
 constexpr int kWarpBlocks = LQ_WARP_BLOCKS, kWarpSteps = 2 / kWarpBlocks;  // of a warp in a stage
-#ifndef LQ_TOKENS_Q8_1
-#define LQ_TOKENS_Q8_1 0
-#endif
-constexpr bool kTokensQ8_1 = LQ_TOKENS_Q8_1 != 0;
-#ifdef LQ_ROUNDED
-constexpr bool kRounded = true;
-using Given = LQ_ROUNDED;
+#ifdef LQ_QUANTIZED
+constexpr bool kQuantizes = true;
+using Given = LQ_QUANTIZED;
 #else
-constexpr bool kRounded = false;
+constexpr bool kQuantizes = false;
 using Given = X;
 #endif
-constexpr bool kConverted = kTokensQ8_1 || kRounded;  // x becomes X in shared memory
+#ifndef LQ_TOKENS_INT8
+#define LQ_TOKENS_INT8 0
+#endif
+constexpr bool kTokensInt8 = LQ_TOKENS_INT8 != 0 || kQuantizes;
+#ifndef LQ_FEW
+#define LQ_FEW 0
+#endif
+constexpr bool kFew = LQ_FEW != 0;
+static_assert(!kFew || (kTokensInt8 && LQ_TILES == 1), "few tokens: a tile of int8");
+static_assert(!kTokensInt8 || (kBits == 4 && kGroups == 4 && !kZero), "int8 tokens: symmetric int4 in groups of 32");
 #ifndef LQ_STREAMED
 #define LQ_STREAMED 0
 #endif
 constexpr bool kStreamed = LQ_STREAMED != 0;
-static_assert(!kStreamed || (!kConverted && !kSums), "x that passes by is multiplied as it comes, and not added up");
-static_assert(!kRounded || (!kTokensQ8_1 && !kSums), "tokens come as one thing, and nobody adds them up when they have come");
-static_assert(!kTokensQ8_1 || kBits == 4, "bulk copies take whole multiples of 16 bytes: a K step of 128 is 144 bytes of Q8_1");
+static_assert(!kStreamed || (!kQuantizes && !kSums), "x that passes by is multiplied as it comes, and not added up");
 
+constexpr int kColumns = kFew ? 1 : 2;  // of a tile's eight, that a lane has sums of
 constexpr int kWarps = 8;  // that multiply; warp 8 is the producer, warp 9 brings x and is the epilogue of all passes but the last
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 64;
-constexpr int kChunks = kSums ? 4 : kConverted ? 14 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
-constexpr int kChunksAhead = 4;                             // of Q8_1, on their way while one becomes 16 bits
-constexpr int kHeader = 512;                                // bytes, of mbarriers
-static_assert((2 * kMaxStages + (kConverted ? 2 : 1) * kChunks + 4) * static_cast<int>(sizeof(u64)) <= kHeader, "mbarriers do not fit");
+constexpr int kChunks = kSums ? 4 : 16;  // pieces of a CTA's share of x, at most: multiplication begins with the first
+constexpr int kHeader = 512;             // bytes, of mbarriers and the magic number
+constexpr int kMagicAt = kHeader - 16;   // where sums of integers begin: from memory, as the assembler makes constants anew for every step
+static_assert((2 * kMaxStages + kChunks + 4) * static_cast<int>(sizeof(u64)) <= kMagicAt, "mbarriers do not fit");
 constexpr int kBlockRows = 16;
 constexpr int kBlockBytes = 1024;                // of codes in a K step
 constexpr int kStep = kBits == 4 ? 128 : 64;     // in features
@@ -114,7 +120,7 @@ constexpr int kStage = 2 * kWarps * (kBlockBytes + kSlotScales);
 constexpr int kScaleCount = kPerRow ? 1 : kGroups;
 constexpr int kTokenSums = kSums ? kScaleCount : 0;  // of x in a step, for a token
 constexpr bool kSumsAtOnce = kSums && kGroups > 1;  // of a step, by the tensor cores
-constexpr float kUnit = kZeroOfCodes ? zero_unit(X{}) : fragment_unit(X{});  // what is left to multiply sums with
+constexpr float kUnit = kTokensInt8 ? 0.0625f : kZeroOfCodes ? zero_unit(X{}) : fragment_unit(X{});  // what is left to multiply sums with
 
 template <int kValue>
 struct Int {
@@ -192,6 +198,19 @@ __device__ __forceinline__ float load_float(u32 address) {
   return value;
 }
 
+__device__ __forceinline__ void load_words_x4(u32 (&words)[4], u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Eight unsigned int4 codes u to 16 (u - 8) in int8: four of row g, and four of row g + 8.
+__device__ __forceinline__ void int4_to_int8(u32& low, u32& high, u32 word) {
+  low = and_xor(word << 4, 0xf0f0f0f0u, 0x80808080u);
+  high = and_xor(word, 0xf0f0f0f0u, 0x80808080u);
+}
+
 // A pass over the rows: what its power of two of slots makes of a stage, which has 16 places of 1 KB.
 struct Pass {
   int log_slots;
@@ -202,10 +221,10 @@ struct Pass {
   __device__ __forceinline__ int stages(int steps) const { return (steps + stage_steps() - 1) >> (4 - log_slots); }
 };
 
-// Bytes of x of so many in features, as they come.
+// Bytes of so many steps of a token.
 template <typename Count>
-__device__ constexpr Count x_bytes(Count features) {
-  return kTokensQ8_1 ? features / 8 * 9 : features * 2;
+__device__ constexpr Count x_bytes(Count steps) {
+  return steps * (kTokensInt8 ? kQ8_1StepBytes : kStep * 2);
 }
 
 template <int kTokenTiles>
@@ -218,9 +237,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   u64* full = reinterpret_cast<u64*>(shared);
   u64* empty = full + kMaxStages;
   u64* x_full = empty + kMaxStages;
-  u64* x_ready = kConverted ? x_full + kChunks : x_full;  // in X
-  u64* received = x_ready + kChunks;                      // two: a pass's sums are in the inbox
-  u64* released = received + 2;                           // two: every CTA has read them
+  u64* received = x_full + kChunks;  // two: a pass's sums are in the inbox
+  u64* released = received + 2;      // two: every CTA has read them
   u8* ring = shared + kHeader;
   const int stages = static_cast<int>(p.stages), pitch = static_cast<int>(p.pitch);
   // Of a stage: weights, and x of the same steps if it passes by with them.
@@ -235,8 +253,8 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   if (warp < 4) {
     if (elect_one()) {
       if (warp == 0) mbarriers_init_ring(full, kStreamed ? 2 : 1, empty, kWarps * kArrivingLanes, stages);
-      if (!kStreamed && warp == 1) mbarriers_init<kChunks>(x_full, 1);
-      if (kConverted && warp == 2) mbarriers_init<kChunks>(x_ready, kArrivingLanes);
+      if (!kStreamed && !kQuantizes && warp == 1) mbarriers_init<kChunks>(x_full, 1);
+      if (kTokensInt8 && warp == 2) *reinterpret_cast<uint4*>(shared + kMagicAt) = uint4{kMagicBits, kMagicBits, kMagicBits, kMagicBits};
       if (warp == 3) {
         mbarriers_init<2>(received, ranks > 1 ? 1 : 1 + kWarps * kArrivingLanes);
         mbarriers_init<2>(released, ranks * kArrivingLanes);
@@ -325,10 +343,9 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   const i64 token0 = static_cast<i64>(blockIdx.y) * kTokens;
   const int m = static_cast<int>(p.m - token0 < kTokens ? p.m - token0 : kTokens);
   float* token_sums = reinterpret_cast<float*>(tokens + m * p.pitch);  // by step, group and token
-  const int chunk_stages = (pass_of(0).stages(steps) + kChunks - 1) / kChunks, chunk_k = chunk_stages * pass_of(0).stage_steps() * kStep;
+  const int chunk_stages = (pass_of(0).stages(steps) + kChunks - 1) / kChunks, chunk_steps = chunk_stages * pass_of(0).stage_steps();
   const i64 k_left = p.k - static_cast<i64>(first_step) * kStep;
   const int k_here = static_cast<int>(k_left < 0 ? 0 : k_left < steps * kStep ? k_left : steps * kStep);  // in features of x
-  const int raw = kTokensQ8_1 ? steps * (kStep * 2 - x_bytes(kStep)) : 0;  // where a token's x lies as it comes
   const int token_pairs = (m + 1) / 2, part_of_buffer = kBuffer >> log_ranks;
 
   barriers_initialised();
@@ -383,10 +400,33 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     }
   };
 
+  auto tile_tokens = [&](int c) { return m - 8 * c < 8 ? m - 8 * c : 8; };  // of int8 tokens, whose tiles lie one after another
+
   if (warp == kWarps + 1) {
     const u64 keep = policy_evict_last();
-    const u8* const x = p.x + x_bytes(token0 * p.k + static_cast<i64>(first_step) * kStep);
-    const i64 x_pitch = x_bytes(p.k);
+    // Steps [step, step + parts) of this CTA's share of x to where they lie in `to`: in a stage at its start.
+    auto bring = [&](u64* barrier, u8* to, int step, int parts) {
+      if (elect_one()) {
+        const int in_place = kStreamed ? 0 : x_bytes(step);
+        if constexpr (kTokensInt8) {
+          mbarrier_arrive_expect(barrier, m * x_bytes(parts));
+#pragma unroll
+          for (int c = 0; c < kTokenTiles; ++c) {
+            const int here = tile_tokens(c);
+            const u8* const from = p.x + x_bytes((token0 + 8 * c) * steps_all + static_cast<i64>(first_step + step) * here);
+            if (here > 0) bulk_copy(to + 8 * c * pitch + in_place * here, from, x_bytes(parts) * here, barrier, keep);
+          }
+        } else {
+          const int end = (step + parts) * kStep, bytes = ((kStreamed || end < k_here ? end : k_here) - step * kStep) * 2;
+          mbarrier_arrive_expect(barrier, m * bytes);
+          const u8* from = p.x + (token0 * p.k + static_cast<i64>(first_step + step) * kStep) * 2;
+          to += in_place;
+#pragma unroll 4
+          for (int token = 0; token < m; ++token, from += p.k * 2, to += pitch) bulk_copy(to, from, bytes, barrier, keep);
+        }
+      }
+      __syncwarp();
+    };
     wait_for_previous_kernel();
     if constexpr (kStreamed) {
       // As the producer does, to the same barriers.
@@ -394,56 +434,20 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       u32 parity = 1;
 #pragma unroll 1
       for (int filled = 0; filled < total; ++filled) {
-        const int parts = steps - step < full_pass.stage_steps() ? steps - step : full_pass.stage_steps();
         if (filled >= stages) {
           mbarrier_wait(empty + stage, parity);
           fence_async_proxy();
         }
-        if (elect_one()) {
-          const int bytes = x_bytes(parts * kStep);
-          mbarrier_arrive_expect(full + stage, m * bytes);
-          const u8* from = x + x_bytes(step * kStep);
-          u8* to = ring + stage * stage_bytes + kStage;
-#pragma unroll 4
-          for (int token = 0; token < m; ++token, from += x_pitch, to += pitch) bulk_copy(to, from, bytes, full + stage, keep);
-        }
-        __syncwarp();
-        step += full_pass.stage_steps();
+        const int most = full_pass.stage_steps();
+        bring(full + stage, ring + stage * stage_bytes + kStage, step, steps - step < most ? steps - step : most);
+        step += most;
         if (step >= steps) step = 0;
         if (++stage == stages) stage = 0, parity ^= 1;
       }
-    } else {
-      const u8* next_x = x;
-      u8* next_to = tokens + raw;
-      int next = 0, left_k = k_here;
-      // The next chunks, up to `end`.
-      auto bring = [&](int end) {
+    } else if constexpr (!kQuantizes) {
 #pragma unroll 1
-        for (; next < end && left_k > 0; ++next) {
-          const int bytes = x_bytes(left_k < chunk_k ? left_k : chunk_k);
-          if (elect_one()) {
-            mbarrier_arrive_expect(x_full + next, m * bytes);
-            const u8* from = next_x;
-            u8* to = next_to;
-#pragma unroll 4
-            for (int token = 0; token < m; ++token, from += x_pitch, to += pitch) bulk_copy(to, from, bytes, x_full + next, keep);
-          }
-          __syncwarp();
-          next_x += bytes, next_to += bytes, left_k -= chunk_k;
-        }
-      };
-      bring(kTokensQ8_1 ? kChunksAhead : kChunks);
-      if constexpr (kTokensQ8_1) {
-#pragma unroll 1
-        for (int chunk = 0; chunk * chunk_k < k_here; ++chunk) {
-          bring(chunk + kChunksAhead + 1);
-          const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
-          mbarrier_wait(x_full + chunk, 0);
-          convert_q8_1<X>(tokens, pitch, m, raw, from / 32, to / 32);
-          if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
-        }
-        __syncwarp();
-      }
+      for (int chunk = 0, step = 0; step < steps; ++chunk, step += chunk_steps)
+        bring(x_full + chunk, tokens, step, steps - step < chunk_steps ? steps - step : chunk_steps);
     }
     wait_for_barriers_of_cluster();
     for (int pass = 0; pass + 1 < passes; ++pass) {
@@ -460,7 +464,36 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   }
 
   // The consumers. In features past the end are read, and must be zero.
-  if constexpr (!kStreamed) {
+  if constexpr (kQuantizes) {
+    wait_for_previous_kernel();
+    // Halves of blocks, token by token: a thread always has the same of a step. Loads take longer than the rest, so several are on
+    // their way at once.
+    constexpr int kAtOnce = 4, kSteps = kConsumers / kQ8_1StepHalves;
+    using Half = Q8_1Half<Given>;
+    const int mine = lane % kQ8_1StepHalves, exist = k_here / 16;
+    const Q8_1Place place(mine, m);
+    const u8* const from = p.x + (token0 * p.k + static_cast<i64>(first_step) * kStep) * Half::kElement;
+    int token = 0, step = static_cast<int>(threadIdx.x) / kQ8_1StepHalves;
+#pragma unroll 1
+    for (int first = warp * (32 / kQ8_1StepHalves); first < m * steps; first += kAtOnce * kSteps) {
+      Half values[kAtOnce] = {};
+      int tokens_here[kAtOnce], steps_here[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i, step += kSteps) {
+        while (step >= steps && token < m) step -= steps, ++token;
+        const int half = step * kQ8_1StepHalves + mine;
+        if (token < m && half < exist) values[i].load(from + (token * p.k + half * 16) * Half::kElement);
+        tokens_here[i] = token, steps_here[i] = step;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kSteps >= m * steps) break;
+        const Q8_1Fragment made = values[i].quantize();
+        if (tokens_here[i] < m) made.store(tokens + steps_here[i] * x_bytes(m), tokens_here[i], place);
+      }
+    }
+    named_barrier(1, kConsumers);
+  } else if constexpr (!kStreamed && !kTokensInt8) {
     for (int token = warp; token < m; token += kWarps)
       for (int unit = k_here / 8 + lane; unit < steps * kStep / 8; unit += 32)
         *reinterpret_cast<uint4*>(tokens + token * p.pitch + unit * 16) = uint4{0, 0, 0, 0};
@@ -472,15 +505,31 @@ __device__ __forceinline__ void decode(const Arguments& p) {
   auto step_of = [&](Pass pass) { return kWarpSteps * (kWarpBlocks * warp >> pass.log_slots); };  // of a stage, this warp's first
   auto codes_of = [&](Pass pass) { return (step_of(pass) * pass.slots() + slot_of(pass)) * kBlockBytes + lane * 16; };
   // This lane's row of a token tile, in a stage if x passes by; a token that does not exist reads the last, its sums are not stored.
-  u32 tokens_at[kTokenTiles];
+  // Of int8 tokens: 16 bytes of column g's in half a step, and where the floats of columns 2 t and 2 t + 1 are from there.
+  u32 tokens_at[kTokenTiles], half_step[kTokenTiles], whole_step[kTokenTiles], to_floats[kTokenTiles][2];
 #pragma unroll
-  for (int c = 0; c < kTokenTiles; ++c) {
+  for (int c = 0; kTokensInt8 && c < kTokenTiles; ++c) {
+    const int tile = 8 * c < m ? c : 0, last = tile_tokens(tile) - 1, column = kFew ? g / 2 : g, mine = column < last ? column : last;
+    half_step[c] = 64 * (last + 1), whole_step[c] = kQ8_1StepBytes * (last + 1);
+    tokens_at[c] = (kStreamed ? kStage : shared_address(tokens)) + 8 * tile * static_cast<u32>(pitch) + mine * 64 + t * 16;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int token = kColumns * t + j;
+      to_floats[c][j] = 2 * half_step[c] + (token < last ? token : last) * 16 - (mine * 64 + t * 16);
+      keep(to_floats[c][j]);
+    }
+    keep(half_step[c]), keep(whole_step[c]);
+  }
+  u32 magic[4];
+  if constexpr (kTokensInt8) load_words_x4(magic, shared_address(shared) + kMagicAt);
+#pragma unroll
+  for (int c = 0; !kTokensInt8 && c < kTokenTiles; ++c) {
     const int token = c * 8 + lane % 8;
     tokens_at[c] = (kStreamed ? kStage : shared_address(tokens)) + (token < m ? token : m - 1) * static_cast<u32>(pitch) + lane / 8 * 16;
   }
 
   int stage = 0, next_chunk = 0;
-  u64* chunk_ready = x_ready;
+  u64* chunk_ready = x_full;
   u32 parity = 0, stage_at = shared_address(ring), at_codes, next_codes;  // this lane's codes in a stage, and from a step to the next
   auto enter = [&](Pass pass) {
     at_codes = codes_of(pass), next_codes = pass.slots() * kBlockBytes;
@@ -540,16 +589,6 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     load_words();
   };
 
-  if constexpr (kRounded) {
-#pragma unroll 1
-    for (int chunk = warp; chunk * chunk_k < k_here; chunk += kWarps) {
-      const int from = chunk * chunk_k, to = from + chunk_k < k_here ? from + chunk_k : k_here;
-      mbarrier_wait(x_full + chunk, 0);
-      round_q8_1<Given, X>(tokens, pitch, m, from / 32, to / 32);
-      __syncwarp();
-      if (lane < kArrivingLanes) mbarrier_arrive(x_ready + chunk);
-    }
-  }
   const auto wait_for_others = [] {
     wait_for_previous_kernel();      // y is written from here on, and x cannot come before
     wait_for_barriers_of_cluster();  // of CTAs that started with this one
@@ -592,6 +631,51 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     auto multiply = [&](auto which, u32 step_scale, u32 step_sums, const u32(&x_at)[kTokenTiles]) {
       constexpr int kStepInStage = decltype(which)::value;
       constexpr int kQuads = 2 * kHalfQuads;
+      if constexpr (kTokensInt8) {
+        float scale_of_x[kTokenTiles][2][4];  // by group
+        u32 here[kTokenTiles];
+#pragma unroll
+        for (int c = 0; c < kTokenTiles; ++c) {
+          here[c] = x_at[c] + (kStepInStage ? whole_step[c] : 0);
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            u32 bits[4];
+            load_words_x4(bits, here[c] + to_floats[c][j]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scale_of_x[c][j][i] = __uint_as_float(bits[i]);
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          u32 q[kTokenTiles][4];
+#pragma unroll
+          for (int c = 0; c < kTokenTiles; ++c) load_words_x4(q[c], here[c] + h * half_step[c]);
+#pragma unroll
+          for (int group = 0; group < 2; ++group)
+#pragma unroll
+            for (int b = 0; b < kWarpBlocks; ++b) {
+              const u32(&code)[2][4] = words[kWarpBlocks == 1 ? kStepInStage : b];
+              u32 a[4];
+              int4_to_int8(a[0], a[1], code[h][2 * group]);
+              int4_to_int8(a[2], a[3], code[h][2 * group + 1]);
+              float scale[2];
+              load_pair<Scale>(scale, step_scale + (2 * h + group) * kScaleBytes + b * kStepScales);
+#pragma unroll
+              for (int c = 0; c < kTokenTiles; ++c) {
+                const u32 tile[2] = {q[c][2 * group], q[c][2 * group + 1]};
+                float sum[4];
+                mma_s8_magic(sum, a, tile, magic);
+#pragma unroll
+                for (int j = 0; j < 4; j += 3 - kColumns) {
+                  // A float of 11 bits times an integer, exactly: 1.5 * 2^23 has two.
+                  const float d = scale_of_x[c][j % 2][2 * h + group];
+                  acc[b][c][j] = fmaf(scale[j / 2], fmaf(d, sum[j], -kMagic * d), acc[b][c][j]);
+                }
+              }
+            }
+        }
+        return;
+      }
       if constexpr (kPerRow && kSums) {
 #pragma unroll
         for (int c = 0; c < kTokenTiles; ++c) {
@@ -693,7 +777,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     u32 x_at[kTokenTiles];
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
-      x_at[c] = tokens_at[c] + first * kStep * 2;
+      x_at[c] = tokens_at[c] + first * (kTokensInt8 ? whole_step[c] : kStep * 2);
       if constexpr (kStreamed) keep(x_at[c]);  // in a stage
     }
     u32 x_sums = my_sums + first * (kTokenSums * kTokens * 4);
@@ -702,7 +786,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     for (int at = 0;;) {
       const u32 scale = stage_at + to_scales;
       u64* const used = empty + stage;
-      if (!kStreamed && at == next_chunk) {
+      if (!kStreamed && !kQuantizes && at == next_chunk) {
         // The next chunk of x; what lies past the end of K was zeroed.
         const int from = next_chunk * stage_steps;
         if (from * kStep < k_here) mbarrier_wait(chunk_ready++, 0);
@@ -731,7 +815,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
       x_sums += stage_steps * (kTokenSums * kTokens * 4);
       if constexpr (!kStreamed)
 #pragma unroll
-        for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * kStep * 2;
+        for (int c = 0; c < kTokenTiles; ++c) x_at[c] += stage_steps * (kTokensInt8 ? whole_step[c] : kStep * 2);
     }
     if (pass + 1 < passes) {
       enter(pass_of(pass + 1));
@@ -749,6 +833,18 @@ __device__ __forceinline__ void decode(const Arguments& p) {
         }
         sums[b].finish(acc[b]);
       }
+    }
+
+    if constexpr (kFew) {
+      // Token t's sums to lanes that have those of a pair, as they do otherwise.
+#pragma unroll
+      for (int b = 0; b < kWarpBlocks; ++b)
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const float sum = acc[b][0][j];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) acc[b][0][j + i] = __shfl_sync(0xffffffff, sum, g * 4 + (2 * t + i) % 4);
+        }
     }
 
     // Send this pass's sums to the CTAs that own the rows. The boxes were last used two passes ago: the epilogues of all CTAs must

@@ -42,6 +42,18 @@ __device__ __forceinline__ void mma_s8_magic(float (&d)[4], const u32 (&a)[4], c
   d[3] = __int_as_float(r3);
 }
 
+// The same with the magic in four registers of the caller's: with one for all, the compiler copies it for every product.
+__device__ __forceinline__ void mma_s8_magic(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const u32 (&magic)[4]) {
+  int r0, r1, r2, r3;
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(magic[0]), "r"(magic[1]), "r"(magic[2]), "r"(magic[3]));
+  d[0] = __int_as_float(r0);
+  d[1] = __int_as_float(r1);
+  d[2] = __int_as_float(r2);
+  d[3] = __int_as_float(r3);
+}
+
 // Copy 16 bytes from global to shared memory asynchronously; the bytes are zeros where `valid` is false.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
