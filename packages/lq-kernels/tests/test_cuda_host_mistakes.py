@@ -6,6 +6,8 @@ from cuda_host import HostError
 
 # 64 threads copy 256 bytes through shared memory, or 128 multiply ones; by `mistake`, something is wrong.
 SOURCE = """
+#define LQ_TOKENS 16
+#define LQ_X Bf16
 #include "lq/wgmma.cuh"
 using namespace lq;
 

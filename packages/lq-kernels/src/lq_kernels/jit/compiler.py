@@ -19,6 +19,7 @@ from lq_kernels.jit import nvrtc
 CUDA_FOLDER = Path(__file__).parent.parent / "cuda"
 INCLUDE_FOLDER = CUDA_FOLDER / "include"
 SOURCE_FOLDER = CUDA_FOLDER / "src"
+_MINIMAL_SINCE = (12, 4)
 STANDARD = "c++17"
 
 _COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
@@ -118,6 +119,8 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
         f"--include-path={INCLUDE_FOLDER}",
         f"--std={STANDARD}",
         "--device-as-default-execution-space",  # NVRTC 13.0 takes a generic lambda for a host function
+        # No textures and no cudart, whose declarations take as long to parse as most kernels: the code is the same.
+        *(("--minimal",) if nvrtc.version() >= _MINIMAL_SINCE else ()),
     )
     cubin, log = nvrtc.compile_program(text, f"{name}.cu", [os.fsencode(option) for option in options])
     if cubin is None:

@@ -6,6 +6,9 @@
 //
 // The instruction runs on while the program continues. Until wgmma_wait says that it is complete, D is undefined. A's registers are
 // not ours to watch: ptxas gives them away only where a wait proves that the wgmma is done.
+//
+// There is the one instruction that the source which includes this asks for, with LQ_TOKENS columns and A and B of LQ_X: NVRTC parses one
+// program at a time, and the asm of all of them took a fifth of a program's turn.
 #pragma once
 
 #include "lq/dequantize.cuh"
@@ -79,33 +82,37 @@ struct Wgmma;
 #define LQ_SUMS_128(d, i) LQ_SUMS_64(d, i), LQ_SUMS_64(d, (i) + 64)
 
 // A0 to ADD: the numbers of the operands that follow the sums. `add` says that D is added to; otherwise it is overwritten.
-#define LQ_WGMMA_TYPE(COLUMNS, SUMS, TYPE, PTX, A0, A1, A2, A3, B, ADD)                                                        \
-  static __device__ __forceinline__ void run(TYPE, float(&d)[SUMS], const u32(&a)[4], u64 b, int add) {                        \
-    asm volatile("{ .reg .pred add; setp.ne.s32 add, %" #ADD ", 0;\n"                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." PTX "." PTX " {" LQ_LIST_##SUMS "}, {%" #A0 ",%" #A1  \
-                 ",%" #A2 ",%" #A3 "}, %" #B ", add, 1, 1, 0; }"                                                               \
-                 : LQ_SUMS_##SUMS(d, 0)                                                                                        \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                              \
-  }
-#define LQ_WGMMA(COLUMNS, SUMS, A0, A1, A2, A3, B, ADD)                \
-  template <>                                                          \
-  struct Wgmma<COLUMNS> {                                              \
-    LQ_WGMMA_TYPE(COLUMNS, SUMS, Bf16, "bf16", A0, A1, A2, A3, B, ADD) \
-    LQ_WGMMA_TYPE(COLUMNS, SUMS, Fp16, "f16", A0, A1, A2, A3, B, ADD)  \
+#define LQ_WGMMA(COLUMNS, SUMS, A0, A1, A2, A3, B, ADD)                                                                       \
+  template <>                                                                                                                 \
+  struct Wgmma<COLUMNS> {                                                                                                     \
+    static __device__ __forceinline__ void run(LQ_X, float(&d)[SUMS], const u32(&a)[4], u64 b, int add) {                     \
+      asm volatile("{ .reg .pred add; setp.ne.s32 add, %" #ADD ", 0;\n"                                                       \
+                   "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." LQ_PTX(LQ_X) "." LQ_PTX(LQ_X) " {" LQ_LIST_##SUMS  \
+                   "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", add, 1, 1, 0; }"                                       \
+                   : LQ_SUMS_##SUMS(d, 0)                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                           \
+    }                                                                                                                         \
   };
+#define LQ_PTX_Bf16 "bf16"
+#define LQ_PTX_Fp16 "f16"
+#define LQ_PTX(TYPE) LQ_PTX_OF(TYPE)
+#define LQ_PTX_OF(TYPE) LQ_PTX_##TYPE
 
-LQ_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
-LQ_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
-LQ_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
-LQ_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
-LQ_WGMMA(112, 56, 56, 57, 58, 59, 60, 61)
-LQ_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
-LQ_WGMMA(176, 88, 88, 89, 90, 91, 92, 93)
-LQ_WGMMA(192, 96, 96, 97, 98, 99, 100, 101)
-LQ_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
+#define LQ_WGMMA_16 LQ_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
+#define LQ_WGMMA_32 LQ_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
+#define LQ_WGMMA_64 LQ_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
+#define LQ_WGMMA_96 LQ_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
+#define LQ_WGMMA_112 LQ_WGMMA(112, 56, 56, 57, 58, 59, 60, 61)
+#define LQ_WGMMA_128 LQ_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
+#define LQ_WGMMA_176 LQ_WGMMA(176, 88, 88, 89, 90, 91, 92, 93)
+#define LQ_WGMMA_192 LQ_WGMMA(192, 96, 96, 97, 98, 99, 100, 101)
+#define LQ_WGMMA_256 LQ_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
+#define LQ_WGMMA_COLUMNS(COLUMNS) LQ_WGMMA_OF(COLUMNS)
+#define LQ_WGMMA_OF(COLUMNS) LQ_WGMMA_##COLUMNS
 
-#undef LQ_WGMMA
-#undef LQ_WGMMA_TYPE
+#if defined(LQ_TOKENS) && defined(LQ_X)
+LQ_WGMMA_COLUMNS(LQ_TOKENS)
+#endif
 
 // Four 8 x 8 matrices of 16-bit elements from registers to shared memory, transposed. Register i holds of matrix i row lane / 4,
 // columns 2 (lane % 4) and + 1; lane 8 i + j gives the address of the 16 bytes that take its column j.

@@ -88,21 +88,29 @@ struct WgmmaA8;
                  : LIST(d, 0)                                                                                                       \
                  : "l"(a), "l"(b), "r"(add));                                                                                       \
   }
-#define LQ_WGMMA_A8(COLUMNS, SUMS, P0, P1, P2, P3, P4, P5)                                                            \
-  template <>                                                                                                         \
-  struct WgmmaA8<COLUMNS> {                                                                                           \
-    LQ_WGMMA_A8_TYPE(COLUMNS, SUMS, Int8, LQ_INTS_##SUMS, "s32.s8.s8", "", P0, P1, P2, P3, P4, P5)                    \
-    LQ_WGMMA_A8_TYPE(COLUMNS, SUMS, Fp8, LQ_SUMS_##SUMS, "f32.e4m3.e4m3", ", 1, 1", P0, P1, P2, P3, P4, P5)           \
+#define LQ_WGMMA_A8_Int8(COLUMNS, SUMS, ...) \
+  LQ_WGMMA_A8_TYPE(COLUMNS, SUMS, Int8, LQ_INTS_##SUMS, "s32.s8.s8", "", __VA_ARGS__)
+#define LQ_WGMMA_A8_Fp8(COLUMNS, SUMS, ...) \
+  LQ_WGMMA_A8_TYPE(COLUMNS, SUMS, Fp8, LQ_SUMS_##SUMS, "f32.e4m3.e4m3", ", 1, 1", __VA_ARGS__)
+#define LQ_WGMMA_A8_STRUCT(CODES, COLUMNS, ...)      \
+  template <>                                        \
+  struct WgmmaA8<COLUMNS> {                          \
+    LQ_WGMMA_A8_##CODES(COLUMNS, __VA_ARGS__)        \
   };
+#define LQ_WGMMA_A8(CODES, ...) LQ_WGMMA_A8_STRUCT(CODES, __VA_ARGS__)
 
-LQ_WGMMA_A8(16, 8, 8, 9, 10, 11, 12, 13)
-LQ_WGMMA_A8(32, 16, 16, 17, 18, 19, 20, 21)
-LQ_WGMMA_A8(64, 32, 32, 33, 34, 35, 36, 37)
-LQ_WGMMA_A8(128, 64, 64, 65, 66, 67, 68, 69)
-LQ_WGMMA_A8(192, 96, 96, 97, 98, 99, 100, 101)
-LQ_WGMMA_A8(256, 128, 128, 129, 130, 131, 132, 133)
+#define LQ_WGMMA_A8_16 16, 8, 8, 9, 10, 11, 12, 13
+#define LQ_WGMMA_A8_32 32, 16, 16, 17, 18, 19, 20, 21
+#define LQ_WGMMA_A8_64 64, 32, 32, 33, 34, 35, 36, 37
+#define LQ_WGMMA_A8_128 128, 64, 64, 65, 66, 67, 68, 69
+#define LQ_WGMMA_A8_192 192, 96, 96, 97, 98, 99, 100, 101
+#define LQ_WGMMA_A8_256 256, 128, 128, 129, 130, 131, 132, 133
+#define LQ_WGMMA_A8_COLUMNS(COLUMNS) LQ_WGMMA_A8_OF(COLUMNS)
+#define LQ_WGMMA_A8_OF(COLUMNS) LQ_WGMMA_A8_##COLUMNS
 
-#undef LQ_WGMMA_A8
-#undef LQ_WGMMA_A8_TYPE
+// As in wgmma.cuh, the instructions that the source asks for.
+#if defined(LQ_TOKENS) && defined(LQ_CODES)
+LQ_WGMMA_A8(LQ_CODES, LQ_WGMMA_A8_COLUMNS(LQ_TOKENS))
+#endif
 
 }  // namespace lq
