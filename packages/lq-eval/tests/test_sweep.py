@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from lq_eval.bench import sweep
 from lq_eval.bench.shapes import MODELS, parse_shapes
 from lq_eval.bench.sweep import (
     SWEEP_MS,
@@ -15,6 +16,7 @@ from lq_eval.bench.sweep import (
     rounds,
     run_sweep,
     summarize,
+    suspects,
 )
 from lq_eval.results import Record, read_records
 from lq_formats import FormatError, SpecError
@@ -133,6 +135,45 @@ def test_the_sweep_measures_every_point_variety_first():
         ("128x64", 1, "int4"),
     ]
     assert all(r.us == 2.0 and r.speedup == 1.5 and r.kernel == "auto" and r.ran != "auto" for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({}, []),
+        ({1: 2.0, 2: 2.07, 3: 2.0}, []),
+        ({1: 2.0, 2: 2.1, 3: 2.0, 4: 3.0, 5: 2.5}, [2, 4]),
+        ({8: 9.0, 1: 9.0, 16: 8.0, 512: 8.0, 1024: 1.0}, [1, 8]),
+    ],
+)
+def test_suspects_take_longer_than_more_tokens(times, expected):
+    assert suspects(times) == expected
+
+
+def test_suspects_are_measured_again(monkeypatch):
+    of_int8 = {1: [3.0, 2.0], 2: [2.45], 3: [2.6, 2.6], 16: [2.4]}  # by M: its time at first, and again
+
+    def times(competitors, device, **effort):
+        return [4.0, *(found.pop(0) for found in asked.pop(0))]
+
+    asked = []
+
+    def record(shape, wanted, options, deadline):
+        for m, products in wanted:
+            if products:
+                asked.append([of_int8[m] if product.op == "int8" else [m / 4] for product in products])
+        return true_run(shape, wanted, options, deadline)
+
+    true_run = sweep._run_shape
+    monkeypatch.setattr(sweep, "_run_shape", record)
+    monkeypatch.setattr("lq_eval.bench.timing.times_us", times)
+    chosen = options(shapes=parse_shapes("64x128"), again=True)
+    rows = list(run_sweep(chosen))
+    assert points(chosen) == 8
+    assert [(r.op, r.m, r.us) for r in rows[8:]] == [("int8", 1, 2.0), ("int8", 3, 2.6)]
+    (of_4, of_8) = summarize(row.to_dict() for row in rows)
+    assert (of_4.points, of_4.excess, of_8.points) == (4, 0, 4)
+    assert (of_8.slow_m, of_8.fast_m, of_8.excess) == (3, 16, pytest.approx(2.6 / 2.4 - 1))
 
 
 @pytest.mark.usefixtures("no_waiting")

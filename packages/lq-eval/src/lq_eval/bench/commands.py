@@ -115,7 +115,16 @@ def bench_sweep(
 ) -> None:
     """The registry's choice against the dense product at every M: the worst ratio and the worst jump of each layer."""
     from lq_eval.bench.shapes import parse_shapes
-    from lq_eval.bench.sweep import SWEEP_MS, SweepOptions, all_shapes, known_points, points, run_sweep, summarize
+    from lq_eval.bench.sweep import (
+        SWEEP_MS,
+        SweepOptions,
+        all_shapes,
+        known_points,
+        point_of,
+        points,
+        run_sweep,
+        summarize,
+    )
     from lq_eval.bench.timing import COLD_BYTES
     from lq_eval.models import default_device, default_dtype
     from lq_eval.tables import sweep_table
@@ -135,6 +144,7 @@ def bench_sweep(
         replays=replays,
         cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3,
         done=frozenset(known),
+        again=gpu,
     )
     rows: list[dict[str, Any]] = []
     saved = 0
@@ -153,7 +163,8 @@ def bench_sweep(
                 save(json, "sweep", rows[saved:])
     found = summarize([*known.values(), *rows])
     save(json, "sweep-summary", [summary.to_dict() for summary in found])
-    done = f"{len(rows)} of {points(options)} points in {time.monotonic() - started:.0f} s"
+    measured = {point_of(row) for row in rows}
+    done = f"{len(measured)} of {points(options)} points in {time.monotonic() - started:.0f} s"
     if known:
         done += f", {len(known)} from {resume}"
     console().print(sweep_table(found, f"{device_name(where)}: {done}"))

@@ -3,7 +3,8 @@
 Every distinct layer of the models of :mod:`lq_eval.bench.shapes` at every M from 1 to 64 and a dozen above, the registry's
 choice against the dense product. The graphs of one point are replayed in turn, so that a ratio compares like with like.
 Copies of a weight are made once a shape and round; the first round takes a few M of every shape, the second the rest: a
-run that is cut short has seen everything once.
+run that is cut short has seen everything once. A third, on a GPU, measures again where time drops as M grows: products of 2
+us take 5% more in some captures of a graph than in others.
 """
 
 import math
@@ -50,6 +51,7 @@ class SweepOptions:
         replays: Replays of each graph, of which the median counts.
         cold_bytes: Bytes of weights in a round, see :mod:`lq_eval.bench.timing`.
         done: Points to leave out.
+        again: Whether points where time drops are measured again (:func:`suspects`); of both the last counts.
     """
 
     shapes: tuple[Shape, ...]
@@ -62,6 +64,7 @@ class SweepOptions:
     replays: int = 5
     cold_bytes: int = COLD_BYTES
     done: frozenset[Point] = frozenset()
+    again: bool = False
 
     def __post_init__(self) -> None:
         check_replays(self.replays)
@@ -162,21 +165,42 @@ def points(options: SweepOptions) -> int:
 
 
 def run_sweep(options: SweepOptions) -> Iterator[GemmRow]:
-    """Measure every point that is not done yet, until the time is up."""
+    """Measure every point that is not done yet, until the time is up; some come twice, where that is asked for."""
     deadline = time.monotonic() + options.seconds
+    times: dict[tuple[Shape, Product], dict[int, float]] = {}
     for ms in rounds(options.ms):
         for shape in options.shapes:
-            todo = [(m, _missing(shape, m, options)) for m in ms]
-            if any(products for _, products in todo):
-                yield from _run_shape(shape, [item for item in todo if item[1]], options, deadline)
-                if options.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            for product, row in _run_shape(shape, [(m, _missing(shape, m, options)) for m in ms], options, deadline):
+                if row.us is not None:
+                    times.setdefault((shape, product), {})[row.m] = row.us
+                yield row
+    for shape in options.shapes if options.again else ():
+        found = {product: suspects(times.get((shape, product), {})) for product in options.products}
+        todo = [(m, [each for each in options.products if m in found[each]]) for m in sorted(set(options.ms))]
+        for _, row in _run_shape(shape, todo, options, deadline):
+            yield row
+
+
+def suspects(times: Mapping[int, float], last: int = MONOTONE_UP_TO) -> list[int]:
+    """Return the numbers of tokens up to ``last`` that take longer than some larger one, by more than half the tolerance.
+
+    Args:
+        times: Microseconds by M.
+        last: Larger M are left out.
+    """
+    found, least = [], math.inf
+    for m in sorted((m for m in times if m <= last), reverse=True):
+        if times[m] > least * (1 + TOLERANCE / 2):
+            found.append(m)
+        least = min(least, times[m])
+    return found[::-1]
 
 
 def _run_shape(
-    shape: Shape, todo: Sequence[tuple[int, Sequence[Product]]], options: SweepOptions, deadline: float
-) -> Iterator[GemmRow]:
-    if time.monotonic() > deadline:
+    shape: Shape, wanted: Sequence[tuple[int, Sequence[Product]]], options: SweepOptions, deadline: float
+) -> Iterator[tuple[Product, GemmRow]]:
+    todo = [(m, products) for m, products in wanted if products]
+    if not todo or time.monotonic() > deadline:
         return
     operands: dict[Product, Operand | str] = {}
     for product in dict.fromkeys(product for _, products in todo for product in products):
@@ -204,18 +228,25 @@ def _run_shape(
             operand = operands[product]
             us = operand if isinstance(operand, str) else found[product]
             measured = us if isinstance(us, float) else None
-            yield GemmRow.of(
+            yield (
                 product,
-                shape,
-                m,
-                options.dtype,
-                kernel=AUTO,
-                ran=AUTO if measured is None else product.ran(shape, m, options.dtype, arch),
-                us=measured,
-                dense_us=dense_us,
-                nbytes=operand.nbytes if isinstance(operand, Operand) else 0,
-                note=us if isinstance(us, str) else "",
+                GemmRow.of(
+                    product,
+                    shape,
+                    m,
+                    options.dtype,
+                    kernel=AUTO,
+                    ran=AUTO if measured is None else product.ran(shape, m, options.dtype, arch),
+                    us=measured,
+                    dense_us=dense_us,
+                    nbytes=operand.nbytes if isinstance(operand, Operand) else 0,
+                    note=us if isinstance(us, str) else "",
+                ),
             )
+    operands.clear()
+    del dense, calls
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def calls_per_graph(m: int, n: int, k: int) -> int:
