@@ -31,7 +31,7 @@
 // (n, m), as ggml's products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a
 // gate and an up projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n
 // for ups; 0), LQ_STREAMED (1: x passes by, all passes have as many slots, there are two at most, and k is a multiple of a step; 0), and
-// LQ_TOKENS_INT8 (1: x is what fragment_q8_1_* of quantize_q8_1.cu make: int8 in groups of 32, with a float each. Products are of
+// LQ_TOKENS_INT8 (1: x is what fragment_q8_1.cu makes: int8 in groups of 32, with a float each. Products are of
 // integers, and exact; a group's sum is multiplied by that float and the weight's scale. Int4 in groups of 32; 0); and with LQ_QUANTIZED
 // (Bf16, Fp16, Fp32) where x, of that type, becomes that in shared memory: the warps that multiply quantize their CTA's part of it.
 // LQ_FEW (1: 4 int8 tokens in a tile at most, each in two columns, of which a lane scales the sums of one: 69 instructions for 16 rows x

@@ -9,9 +9,8 @@
 
 namespace lq {
 
-constexpr int kQ8_1StepBytes = 144;   // of a token
-constexpr int kQ8_1StepHalves = 8;    // of blocks, of 16 in features each
-constexpr int kQ8_1StepFeatures = 128;
+constexpr int kQ8_1StepBytes = 144;  // of a token
+constexpr int kQ8_1StepHalves = 8;   // of blocks, of 16 in features each
 
 // Where half a block lies in a step of some tokens, from a token's first codes and first float on.
 struct Q8_1Place {
