@@ -235,7 +235,8 @@ def candidates(
     """Yield every cut that makes sense; none, if the tokens do not fit shared memory or the grid.
 
     Of a cut that leaves room for more CTAs on a multiprocessor than it has, there is another that takes this room: those of the
-    next kernel would come early, and some multiprocessors would have two of them and others none.
+    next kernel would come early, and some multiprocessors would have two of them and others none. Where each has one, a third
+    leaves room for one more (:func:`beside_next`); it comes first, as the model does not know them apart.
 
     Args:
         m: Tokens.
@@ -280,6 +281,8 @@ def candidates(
                             continue
                         size = largest.shared - (largest.stages - stages) * stage
                         found = _resized(largest, stages, size)
+                        if not only and (roomy := beside_next(found, m, sm_count)) is not found:
+                            yield roomy
                         yield found
                         if not only and (filling := _filling(found, per_sm)) is not found:
                             yield filling
