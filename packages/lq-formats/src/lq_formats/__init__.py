@@ -46,7 +46,7 @@ from lq_formats.int4 import dequantize_i4_pack8, pack_int4, quantize_i4_pack8, u
 from lq_formats.int8 import dequantize_weight_int8, quantize_weight_per_channel, quantize_weight_per_tensor
 from lq_formats.search import search_qparams
 from lq_formats.spec import QuantSpec
-from lq_formats.validation import check_elements, check_finite, check_float, check_matrix
+from lq_formats.validation import check_elements, check_finite, check_float, check_matrix, check_tensors
 
 __all__ = [
     "GGML_FORMATS",
@@ -73,6 +73,7 @@ __all__ = [
     "check_finite",
     "check_float",
     "check_matrix",
+    "check_tensors",
     "choose_qparams",
     "dequantize_affine",
     "dequantize_i4_pack8",

@@ -13,7 +13,7 @@ from torch import Tensor
 from lq_formats.division import divide
 from lq_formats.errors import DTypeError, NonFiniteError, ShapeError
 from lq_formats.spec import QuantSpec
-from lq_formats.validation import check_device, check_finite, check_float, check_matrix, check_scale
+from lq_formats.validation import check_device, check_finite, check_float, check_matrix, check_scale, check_tensor
 
 
 def choose_qparams(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -165,6 +165,7 @@ def _check_params(matrix: Tensor, name: str, scale: Tensor, zero: Tensor | None,
         came = "no zero" if zero is None else "a zero"
         raise ShapeError(f"got {came} with symmetric={spec.symmetric}: zeros go with asymmetric quantization only")
     if zero is not None:
+        check_tensor(zero, "zero")
         if tuple(zero.shape) != expected:
             raise ShapeError(f"zero has shape {tuple(zero.shape)}: a weight of shape {shape} needs {expected}")
         if zero.dtype != torch.uint8:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.errors import DTypeError, ShapeError, SpecError
-from lq_formats.validation import check_codes
+from lq_formats.validation import check_codes, check_tensor
 
 _ITEM_BYTES = {torch.uint8: 1, torch.int16: 2, torch.int32: 4}
 
@@ -80,6 +80,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         DTypeError: If ``packed`` is none of the dtypes above.
         ShapeError: If the number of items is not what ``count`` codes need.
     """
+    check_tensor(packed, "packed")
     _check(bits, packed.dtype)
     expected = packed_items(count, bits, packed.dtype)
     if packed.dim() == 0 or packed.shape[-1] != expected:

@@ -9,8 +9,23 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_ELEMENTS = 2**63 - 1
 
 
+def check_tensors(**values: object) -> None:
+    """Raise DTypeError, by name, unless these are tensors."""
+    for name, value in values.items():
+        check_tensor(value, name)
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raise DTypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise DTypeError(
+            f"{name} is of type {type(value).__name__}: expected a torch.Tensor (torch.as_tensor makes one)"
+        )
+
+
 def check_float(tensor: Tensor, name: str = "weight") -> None:
-    """Raise DTypeError unless ``tensor`` is fp16, bf16, fp32 or fp64."""
+    """Raise DTypeError unless ``tensor`` is one, of fp16, bf16, fp32 or fp64."""
+    check_tensor(tensor, name)
     if tensor.dtype not in FLOAT_DTYPES:
         raise DTypeError(
             f"{name} has dtype {tensor.dtype}: expected float16, bfloat16, float32 or float64; convert it with .to()"
@@ -18,7 +33,8 @@ def check_float(tensor: Tensor, name: str = "weight") -> None:
 
 
 def check_matrix(tensor: Tensor, name: str = "weight") -> tuple[int, int]:
-    """Return ``(out_features, in_features)`` of a 2-D tensor with in features, or raise ShapeError."""
+    """Return ``(out_features, in_features)`` of a 2-D tensor with in features; raise ShapeError or DTypeError otherwise."""
+    check_tensor(tensor, name)
     if tensor.dim() != 2:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected 2 dimensions (out_features, in_features)")
     rows, columns = tensor.shape
@@ -29,6 +45,7 @@ def check_matrix(tensor: Tensor, name: str = "weight") -> tuple[int, int]:
 
 def check_finite(tensor: Tensor, name: str = "weight") -> None:
     """Raise NonFiniteError, naming the tensor and the first bad element, if it holds NaN or infinity."""
+    check_tensor(tensor, name)
     if tensor.numel() == 0:
         return
     # min and max see every NaN and infinity without a temporary of the tensor's size.
@@ -53,6 +70,7 @@ def check_scale(scale: Tensor, name: str = "scale") -> None:
 
 def check_codes(codes: Tensor, bits: int, name: str = "codes") -> None:
     """Raise DTypeError or SpecError unless ``codes`` are uint8 numbers of ``bits`` bits."""
+    check_tensor(codes, name)
     if codes.dtype != torch.uint8:
         raise DTypeError(f"{name} have dtype {codes.dtype}: expected unsigned codes in uint8")
     if bits < 8 and codes.numel():
@@ -62,7 +80,9 @@ def check_codes(codes: Tensor, bits: int, name: str = "codes") -> None:
 
 
 def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    """Raise DeviceError unless both tensors are on one device."""
+    """Raise DeviceError unless both tensors are on one device; DTypeError if one is no tensor."""
+    check_tensor(tensor, name)
+    check_tensor(other, other_name)
     if tensor.device != other.device:
         raise DeviceError(
             f"{name} is on {tensor.device} and {other_name} on {other.device}: move one of them with .to()"

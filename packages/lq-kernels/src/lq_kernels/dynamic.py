@@ -5,7 +5,7 @@ comes out is defined, for all devices, in :mod:`lq_kernels.dynamic_reference`.
 """
 
 import torch
-from lq_formats import DTypeError, ShapeError, SpecError, pack_int4, unpack_int4
+from lq_formats import DTypeError, ShapeError, SpecError, check_tensors, pack_int4, unpack_int4
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -67,6 +67,7 @@ def int8_dynamic_linear(
         NoKernelError: If the forced kernel cannot run this problem.
     """
     k = check_activations(x)
+    check_tensors(weight=weight, scale=scale)
     if weight.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise DTypeError(f"weight has dtype {weight.dtype}: expected int8 or float8_e4m3fn")
     if weight.dim() != 2 or weight.shape[1] != k or not weight.is_contiguous():
@@ -205,6 +206,7 @@ def _check_activation(activation: str) -> None:
 def _check_packed(
     packed: Tensor, scale: Tensor, group_size: int, out_features: int, in_features: int, activation: str
 ) -> None:
+    check_tensors(packed=packed, scale=scale)
     if packed.dtype != torch.int32:
         raise DTypeError(f"packed has dtype {packed.dtype}: expected int32")
     shape = LAYOUTS[activation].packed_shape(out_features, in_features)

@@ -28,6 +28,7 @@ def invisible(x: Tensor, bias: Tensor | None = None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
+        and (bias is None or isinstance(bias, Tensor))
         and not ((x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled())
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None

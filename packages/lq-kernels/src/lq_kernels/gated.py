@@ -16,7 +16,7 @@ dtype before, and layers apart round silu(gate) as well: each is farther from th
 from dataclasses import replace
 
 import torch
-from lq_formats import ShapeError
+from lq_formats import ShapeError, check_tensors
 from torch import Tensor
 
 from lq_kernels import cost, dequant_blas, plans
@@ -44,6 +44,7 @@ def interleave_rows(values: Tensor) -> Tensor:
     Raises:
         ShapeError: If there are not as many gates as ups.
     """
+    check_tensors(values=values)
     if values.dim() == 0 or values.shape[0] % 2:
         raise ShapeError(f"values have shape {tuple(values.shape)}: expected (2 H, ...), gates and then as many ups")
     half = values.shape[0] // 2
@@ -61,6 +62,7 @@ def separate_rows(values: Tensor, out_features: int) -> Tensor:
     Raises:
         ShapeError: If ``values`` are not so many rows.
     """
+    check_tensors(values=values)
     if values.dim() == 0 or values.shape[0] != interleaved_rows(out_features):
         expected = interleaved_rows(out_features)
         raise ShapeError(

@@ -5,7 +5,7 @@ leading dimensions, returns an empty result for no tokens, is differentiable in 
 """
 
 import torch
-from lq_formats import DTypeError, ShapeError, dequantize_q4_0
+from lq_formats import DTypeError, ShapeError, check_tensors, dequantize_q4_0
 from torch import Tensor
 
 from lq_kernels import ops as _ops  # noqa: F401  (registers the operators)
@@ -124,6 +124,7 @@ def int8_gemm(
     if direct and (y := recall(x, weight, (scale,), ())) is not None:
         return y if bias is None else _add_bias(y, x, bias)
     k = check_activations(x)
+    check_tensors(weight=weight, scale=scale)
     if weight.dtype != torch.int8:
         raise DTypeError(f"weight has dtype {weight.dtype}: expected int8")
     if weight.dim() != 2 or weight.shape[1] != k:
@@ -193,6 +194,7 @@ def gemm_q4_0_q8_1(
     if M < 0 or N < 0 or K <= 0 or K % 32:
         raise ShapeError(f"M={M}, N={N}, K={K}: expected M, N >= 0 and K a positive multiple of 32")
     for name, tensor, rows, size in (("weight_q", weight_q, M, 18), ("activation_q", activation_q, N, 36)):
+        check_tensors(**{name: tensor})
         if tensor.dtype != torch.uint8:
             raise DTypeError(f"{name} has dtype {tensor.dtype}: expected uint8 blocks")
         if tensor.numel() != rows * (K // 32) * size:
@@ -210,9 +212,9 @@ def gemm_q4_0_q8_1(
 def quantize_gemm_q4_0_q8_1(weight_q: Tensor, x: Tensor, *, kernel: str | None = None) -> Tensor:
     """Quantize activations to Q8_1 and multiply, without the blocks between the two steps.
 
-    The two steps are ``gemm_q4_0_q8_1(weight_q, quantize_activation_q8_1(x), M, N, K)``. On Hopper a kernel makes bf16 of x,
-    what its blocks would stand for, and the product follows: a launch less. The same numbers are multiplied; with few tokens
-    they may be added up in another order there, where that is faster. Elsewhere the result is that of the steps to the bit.
+    The two steps are ``gemm_q4_0_q8_1(weight_q, quantize_activation_q8_1(x), M, N, K)``. On Hopper a kernel makes of x what the
+    product's reads, which is a launch less, or with few tokens the product's does so itself. The same numbers are multiplied;
+    then they may be added up in another order. Elsewhere the result is that of the steps to the bit.
     Differentiable in ``x``, as :func:`q4_0_linear` is.
 
     Args:
@@ -296,6 +298,7 @@ def q4_0_linear(x: Tensor, weight_q: Tensor, *, bias: Tensor | None = None, kern
 def _check_q4_0(x: Tensor, weight_q: Tensor) -> int:
     """Return x's in features; raise unless ``weight_q`` holds Q4_0 blocks of as many."""
     k = check_activations(x)
+    check_tensors(weight_q=weight_q)
     if weight_q.dtype != torch.uint8:
         raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
     if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] * 32 != k:

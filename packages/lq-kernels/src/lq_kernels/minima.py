@@ -5,7 +5,7 @@ middle, and add (minimum + 8 scale) times the sum of x, so that a group costs wh
 """
 
 import torch
-from lq_formats import ShapeError
+from lq_formats import ShapeError, check_tensors
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -95,4 +95,5 @@ def minima_dequantize(
 def _check(packed: Tensor, scale: Tensor, minimum: Tensor, group_size: int, out_features: int, k: int) -> None:
     if group_size >= k:
         raise ShapeError(f"group_size={group_size} with {k} in features: minima are of groups, not of whole rows")
+    check_tensors(minimum=minimum)
     check_fragments(packed, scale, minimum, 4, group_size, out_features, k, "minimum")

@@ -5,7 +5,7 @@ A layer that keeps its weight so stores it once, for decoding and prefill alike.
 """
 
 import torch
-from lq_formats import DTypeError, ShapeError, pack_int4, unpack_int4
+from lq_formats import DTypeError, ShapeError, check_tensors, pack_int4, unpack_int4
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, INT8, FragmentLayout
 from torch import Tensor
 from torch.nn.functional import linear
@@ -67,6 +67,7 @@ def preshuffle_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ShapeError, DTypeError: If the arguments do not fit each other.
     """
+    check_tensors(weight=weight, scale=scale)
     if weight.dtype != torch.int8:
         raise DTypeError(f"weight has dtype {weight.dtype}: expected int8")
     if weight.dim() != 2 or weight.shape[1] == 0:
@@ -95,6 +96,7 @@ def preshuffle_q4_0(weight_q: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ShapeError, DTypeError: If these are not such blocks.
     """
+    check_tensors(weight_q=weight_q)
     if weight_q.dtype != torch.uint8:
         raise DTypeError(f"weight_q has dtype {weight_q.dtype}: expected uint8 Q4_0 blocks")
     if weight_q.dim() != 3 or weight_q.shape[2] != 18 or weight_q.shape[1] == 0:
@@ -112,6 +114,9 @@ def restore_int4(
         ShapeError, GroupSizeError, DTypeError: If the tensors are not those of such a weight.
     """
     check_group_size(group_size, in_features)
+    check_tensors(packed=packed, scale=scale)
+    if zero is not None:
+        check_tensors(zero=zero)
     sizes = out_features, in_features, group_size
     return (
         pack_int4(FRAGMENT_INT4.unpack(packed, out_features, in_features)),
@@ -122,6 +127,7 @@ def restore_int4(
 
 def restore_int8(packed: Tensor, scale: Tensor, *, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     """Undo :func:`preshuffle_int8`; scale is ``(N,)``."""
+    check_tensors(packed=packed, scale=scale)
     codes = FRAGMENT_INT8.unpack(packed, out_features, in_features)
     return INT8.pack(codes), FRAGMENT_INT8.restore_scales(scale, out_features, in_features, in_features)[
         :, 0
@@ -148,10 +154,12 @@ def restore_q4_0(
     """
     if in_features % q4_0.BLOCK:
         raise ShapeError(f"in_features={in_features}: Q4_0 needs a multiple of {q4_0.BLOCK}")
+    check_tensors(scale=scale)
     if scale.dtype != torch.float16:
         raise DTypeError(f"scale has dtype {scale.dtype}: Q4_0 has float16 scales")
     check_fragments(packed, scale, None, 4, q4_0.BLOCK, out_features, in_features)
     if rows is not None:
+        check_tensors(rows=rows)
         return q4_0.unpack_rows(packed, scale, rows, in_features)
     blocks = packed.new_empty((out_features, in_features // q4_0.BLOCK, 18), dtype=torch.uint8)
     every = torch.arange(out_features, device=packed.device)
@@ -359,6 +367,9 @@ def check_fragments(
     layout: FragmentLayout | None = _LAYOUTS.get(bits)
     if layout is None:
         raise ShapeError(f"bits={bits!r}: expected 4 or 8")
+    check_tensors(packed=packed, scale=scale)
+    if zero is not None:
+        check_tensors(**{second: zero})
     if packed.dtype != torch.int32:
         raise DTypeError(f"packed has dtype {packed.dtype}: expected int32")
     shape = layout.packed_shape(out_features, k)

@@ -13,6 +13,7 @@ from lq_formats import (
     QuantSpec,
     ShapeError,
     check_matrix,
+    check_tensors,
     dequantize_affine,
     dequantize_weight_int8,
     unpack_int4,
@@ -141,6 +142,9 @@ def int8_gemm_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
         ShapeError, DTypeError, DeviceError: If the arguments do not fit each other.
     """
     rows, columns = check_matrix(weight, "weight")
+    check_tensors(x=x)
+    if bias is not None:
+        check_tensors(bias=bias)
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ShapeError(f"x has shape {tuple(x.shape)}: a weight of shape {(rows, columns)} needs (..., {columns})")
     if bias is not None and tuple(bias.shape) != (rows,):

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from lq_formats import DeviceError, DTypeError, GroupSizeError, ShapeError
+from lq_formats import DeviceError, DTypeError, GroupSizeError, ShapeError, check_tensors
 from torch import Tensor
 
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
@@ -18,6 +18,7 @@ def check_activations(x: Tensor) -> int:
     Raises:
         DTypeError, ShapeError: If x is not a floating point tensor of at least one dimension.
     """
+    check_tensors(x=x)
     if x.dtype not in ACTIVATIONS:
         raise DTypeError(f"x has dtype {x.dtype}: expected float16, bfloat16 or float32")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -27,6 +28,7 @@ def check_activations(x: Tensor) -> int:
 
 def check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, k: int) -> None:
     """Raise unless the tensors are a canonical int4 weight with ``k`` in features."""
+    check_tensors(qweight=qweight, scale=scale)
     if qweight.dtype != torch.int32:
         raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
     words = -(-k // 8)
@@ -46,6 +48,7 @@ def check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: 
     if scale.dtype not in ACTIVATIONS:
         raise DTypeError(f"scale has dtype {scale.dtype}: expected float16, bfloat16 or float32")
     if zero is not None:
+        check_tensors(zero=zero)
         if tuple(zero.shape) != expected:
             raise ShapeError(f"zero has shape {tuple(zero.shape)}: expected {expected} for group_size={group_size}")
         if zero.dtype not in (torch.uint8, scale.dtype):
@@ -61,14 +64,17 @@ def check_group_size(group_size: int, k: int) -> None:
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """Raise DeviceError unless all tensors are on x's device."""
+    """Raise DeviceError unless all tensors are on x's device; DTypeError if what is there is no tensor."""
     for name, tensor in others.items():
+        if tensor is not None:
+            check_tensors(**{name: tensor})
         if tensor is not None and tensor.device != x.device:
             raise DeviceError(f"{name} is on {tensor.device} and the other tensors on {x.device}; move one of them")
 
 
 def check_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> None:
     """Raise unless ``bias`` is ``(out_features,)`` in x's dtype."""
+    check_tensors(bias=bias)
     if tuple(bias.shape) != (out_features,):
         raise ShapeError(f"bias has shape {tuple(bias.shape)}: expected ({out_features},)")
     if bias.dtype != dtype:

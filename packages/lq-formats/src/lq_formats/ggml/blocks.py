@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.errors import DTypeError, ShapeError
-from lq_formats.validation import FLOAT_DTYPES, check_finite, check_float
+from lq_formats.validation import FLOAT_DTYPES, check_finite, check_float, check_tensor
 
 BLOCK_SIZE: Final = 32
 
@@ -33,6 +33,7 @@ def split_blocks(x: Tensor, name: str, check: bool = True, block_size: int = BLO
 
 def check_blocks(data: Tensor, type_size: int, name: str, dtype: torch.dtype) -> None:
     """Raise unless ``data`` is ``(..., blocks, type_size) uint8`` and ``dtype`` is a floating dtype."""
+    check_tensor(data, f"{name} blocks")
     if data.dtype != torch.uint8:
         raise DTypeError(f"{name} blocks have dtype {data.dtype}: expected uint8 bytes")
     if data.dim() < 2 or data.shape[-1] != type_size:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lq_formats.errors import DTypeError, ShapeError
 from lq_formats.ggml.registry import GGML_FORMATS, GGMLFormat, ggml_format
-from lq_formats.validation import check_elements
+from lq_formats.validation import check_elements, check_tensor
 
 _PIECE = 1 << 22  # weights that are unpacked at a time
 
@@ -210,6 +210,11 @@ class GGMLPlanesLayout:
 
     def check(self, planes: GGMLPlanes, in_features: int) -> None:
         """Raise ShapeError or DTypeError unless the planes are those of a weight with ``in_features`` columns."""
+        if not isinstance(planes, GGMLPlanes):
+            raise DTypeError(
+                f"planes are of type {type(planes).__name__}: expected GGMLPlanes, as {self.name}'s pack makes"
+            )
+        check_tensor(planes.codes, "codes")
         rows = planes.codes.shape[0] if planes.codes.dim() else 0
         words, scales = self.packed_shape(rows, in_features)
         wanted = (("codes", planes.codes, words, torch.int32), ("scale", planes.scale, scales, torch.int32))
@@ -218,6 +223,7 @@ class GGMLPlanesLayout:
                 raise ShapeError(f"{self.name} has {'no' if dtype is None else 'a'} plane {name!r}")
             if tensor is None:
                 continue
+            check_tensor(tensor, name)
             if tensor.dtype != dtype:
                 raise DTypeError(f"{name} has dtype {tensor.dtype}: {self.name} has {dtype}")
             if tuple(tensor.shape) != shape:
