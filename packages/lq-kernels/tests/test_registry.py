@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from lq_formats import NoKernelError, QuantSpec
+from lq_formats import NoKernelError, QuantSpec, ShapeError, SpecError
 from lq_kernels import Arch, Problem, explain, kernel_names, select
 from lq_kernels.cuda import constraints as cuda_constraints
 from lq_kernels.triton import constraints as triton_constraints
@@ -101,6 +101,18 @@ def test_a_forced_kernel_that_cannot_run_says_why_and_nothing_replaces_it():
         select(int4(1, CPU), "fastest")
     with pytest.raises(NoKernelError, match="takes groups of 32, 64, 128, 256, not 16"):
         select(int4(1, CPU, group=16), "aten-cpu")
+
+
+def test_what_is_no_problem_is_named():
+    spec = int4(1, CPU).spec
+    for ask in (select, explain):
+        with pytest.raises(SpecError, match="problem is of type int: expected lq_kernels"):
+            ask(3)
+    for ask in (kernel_names, lambda op: Problem(op, 1, 16, 128, spec, torch.bfloat16, CPU)):
+        with pytest.raises(SpecError, match="op='int3': expected one of int4, int8, preshuffled"):
+            ask("int3")
+    with pytest.raises(ShapeError, match="m='1', n=16, k=128: expected integers"):
+        Problem("int4", "1", 16, 128, spec, torch.bfloat16, CPU)
 
 
 @pytest.mark.parametrize("make", [int4, int8], ids=["int4", "int8"])

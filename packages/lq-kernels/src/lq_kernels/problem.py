@@ -2,10 +2,12 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
-from lq_formats import QuantSpec, ShapeError
+from lq_formats import QuantSpec, ShapeError, SpecError
+
+from lq_kernels.validation import INTEGERS
 
 Op: TypeAlias = Literal[
     "int4",
@@ -19,6 +21,8 @@ Op: TypeAlias = Literal[
     "int8_dynamic",
     "ggml",
 ]
+
+OPS: tuple[Op, ...] = get_args(Op)
 
 Q4_0_SPEC = QuantSpec(4, "group", 32, True, torch.float16)
 """How a Q4_0 weight is quantized, in the terms of int4."""
@@ -77,7 +81,8 @@ class Problem:
         batch_invariant: Whether no row of the result may depend on the others (:class:`lq_kernels.batch_invariant`).
 
     Raises:
-        ShapeError: If a size is less than 1: an empty product needs no kernel.
+        ShapeError: If a size is no integer, or less than 1: an empty product needs no kernel.
+        SpecError: If there is no such operation.
     """
 
     op: Op
@@ -91,6 +96,10 @@ class Problem:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise SpecError(f"op={self.op!r}: expected one of {', '.join(OPS)}")
+        if not all(isinstance(size, INTEGERS) for size in (self.m, self.n, self.k)):
+            raise ShapeError(f"m={self.m!r}, n={self.n!r}, k={self.k!r}: expected integers")
         if self.m < 1 or self.n < 1 or self.k < 1:
             raise ShapeError(
                 f"m={self.m}, n={self.n}, k={self.k}: expected at least 1 each; an empty product needs no kernel"

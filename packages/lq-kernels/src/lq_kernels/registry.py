@@ -12,12 +12,12 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from lq_formats import NoKernelError
+from lq_formats import NoKernelError, SpecError
 from torch import Tensor
 
 from lq_kernels.invariance import is_batch_invariant
 from lq_kernels.plans import MODEL, Plan
-from lq_kernels.problem import Op, Problem
+from lq_kernels.problem import OPS, Op, Problem
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,13 @@ class Explanation:
 
 
 def kernel_names(op: Op) -> tuple[str, ...]:
-    """Return the names that ``kernel=`` takes for an operation, in the registry's order."""
+    """Return the names that ``kernel=`` takes for an operation, in the registry's order.
+
+    Raises:
+        SpecError: If there is no such operation.
+    """
+    if op not in OPS:
+        raise SpecError(f"op={op!r}: expected one of {', '.join(OPS)}")
     return tuple(kernel.name for kernel in _kernels(op))
 
 
@@ -89,7 +95,9 @@ def select(problem: Problem, name: str = "") -> Kernel:
 
     Raises:
         NoKernelError: If no kernel (or not the forced one) can run it, with every reason.
+        SpecError: If it is no :class:`Problem`.
     """
+    _check(problem)
     reasons = _reasons(problem)
     if name:
         reasons = [(kernel, reason) for kernel, reason in reasons if kernel.name == name]
@@ -110,7 +118,11 @@ def explain(problem: Problem) -> Explanation:
     """Say which kernel a problem gets, and for every other kernel why not; ``str()`` of it is for people.
 
     Inside :class:`lq_kernels.batch_invariant`, it says what the problem gets in that mode.
+
+    Raises:
+        SpecError: If it is no :class:`Problem`.
     """
+    _check(problem)
     if is_batch_invariant():
         problem = replace(problem, batch_invariant=True)
     reasons = _reasons(problem)
@@ -128,6 +140,11 @@ def explain(problem: Problem) -> Explanation:
         (kernel.name, reason or slower(plans[kernel.name])) for kernel, reason in reasons if kernel.name != chosen
     )
     return Explanation(problem, chosen, best.us, rejected, best.cut, best.source)
+
+
+def _check(problem: object) -> None:
+    if not isinstance(problem, Problem):
+        raise SpecError(f"problem is of type {type(problem).__name__}: expected lq_kernels.Problem")
 
 
 def _reasons(problem: Problem) -> list[tuple[Kernel, str | None]]:
