@@ -990,12 +990,7 @@ void mma(Type type, int k, float* d, const u32* a, const u32* b, const float (&c
   std::memcpy(d, out, 16);
 }
 
-void mma_s8(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c) {
-  const u32 bits = static_cast<u32>(c);
-  mma_s8_of(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, bits, bits, bits, bits);
-}
-
-void mma_s8_of(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 c0, u32 c1, u32 c2, u32 c3) {
+void mma_s8(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 c0, u32 c1, u32 c2, u32 c3) {
   const u32 a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
   float d[4];
   mma(Type::kS8, 32, d, a, b, {bits_of<float>(c0), bits_of<float>(c1), bits_of<float>(c2), bits_of<float>(c3)});

@@ -134,8 +134,7 @@ void bulk_wait_read(int pending);
 void st_async_v2(u32 to, float x, float y, u32 barrier);
 void st_async_v4(u32 to, float x, float y, float z, float w, u32 barrier);
 
-void mma_s8_of(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 c0, u32 c1, u32 c2, u32 c3);
-void mma_s8(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c);
+void mma_s8(int& d0, int& d1, int& d2, int& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 c0, u32 c1, u32 c2, u32 c3);
 enum class Type { kBf16, kF16, kTf32, kS8, kE4m3 };
 // D = A B + C of 16 x kK, kK x 8; registers of A and B one after the other.
 void mma(Type type, int k, float* d, const u32* a, const u32* b, const float (&c)[4]);

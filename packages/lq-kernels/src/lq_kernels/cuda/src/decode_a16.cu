@@ -576,10 +576,7 @@ __device__ __forceinline__ void decode(const Arguments& p) {
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(words[i][h][0]), "=r"(words[i][h][1]), "=r"(words[i][h][2]), "=r"(words[i][h][3])
-                     : "r"(stage_at + at_codes + i * (kWarpBlocks == 1 ? next_codes : kBlockBytes) + h * 512)
-                     : "memory");
+        load_words_x4(words[i][h], stage_at + at_codes + i * (kWarpBlocks == 1 ? next_codes : kBlockBytes) + h * 512);
   };
 
   auto next_stage = [&] {

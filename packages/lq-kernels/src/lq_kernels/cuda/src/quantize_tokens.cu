@@ -27,13 +27,6 @@ __device__ __forceinline__ u32 infinity(Fp16) { return 0x7c00; }
 __device__ __forceinline__ float largest(Int8) { return 127.0f; }
 __device__ __forceinline__ float largest(Fp8) { return 448.0f; }
 
-// The greater of each half.
-__device__ __forceinline__ u32 max2(u32 a, u32 b) {
-  u32 d;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 // Four codes of two pairs of x.
 __device__ __forceinline__ u32 four_codes(Int8, const float (&x)[4], float inverse) {
   u32 r[4];
@@ -75,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     constexpr u32 kMagnitudes = 0x7fff7fffu;
-    most = max2(most, max2(max2(v[i].x & kMagnitudes, v[i].y & kMagnitudes), max2(v[i].z & kMagnitudes, v[i].w & kMagnitudes)));
+    most = larger_of_pairs(most, larger_of_pairs(larger_of_pairs(v[i].x & kMagnitudes, v[i].y & kMagnitudes), larger_of_pairs(v[i].z & kMagnitudes, v[i].w & kMagnitudes)));
   }
   most = most > most << 16 ? most >> 16 : most & 0xffff;
   most = __reduce_max_sync(0xffffffff, most);

@@ -72,6 +72,13 @@ __device__ __forceinline__ u32 mul2(Fp16, u32 a, u32 b) {
   return d;
 }
 
+// The larger of each pair of unsigned halves (sm_90).
+__device__ __forceinline__ u32 larger_of_pairs(u32 a, u32 b) {
+  u32 d;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 // a * b + c, rounded once.
 __device__ __forceinline__ u32 fma2(Bf16, u32 a, u32 b, u32 c) {
   u32 d;

@@ -31,18 +31,6 @@ constexpr float kMagic = 12582912.0f;
 //   a1: row g + 8, k 4t..4t+3       b1: column g, k 16+4t..        d2, d3: row g + 8, columns 2t, 2t+1
 //   a2: row g,     k 16+4t..16+4t+3
 //   a3: row g + 8, k 16+4t..
-__device__ __forceinline__ void mma_s8_magic(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  int r0, r1, r2, r3;
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-      : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(kMagicBits));
-  d[0] = __int_as_float(r0);
-  d[1] = __int_as_float(r1);
-  d[2] = __int_as_float(r2);
-  d[3] = __int_as_float(r3);
-}
-
-// The same with the magic in four registers of the caller's: with one for all, the compiler copies it for every product.
 __device__ __forceinline__ void mma_s8_magic(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const u32 (&magic)[4]) {
   int r0, r1, r2, r3;
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -52,6 +40,11 @@ __device__ __forceinline__ void mma_s8_magic(float (&d)[4], const u32 (&a)[4], c
   d[1] = __int_as_float(r1);
   d[2] = __int_as_float(r2);
   d[3] = __int_as_float(r3);
+}
+
+// The same; who has the magic in registers passes it, where the compiler would make it anew for every product.
+__device__ __forceinline__ void mma_s8_magic(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  mma_s8_magic(d, a, b, {kMagicBits, kMagicBits, kMagicBits, kMagicBits});
 }
 
 // Copy 16 bytes from global to shared memory asynchronously; the bytes are zeros where `valid` is false.

@@ -34,12 +34,6 @@ struct Q8_1Fragment {
   }
 };
 
-__device__ __forceinline__ u32 larger_of_pairs(u32 a, u32 b) {
-  u32 d;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 // a + b, toward zero.
 __device__ __forceinline__ float add_toward_zero(float a, float b) {
   float sum;

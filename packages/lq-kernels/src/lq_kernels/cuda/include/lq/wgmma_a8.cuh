@@ -66,11 +66,6 @@ struct WgmmaA8;
 #define LQ_INTS_64(d, i) LQ_INTS_32(d, i), LQ_INTS_32(d, (i) + 32)
 #define LQ_INTS_96(d, i) LQ_INTS_64(d, i), LQ_INTS_32(d, (i) + 64)
 #define LQ_INTS_128(d, i) LQ_INTS_64(d, i), LQ_INTS_64(d, (i) + 64)
-#define LQ_SUMS_96(d, i) LQ_SUMS_64(d, i), LQ_SUMS_32(d, (i) + 64)
-#define LQ_LIST_96                                                                              \
-  LQ_LIST_64                                                                                    \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86" \
-  ",%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
 // P0 to P5: the numbers of the operands that follow the sums. `add` says that D is added to; otherwise it is overwritten.
 #define LQ_WGMMA_A8_TYPE(COLUMNS, SUMS, TYPE, LIST, PTX, SCALES, P0, P1, P2, P3, P4, P5)                                             \
