@@ -24,6 +24,13 @@ Op: TypeAlias = Literal[
 
 OPS: tuple[Op, ...] = get_args(Op)
 
+
+def check_op(op: object) -> None:
+    """Raise SpecError unless there is such an operation."""
+    if op not in OPS:
+        raise SpecError(f"op={op!r}: expected one of {', '.join(OPS)}")
+
+
 Q4_0_SPEC = QuantSpec(4, "group", 32, True, torch.float16)
 """How a Q4_0 weight is quantized, in the terms of int4."""
 
@@ -76,8 +83,8 @@ class Problem:
         spec: How the weights are quantized.
         dtype: dtype of x (and of y).
         arch: Where it runs.
-        activation: What x is quantized to, ``"int8"`` or ``"fp8"``; ``"q8_1"`` where a launch rounds it right before the
-            product; empty where it is not.
+        activation: What x is quantized to, ``"int8"`` or ``"fp8"``; ``"q8_1"`` where it is quantized like Q8_1 blocks, right
+            before the product or in it; empty where it is not.
         batch_invariant: Whether no row of the result may depend on the others (:class:`lq_kernels.batch_invariant`).
 
     Raises:
@@ -96,8 +103,7 @@ class Problem:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise SpecError(f"op={self.op!r}: expected one of {', '.join(OPS)}")
+        check_op(self.op)
         if not all(isinstance(size, INTEGERS) for size in (self.m, self.n, self.k)):
             raise ShapeError(f"m={self.m!r}, n={self.n!r}, k={self.k!r}: expected integers")
         if self.m < 1 or self.n < 1 or self.k < 1:

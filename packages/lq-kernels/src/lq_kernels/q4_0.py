@@ -94,7 +94,10 @@ class OnQ4_0:  # noqa: N801
         return self._plan(_int4(problem))
 
     def plan_of_blocks(self, problem: Problem) -> Plan:
-        """Return its plan for Q8_1 blocks, and for activations to quantize: a table's times have the launch that does so."""
+        """Return its plan for Q8_1 blocks, and for activations to quantize; times of a table are taken as they are.
+
+        They have the launch that quantizes, where the table holds such products.
+        """
         found = self.plan(problem)
         return replace(found, us=found.us + _QUANTIZE_US) if found.source == MODEL else found
 

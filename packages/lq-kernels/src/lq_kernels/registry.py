@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lq_kernels.invariance import is_batch_invariant
 from lq_kernels.plans import MODEL, Plan
-from lq_kernels.problem import OPS, Op, Problem
+from lq_kernels.problem import Op, Problem, check_op
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def kernel_names(op: Op) -> tuple[str, ...]:
     Raises:
         SpecError: If there is no such operation.
     """
-    if op not in OPS:
-        raise SpecError(f"op={op!r}: expected one of {', '.join(OPS)}")
+    check_op(op)
     return tuple(kernel.name for kernel in _kernels(op))
 
 

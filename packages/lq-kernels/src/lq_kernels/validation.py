@@ -66,9 +66,10 @@ def check_group_size(group_size: int, k: int) -> None:
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
     """Raise DeviceError unless all tensors are on x's device; DTypeError if what is there is no tensor."""
     for name, tensor in others.items():
-        if tensor is not None:
-            check_tensors(**{name: tensor})
-        if tensor is not None and tensor.device != x.device:
+        if tensor is None:
+            continue
+        check_tensors(**{name: tensor})
+        if tensor.device != x.device:
             raise DeviceError(f"{name} is on {tensor.device} and the other tensors on {x.device}; move one of them")
 
 

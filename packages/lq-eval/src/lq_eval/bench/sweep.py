@@ -174,11 +174,19 @@ def run_sweep(options: SweepOptions) -> Iterator[GemmRow]:
                 if row.us is not None:
                     times.setdefault((shape, product), {})[row.m] = row.us
                 yield row
+            _free(options.device)
     for shape in options.shapes if options.again else ():
         found = {product: suspects(times.get((shape, product), {})) for product in options.products}
         todo = [(m, [each for each in options.products if m in found[each]]) for m in sorted(set(options.ms))]
         for _, row in _run_shape(shape, todo, options, deadline):
             yield row
+        _free(options.device)
+
+
+def _free(device: torch.device) -> None:
+    """Give back the memory of the copies of a weight, which nothing holds any more."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def suspects(times: Mapping[int, float], last: int = MONOTONE_UP_TO) -> list[int]:
@@ -243,10 +251,6 @@ def _run_shape(
                     note=us if isinstance(us, str) else "",
                 ),
             )
-    operands.clear()
-    del dense, calls
-    if options.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def calls_per_graph(m: int, n: int, k: int) -> int:

@@ -24,6 +24,7 @@ from lq_kernels.cuda.decode_cuts import (
     candidates,
     cost,
 )
+from lq_kernels.cuda.quantize_q8_1 import fragment_q8_1
 from lq_kernels.cuda.variant import EPILOGUES, TYPES, Scales, Variant
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.problem import Arch, Problem
@@ -35,8 +36,8 @@ _Q8_1_BLOCK = 32
 _QUANTIZED_HERE = 28672
 """Numbers of tokens that CTAs quantize themselves, at most, where nothing was measured: more are faster in a launch of theirs.
 
-On an H200, a launch and two, 1, 2 and 4 tokens, fastest cuts: 4096x14336 9.4 / 9.9 / 10.9 us and 9.6 / 10.3 / 10.5; 8192x8192
-10.3 / 10.8 / 11.9 and 11.1 / 11.1 / 11.4; 14336x4096 9.4 / 9.6 / 9.9 and 9.8 / 10.0 / 10.2; 4096x4096 3.7 / 3.8 / 4.2 and
+On an H200, a launch and two, 1, 2 and 4 tokens, fastest cuts: 4096x14336 9.6 / 9.9 / 10.9 us and 10.0 / 10.3 / 10.5; 8192x8192
+10.3 / 10.8 / 11.9 and 11.1 / 11.1 / 11.4; 14336x4096 9.4 / 9.6 / 9.9 and 9.8 / 10.1 / 10.4; 4096x4096 3.7 / 3.8 / 4.2 and
 4.7 / 4.9 / 5.0.
 """
 
@@ -222,8 +223,6 @@ def linear_q8_1(
         ShapeError: If the tokens do not fit shared memory or the grid.
         DTypeError: If x is blocks, and ``config`` is one that quantizes.
     """
-    from lq_kernels.cuda.quantize_q8_1 import fragment_q8_1
-
     blocks = x.dtype == torch.uint8
     m, k = x.shape[0], x.shape[1] * (_Q8_1_BLOCK if blocks else 1)
     sizes = (x.get_device(), m, out_features, k, packed.shape[1])
@@ -252,10 +251,10 @@ def _prepare_q8_1(
     if config is None:
         chosen = _choice(m, blocks, k, variant, _arch(index), q8_1=True, quantizes=dtype != torch.uint8)
         config = None if chosen is None else chosen.config
-    if config is not None and config.quantizes and dtype not in TYPES:
-        raise DTypeError(f"x is {dtype}, Q8_1 blocks, which nobody quantizes; pass a config that does not, or floats")
     if config is None:
         raise _too_large(m, k)
+    if config.quantizes and dtype not in TYPES:
+        raise DTypeError(f"x is {dtype}, Q8_1 blocks, which nobody quantizes; pass a config that does not, or floats")
     tokens = q8_1_defines(config.form, m, dtype)
     return _prepare(index, m, n, k, blocks, _Q8_1_BLOCK, variant, config, "transposed", tokens), config.quantizes
 

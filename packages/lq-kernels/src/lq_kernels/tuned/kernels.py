@@ -27,8 +27,8 @@ def weight(bits: int, group_size: int, n: int, k: int, *, symmetric: bool = True
         n: Out features.
         k: In features.
         symmetric: Whether there are no zero points.
-        activation: ``"int8"`` or ``"fp8"`` where tokens are quantized, ``"q8_1"`` where a launch rounds them (4 bits in
-            groups of 32, whose scales are fp16: ggml's Q4_0), else empty.
+        activation: ``"int8"`` or ``"fp8"`` where tokens are quantized, ``"q8_1"`` where they are like Q8_1 blocks (4
+            bits in groups of 32, whose scales are fp16: ggml's Q4_0), else empty.
 
     Raises:
         SpecError: If there is no kernel for it to tune.

@@ -36,7 +36,7 @@ SOURCES: Mapping[str, str] = {
 """Kernels that can be in a table, and the CUDA source that each of them runs."""
 
 Q8_1 = "q8_1"
-"""What activations are where the product stands right behind a launch that rounds them, as for ggml's Q4_0 x Q8_1."""
+"""What activations are where they are quantized like Q8_1 blocks, right before the product or in it: ggml's Q4_0 x Q8_1."""
 
 MAX_BYTES = 8 << 20
 MAX_ENTRIES = 20_000
@@ -58,8 +58,8 @@ class Weight:
         groups: Groups in a K step (512 / bits in features): 1 (also for longer groups), 2, 4 and so on; 0 for one scale a row.
         zero: Whether there are zero points, or minima.
         scale_bytes: Bytes of scales and zeros beside the codes of 16 rows and a K step.
-        activation: What tokens are quantized to, ``"int8"`` or ``"fp8"``; ``"q8_1"`` where a launch rounds them to what Q8_1
-            blocks stand for, which the time includes; empty where they are not.
+        activation: What tokens are quantized to, ``"int8"`` or ``"fp8"``; ``"q8_1"`` where they are quantized
+            like Q8_1 blocks, which the time includes; empty where they are not.
         n: Out features, rounded up to blocks of 16.
         k: In features.
     """
