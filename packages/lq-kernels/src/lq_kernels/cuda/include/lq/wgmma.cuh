@@ -8,7 +8,7 @@
 // not ours to watch: ptxas gives them away only where a wait proves that the wgmma is done.
 //
 // There is the one instruction that the source which includes this asks for, with LQ_TOKENS columns and A and B of LQ_X: NVRTC parses one
-// program at a time, and the asm of all of them took a fifth of a program's turn.
+// program at a time, and the asm of all of them takes long to parse.
 #pragma once
 
 #include "lq/dequantize.cuh"
