@@ -9,7 +9,7 @@ import torch
 from lq_formats import CompileError
 from lq_kernels.cuda import decode_cuts
 from lq_kernels.cuda.decode_a16 import q8_1_defines
-from lq_kernels.cuda.decode_cuts import Form, alone, candidates, cost, cut, forms, sum_bytes
+from lq_kernels.cuda.decode_cuts import Form, alone, beside_next, candidates, cost, cut, forms, sum_bytes
 from lq_kernels.cuda.quantize_q8_1 import FRAGMENT_KERNELS
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES, Scales, Variant
@@ -250,6 +250,19 @@ def test_no_two_ctas_share_a_multiprocessor_where_each_can_have_its_own(m):
         seen.add((single, launched.shared == config.shared))
     assert (False, True) in seen
     assert ((True, False) in seen) == (m <= 16)  # tokens that need no more than half of it
+
+
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_one_more_cta_fits_a_multiprocessor_where_each_has_one(m):
+    seen = set()
+    for config in candidates(m, 128, 2048, 4, PLAIN, 132):
+        launched = beside_next(config, m, 132)
+        assert replace(launched, shared=config.shared) == config
+        single = config.clusters * -(-m // (8 * config.token_tiles)) <= {1: 132, 2: 66, 4: 30, 8: 15}[config.cluster]
+        assert (3 * (launched.shared + 1024) > 228 << 10) or not single
+        assert launched.shared == config.shared or (single and 2 * (launched.shared + 1024) <= 228 << 10)
+        seen.add((single, launched.shared == config.shared))
+    assert {(True, False), (True, True)} <= seen
 
 
 def test_a_cut_that_does_not_fit_is_none():

@@ -12,7 +12,18 @@ from lq_formats import DTypeError, ShapeError
 from lq_formats.layouts.fragment import BLOCK_ROWS
 from torch import Tensor
 
-from lq_kernels.cuda.decode_cuts import FEW, MAX_STAGES, SAME, SHARED, DecodeConfig, Form, alone, candidates, cost
+from lq_kernels.cuda.decode_cuts import (
+    FEW,
+    MAX_STAGES,
+    SAME,
+    SHARED,
+    DecodeConfig,
+    Form,
+    alone,
+    beside_next,
+    candidates,
+    cost,
+)
 from lq_kernels.cuda.quantize_q8_1 import fragment_q8_1
 from lq_kernels.cuda.variant import EPILOGUES, TYPES, Scales, Variant
 from lq_kernels.jit.launcher import Launch
@@ -75,12 +86,15 @@ def choice(
     kept = () if measured else _kept([dict(each.point.cut) for each in found], sizes, q8_1=q8_1)
     chosen = Choice(min(kept, key=time), found[0]) if kept else None
     chosen = chosen or choose(measured or able(candidates(*sizes, q8_1=q8_1)), time, SAME, found)
-    if chosen is None or chosen.measured is None:
-        return chosen
-    # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
-    # three and others one, which takes up to 30% longer.
-    shared = min(dict(chosen.measured.point.cut).get("shared", 0), SHARED[1])
-    return replace(chosen, config=replace(chosen.config, shared=max(chosen.config.shared, shared)))
+    if chosen is None:
+        return None
+    config = chosen.config
+    if chosen.measured is not None:
+        # As much room as when it was measured: where fewer tokens let another CTA fit, the scheduler gives some multiprocessors
+        # three and others one, which takes up to 30% longer.
+        shared = min(dict(chosen.measured.point.cut).get("shared", 0), SHARED[1])
+        config = replace(config, shared=max(config.shared, shared))
+    return replace(chosen, config=beside_next(config, m, sm_count))
 
 
 _Sizes = tuple[int, int, int, int, Scales, int]
@@ -103,7 +117,8 @@ def _for_q8_1(config: DecodeConfig, sizes: _Sizes, *, quantizes: bool) -> Decode
         able = [each for each in candidates(*sizes, q8_1=True) if each.quantizes]
         wanted = {**fields, "streamed": 0, "quantizes": 1}
         twin = alike(tuple(wanted.items()), able, SAME)
-        return twin or min(able, key=lambda each: cost(each, m, blocks, k, bits, sm_count), default=config)
+        twin = twin or min(able, key=lambda each: cost(each, m, blocks, k, bits, sm_count), default=config)
+        return beside_next(twin, m, sm_count)
     return alone(next(candidates(*sizes, fields, q8_1=True), config), m, sm_count)
 
 
