@@ -183,6 +183,8 @@ def _prefill_aside() -> Launches:
         ("multicast-aside-variant6", 6, "none", _whole(192, multicast=True)),
         ("aside-residual-variant6", 6, "residual", _whole(256)),
         ("aside-shared", 0, "none", prefill_cuts.PrefillConfig(192, 2, 1, 1, 2)),
+        ("multicast-aside-128", 0, "none", _whole(128, multicast=True)),
+        ("aside-128-variant6", 6, "none", _whole(128, wide=True)),
         ("aside-runs", 0, "none", _whole(128, workers=3)),
         ("multicast-aside-runs-variant12", 12, "none", _whole(64, workers=3, multicast=True)),
     ):
@@ -201,11 +203,14 @@ def _a8() -> Launches:
             config = linear_a8.A8Config(64 if multicast else 32, multicast, 1, 1, 0, 0)
             name = f"a8-{'pair' if multicast else 'alone'}-variant{i}"
             yield name, functools.partial(_run_a8, A8_VARIANTS[i], config)
+    for i in (0, 3, 6):
+        config = linear_a8.A8Config(128, True, 1, 1, 0, 0)
+        yield f"a8-aside-variant{i}", functools.partial(_run_a8, A8_VARIANTS[i], config, full=True)
     yield "a8-shared", functools.partial(_run_a8, A8_VARIANTS[3], linear_a8.A8Config(32, False, 3, 1, 1, 3))
 
 
-def _run_a8(variant: linear_a8.A8Variant, config: linear_a8.A8Config) -> None:
-    m, n = config.tokens + config.tokens // 2 + 1, 2 * ROWS - 5
+def _run_a8(variant: linear_a8.A8Variant, config: linear_a8.A8Config, full: bool = False) -> None:
+    m, n = config.tokens + config.tokens // 2 + 1, 2 * ROWS - (0 if full else 5)
     group = 128 if variant.grouped else FEATURES
     operands, exact = a8_operands(variant, m, n, FEATURES, group)
     options = {"lowest": variant.lowest, "promote": variant.promote, "config": config}

@@ -27,6 +27,12 @@ PAIRS = (A8Config(64, True, 1, 2, 0, 0), A8Config(64, True, 2, 2, 2, 2))
 PRODUCTS = {
     "w8a8-int8": Product(19, 140, 400, (WHOLE, SHARED), {"bias": True}),
     "w8a8-int8-multicast": Product(70, 264, 384, PAIRS, {}),
+    "w8a8-int8-aside": Product(270, 264, 256, (A8Config(256, True, 1, 1, 0, 0), A8Config(128, False, 4, 2, 3, 4)), {}),
+    "w8a8-fp8-aside": Product(200, 200, 384, (A8Config(192, False, 1, 2, 0, 0),), {"activation": "fp8", "bias": True}),
+    "w4a8-fp8-aside": Product(
+        140, 328, 256, (A8Config(128, True, 1, 2, 0, 0),), {"bits": 4, "group": 128, "activation": "fp8", "scale": BF16}
+    ),
+    "w8a8-int8-aside-odd": Product(40, 139, 256, (A8Config(128, False, 2, 2, 0, 0),), {}),
     "w8a8-fp8": Product(17, 130, 656, (WHOLE,), {"activation": "fp8", "scale": BF16}),
     "w4a8-int8-groups": Product(18, 137, 384, (SHARED,), {"bits": 4, "group": 128, "scale": BF16, "bias": True}),
     "w4a8-int8-row": Product(90, 200, 264, PAIRS[:1], {"bits": 4, "out": FP16}),

@@ -47,6 +47,14 @@ PRODUCTS = {
     "aside-residual": Product(
         70, 200, 256, (whole(192, 1, multicast=True),), {"epilogue": "residual", "bits": 8, "group": -1, "scale": FP32}
     ),
+    "aside-96": Product(210, 264, 256, (whole(96, 1, multicast=True), shared(96, 2, 1, 2)), {"bias": False}),
+    "aside-128": Product(200, 200, 256, (whole(128, 1), shared(128, 3, 2, 3)), {"epilogue": "silu_mul"}),
+    "aside-112": Product(
+        150, 272, 256, (whole(112, 1, wide=True, multicast=True),), {"bits": 8, "group": -1, "scale": FP32}
+    ),
+    "aside-128-residual": Product(
+        140, 136, 256, (whole(128, 2),), {"epilogue": "residual", "bits": 8, "group": 64, "scale": FP16, "x": FP16}
+    ),
     "256-tokens": Product(40, 264, 328, (whole(256, 2),), {"epilogue": "silu_mul"}),
     "tall": Product(66, 384, 384, (whole(64, 1, rows=TALL, multicast=True),), {}),
     "int8": Product(19, 140, 328, (whole(16, 2), shared(16, 3, 1, 2)), {"bits": 8, "group": -1, "scale": FP32}),

@@ -11,8 +11,11 @@ from lq_kernels.jit import compiler
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Bits and tokens of a tile: int4's results take a stage of the ring, int8's, whose steps are 64 in features, two.
-FORMS = [(4, 176), (4, 192), (4, 256), (8, 176), (8, 192), (8, 256)]
+# Bits and tokens of a tile: results take a stage of the ring or, where steps are 64 in features, two.
+FORMS = [
+    (4, 96), (4, 112), (4, 128), (4, 176), (4, 192), (4, 256),
+    (8, 112), (8, 128), (8, 176), (8, 192), (8, 256),
+]  # fmt: skip
 form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"int{form[0]}-T{form[1]}")
 pairs = pytest.mark.parametrize("pairs", [False, True])
 
@@ -56,7 +59,8 @@ def cuts(form, m, n, pairs):
     tiles = -(-n // (ROWS * (1 + pairs))) * -(-m // form[1])
     for ctas, shared in ((1, 0), (2, 0), (100, 0), (2, 2), (1, 1)):
         shared, ctas = min(shared, tiles), min(ctas, tiles)
-        yield PrefillConfig(form[1], ctas, 3, shared, shared and ctas, pairs)
+        wide = form[0] == 8 and form[1] <= 128
+        yield PrefillConfig(form[1], ctas, 3, shared, shared and ctas, pairs, wide=wide)
 
 
 def clocks_of_tiles(config, tiles):
@@ -64,7 +68,7 @@ def clocks_of_tiles(config, tiles):
 
 
 def test_a_large_tile_that_another_follows_costs_less():
-    for tokens in (176, 192, 256):
+    for tokens in (96, 112, 128, 176, 192, 256):
         config = PrefillConfig(tokens, 1, 1, 0, 0)
         one = cost(config, tokens, ROWS, 2048, 4, 132) - 4300
         assert 0.85 * one < clocks_of_tiles(config, 2) < 0.95 * one
@@ -77,7 +81,7 @@ def test_a_large_tile_that_another_follows_costs_less():
 @pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
 @form
 def test_results_leave_in_bulk_without_spills(form, epilogue, disassemble):
-    config = PrefillConfig(form[1], 1, 1, 0, 0, multicast=True)
+    config = PrefillConfig(form[1], 1, 1, 0, 0, multicast=True, wide=form[0] == 8 and form[1] <= 128)
     defines = (*VARIANTS[0 if form[0] == 4 else 6].defines, *config.defines, *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     used = result.usage()["prefill_a16"]

@@ -753,18 +753,28 @@ bool elect() {
   return static_cast<u64>(current->thread % kWarp) == elected;
 }
 
-void barrier(int id, int threads) {
+// Count the thread as one that came to the barrier, and return it with the generation that it came to.
+NamedBarrier& come_to(int id, int threads, const char* what, u64& mine) {
   Cta& cta = *current->cta;
   const int all = static_cast<int>(cta.fibers.size()), expected = threads ? threads : all;
-  if (id < 0 || id >= kNamedBarriers || expected % kWarp || expected > all) failf("bar.sync %d of %d threads", id, threads);
+  if (id < 0 || id >= kNamedBarriers || expected % kWarp || expected > all) failf("%s %d of %d threads", what, id, threads);
   NamedBarrier& barrier = cta.barriers[id];
   if (barrier.arrived == 0) barrier.expected = expected;
-  if (barrier.expected != expected) failf("bar.sync %d is of %d threads for some and of %d for others", id, barrier.expected, expected);
-  const u64 mine = barrier.generation;
+  if (barrier.expected != expected) failf("%s %d is of %d threads for some and of %d for others", what, id, barrier.expected, expected);
+  mine = barrier.generation;
   progress = true;
   if (++barrier.arrived == expected) barrier.arrived = 0, ++barrier.generation, may_lull();
-  current->of.barrier = &barrier;
+  return barrier;
+}
+void barrier(int id, int threads) {
+  u64 mine;
+  current->of.barrier = &come_to(id, threads, "bar.sync", mine);
   wait(Wait::kBarrier, mine, "bar.sync", static_cast<u32>(id));
+}
+void barrier_arrive(int id, int threads) {
+  u64 mine;
+  come_to(id, threads, "bar.arrive", mine);
+  pause();
 }
 
 void cluster_ctarank(u32& d) { d = static_cast<u32>(current->cta->rank); }

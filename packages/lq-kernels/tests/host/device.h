@@ -99,6 +99,7 @@ void cluster_ctarank(u32& d);
 void cluster_nctarank(u32& d);
 void mapa(u32& d, u32 address, u32 rank);
 inline void elect_sync(u32& d) { d = elect(); }
+void barrier_arrive(int id, int threads);
 inline void barrier_all_of_id(int id, int threads) { barrier(id, threads); }
 inline void barrier_15(int threads) { barrier(15, threads); }
 void cluster_arrive();

@@ -12,6 +12,7 @@ PTX = {
     "add.rn.f16x2 %0, %1, %2;": "add_f16x2",
     "add.rz.f32 %0, %1, %2;": "add_rz_f32",
     "atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;": "atom_add",
+    "bar.arrive %0, %1;": "barrier_arrive",
     "bar.sync %0, %1;": "barrier_all_of_id",
     "bar.sync 15, %0;": "barrier_15",
     "barrier.cluster.arrive.relaxed.aligned;": "cluster_arrive",

@@ -14,7 +14,7 @@ from lq_kernels.cuda.quantize_tokens import CODES
 from lq_kernels.cuda.variant import TYPES
 from lq_kernels.cuda.work import work
 from lq_kernels.jit.launcher import launch
-from lq_kernels.jit.tensor_map import tensor_map
+from lq_kernels.jit.tensor_map import TensorMap, tensor_map
 from lq_kernels.jit.workspace import workspace
 from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
@@ -26,6 +26,8 @@ STEP = 128
 THREADS = 384
 TOKENS = (16, 32, 64, 128, 192, 256)
 """Tokens of a tile, for which the source is written; a tile has 128 out features."""
+_ASIDE_FROM, _OUT_TOKENS = 128, 64
+"""Tokens of a tile from which its results may leave beside the next one's products, and how many of them at once."""
 MAX_PROMOTED = {8: 192, 4: 128}
 """Tokens, by the weight's bits, of the largest tile whose sums are promoted: a thread then has two registers for each."""
 
@@ -33,7 +35,7 @@ _SHARED = 232448
 _MAX_STAGES = 16
 _INT4_STAGES = 8
 """Of a ring of int4 weights, at most: with more, tokens wait behind weights, as in prefill (16 tokens: 4 to 8% longer)."""
-_BARRIERS = 2 * _MAX_STAGES * 8 + 16
+_BARRIERS = 2 * _MAX_STAGES * 8 + 16  # and a flag, and the barrier of results
 _MAX_TILES = 1 << 30
 SAME = ("tokens", "multicast", "ctas", "shared_tiles", "workers")
 """Fields of a cut that a table's must have. The rest is order, which is the table's as well."""
@@ -289,7 +291,7 @@ def cost(config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, sca
     """Return the clocks that a cut takes by a model.
 
     A K step takes as long as its products (a fifth more where sums are promoted), or as its bytes from L2. A launch costs
-    3,500 clocks, storing a tile 600 and 6 a token. A part of a tile is written to L2 and read back at 40 bytes a clock,
+    3,500 clocks, storing a tile 600 and 6 a token, of which 5 beside the next tile's products, from 128 tokens on. A part of a tile is written to L2 and read back at 40 bytes a clock,
     after 1,500 clocks of waiting.
     """
     steps = -(-k // STEP)
@@ -298,7 +300,9 @@ def cost(config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, sca
     loaded = config.tokens * STEP / config.sharers + _weight_bytes(bits, scale_bytes)
     step = max(products, loaded / _L2)
     stored = 600 + 6 * config.tokens
-    clocks = 1.0 * -(-(row_tiles * token_tiles - config.shared_tiles) // config.ctas) * (steps * step + stored)
+    whole = -(-(row_tiles * token_tiles - config.shared_tiles) // config.ctas)
+    hidden = 5.0 * config.tokens * max(whole - 1, 0) if config.tokens >= _ASIDE_FROM else 0.0
+    clocks = whole * (steps * step + stored) - hidden
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         parts = config.workers / config.shared_tiles + (config.workers % config.shared_tiles != 0)
@@ -372,6 +376,9 @@ def linear(
     share = config.tokens // config.sharers
     tail_map = tensor_map(codes, (m - 1) % share + 1, STEP)
     tokens_map = tensor_map(codes, share, STEP) if m > share else tail_map
+    y_maps: tuple[TensorMap, ...] = ()
+    if config.tokens >= _ASIDE_FROM:  # as the source has it; where y cannot be copied in bulk, the kernel does not look at the map
+        y_maps = (tensor_map(y, min(_OUT_TOKENS, m), 64) if out_features % 8 == 0 else tail_map,)
     launch(
         "linear_a8",
         "linear_a8",
@@ -389,6 +396,7 @@ def linear(
         y,
         partials,
         arrivals,
+        *y_maps,
         m,
         out_features,
         k,

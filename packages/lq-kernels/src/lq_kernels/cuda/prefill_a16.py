@@ -143,10 +143,10 @@ def linear(
         space = workspace(x.device, plan.partials, plan.counters)
         partials, arrivals = space.partials.data_ptr(), space.counters.data_ptr()
     x_map = tensor_map(x, min(plan.share, m), 64)
-    maps = (x_map,) * plan.maps  # of nothing, where the kernel does not look at them
-    if plan.box and out_features % 8 == 0 and (residual is None or residual.data_ptr() % 16 == 0):
+    maps = (x_map,) * len(plan.boxes)  # of nothing, where the kernel does not look at them
+    if maps and out_features % 8 == 0 and (residual is None or residual.data_ptr() % 16 == 0):
         leaving = (y,) if residual is None else (y, residual.as_strided(y.shape, y.stride()))
-        maps = tuple(tensor_map(matrix, plan.box, 64) for matrix in leaving)
+        maps = tuple(tensor_map(matrix, box, 64) for matrix, box in zip(leaving, plan.boxes, strict=True))
     plan.launch(
         x_map,
         tensor_map(x, plan.tail, 64) if plan.tail < plan.share < m else x_map,
@@ -164,15 +164,14 @@ def linear(
 
 
 class _Plan(NamedTuple):
-    """A launch, the tokens that a CTA loads of a tile and of the last, the workspace, and maps of results and their tokens."""
+    """A launch, the tokens that a CTA loads of a tile and of the last, the workspace, and tokens of maps of results."""
 
     launch: Launch
     share: int
     tail: int
     partials: int
     counters: int
-    maps: int
-    box: int
+    boxes: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -197,8 +196,9 @@ def _prepare(
         raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
     stages, shared = ring_of(config, variant.bits, variant.scale_bytes)
     # As the source has it, by a macro.
-    maps = {"none": 1, "silu_mul": 1, "residual": 2 * (config.tokens > 128)}.get(epilogue, 0) if config.aside else 0
-    box = min(config.tokens, m) if maps else 0
+    aside = config.aside(variant.bits) and epilogue != "transposed" and not (config.runs > 1 and epilogue == "residual")
+    boxes = ((min(config.out_tokens, m),) + (min(config.tokens, m),) * (epilogue == "residual")) if aside else ()
+    maps = len(boxes)
     tiles, steps = config.tiles(m, BLOCK_ROWS * blocks), config.steps(k, variant.bits)
     shares = work(*tiles, steps, config.raster, config.shared_tiles, config.workers)
     launch = Launch(
@@ -216,4 +216,4 @@ def _prepare(
     )
     share = config.tokens // config.sharers
     partials = 2 * config.workers * config.sharers * config.tokens * config.rows
-    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.pair, maps, box)
+    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.pair, boxes)

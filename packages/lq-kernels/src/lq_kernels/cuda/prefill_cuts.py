@@ -21,6 +21,8 @@ TALL = 192
 """Out features of a tile of three warpgroups, for weights whose rows fill pairs of them."""
 MULTICAST_FROM = 64
 """Tokens of a tile from which pairs of CTAs load them for each other, where a weight has rows for two."""
+_ASIDE_FROM = {4: 96, 8: 112}
+"""Tokens of a tile, by a weight's bits, from which its results may leave beside the next one's products."""
 SPLIT_TOKENS = (32, 64, 96, 128)
 """Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
 RUNS_TOKENS = (64, 96, 128)
@@ -40,7 +42,7 @@ _TALL_WAVES = 3
 """Tiles a CTA, up to which they make sense."""
 _PAYING_TOKENS = 2048
 """Up to which tall tiles, and those between, make sense."""
-_TALL_GAIN, _BETWEEN_GAIN = 0.93, 0.96
+_TALL_GAIN, _BETWEEN_GAIN = 0.95, 0.96
 """How much of the other tiles' time they may take."""
 _BATCHES = (256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens with which tiles between have to pay; with others some would for almost every weight."""
@@ -113,10 +115,16 @@ class PrefillConfig:
         """CTAs of a cluster."""
         return 2 if self.multicast or self.split else 1
 
+    def aside(self, bits: int) -> bool:
+        """Return whether results of a whole tile leave beside the next one's products, as long as the copy engine takes them."""
+        return (self.tokens >= _ASIDE_FROM[bits] or self.runs > 1) and self.rows == ROWS and not self.split
+
     @property
-    def aside(self) -> bool:
-        """Whether results of a whole tile may leave beside the next one's products."""
-        return (self.tokens > 128 or self.runs > 1) and self.rows == ROWS and not self.split
+    def out_tokens(self) -> int:
+        """Tokens of a tile whose results leave at once."""
+        if self.tokens > 64 and self.tokens % 64 == 0:
+            return 64
+        return 32 if self.tokens % 32 == 0 else self.tokens
 
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """Return how many row tiles (or pairs) and token tiles there are."""
@@ -263,17 +271,18 @@ def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
 
 @functools.lru_cache(maxsize=1024)
 def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
-    """Return the tall forms that the model would choose where their tiles are full, and those between, each with a cut."""
+    """Return the forms between that the model would choose, and the tall ones where their tiles are full, each with a cut."""
     found: dict[tuple[str, ...], PrefillConfig] = {}
     sizes = (n, k, bits, scale_bytes, sm_count)
     sensible = () if n % (2 * TALL) else _TALL_TOKENS
     full = sorted({m for tokens in sensible for m in range(tokens, _PAYING_TOKENS + 1, tokens)})
-    for others, batches, gain in ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN)):
+    for others, batches, gain in ((_between, _BATCHES, _BETWEEN_GAIN), (_tall, full, _TALL_GAIN)):
         for m in batches:
             times = {cut: cost(cut, m, n, k, bits, sm_count) for cut in others(m, *sizes)}
             if times:
                 best = min(times, key=times.__getitem__)
-                usual = min(cost(cut, m, n, k, bits, sm_count) for cut in _usual(m, *sizes))
+                known = [cut for cut in _between(m, *sizes) if others is _tall and cut.defines in found]
+                usual = min(cost(cut, m, n, k, bits, sm_count) for cut in (*_usual(m, *sizes), *known))
                 if times[best] < gain * usual:
                     found.setdefault(best.defines, best)
     return found
@@ -311,7 +320,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     """Return the clocks that a cut takes by a model.
 
     Products go by the tables above: more for int8, in steps of 64 most of all, and where L2 does not give what all CTAs load. A
-    launch costs 4,300 clocks, storing a tile 20 a token, or 6 where the next tile's products run beside it (192, 256 tokens).
+    launch costs 4,300 clocks, storing a tile 20 a token, or 14.5 in parts of 64 tokens, and 10.5 less where the next tile's
+    products run beside it.
     The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that begins 2,500
     clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange sums in 470
     clocks and 9 a token, and each CTA has half of a tile to store or to leave. Its first choice took 1.6% (int4) and 4.1%
@@ -331,7 +341,9 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     products = max(products, (2 * bits * config.rows + 32 * config.tokens / config.sharers) * ctas / _L2_BYTES)
     products *= 8 if config.wide else 32 // bits  # of a step
     whole = -(-(tiles - config.shared_tiles) // config.ctas)
-    hidden = 14.0 * config.tokens if config.tokens > 128 else 0.0
+    if config.aside(bits):
+        stored -= 5.5 * config.tokens if config.tokens > 128 else 0.0
+    hidden = 10.5 * config.tokens if config.aside(bits) else 0.0
     clocks = whole * (steps * products + stored) - max(whole - 1, 0) * hidden
     if config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)

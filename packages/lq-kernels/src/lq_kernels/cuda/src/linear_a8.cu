@@ -16,6 +16,8 @@
 // - Stream-K as in prefill_a16.cu: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the
 //   first `workers` CTAs. CTAs that have a part of a tile leave their sums in a workspace; the last to come adds them up, in the order
 //   of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
+// - LQ_ASIDE: a whole tile's results go to two stages of the ring, which the producers pass over, and from there to memory by warp 2, as in
+//   prefill_a16.cu.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next. With multicast, pairs of CTAs do all this as
 //   one, and a tile is a pair of neighbouring row tiles.
 //
@@ -28,6 +30,7 @@
 // LQ_GROUPED (0: one scale a row; 1: a scale for groups of a multiple of 128 in features; int4 and LQ_PROMOTE only), LQ_LOWEST (0: no int4
 // code is -8), LQ_PROMOTE (0, 1), LQ_TOKENS (16, 32, 64, 128, 192, 256) and LQ_MULTICAST (0, 1).
 
+#include "lq/bulk_store.cuh"
 #include "lq/stream_k.cuh"
 #include "lq/wgmma_a8.cuh"
 
@@ -70,6 +73,12 @@ constexpr int kUnits = kTokens / 8;
 constexpr int kChunk = kTokens == 16 ? 16 : 32;  // tokens that pass through shared memory at once on their way out
 constexpr int kChunkPitch = 144;                 // bytes of 64 results, padded against bank conflicts
 constexpr int kStaging = kRows / 64 * kChunk * kChunkPitch;
+#define LQ_ASIDE (LQ_TOKENS >= 128)  // as in linear_a8.py, which passes a map of y
+constexpr bool kAside = LQ_ASIDE != 0;
+constexpr int kOutTokens = 64;  // of a tile, whose results are sent off while the next are written; as in linear_a8.py
+constexpr int kOutParts = kTokens / kOutTokens;
+constexpr int kWritten = 4;    // the first of the barriers for them
+constexpr int kOutStages = 2;  // where tokens were: 64 out features each, a warpgroup's
 
 // A thread's int4 codes and scales of a stage.
 struct Weights {
@@ -100,7 +109,11 @@ struct Weights {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     linear_a8(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map,
               const __grid_constant__ TensorMap w_map, const u8* packed, const u8* scales, const float* token_scales, const u16* bias,
-              u16* y, float4* partials, int* arrivals, i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, LQ_WORK_PARAMETERS) {
+              u16* y, float4* partials, int* arrivals,
+#if LQ_ASIDE
+              const __grid_constant__ TensorMap y_map,
+#endif
+              i64 m, i64 n, i64 k, i64 group_size, i64 ring_stages, LQ_WORK_PARAMETERS) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -108,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u64* const full = reinterpret_cast<u64*>(staging + kStaging);
   u64* const empty = full + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages);
+  u64* const taken = empty + kMaxStages + 1;  // a tile's results are on their way from the ring
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
@@ -116,6 +130,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (warp == 2) {
     if (elect_one()) {
       mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
+#if LQ_ASIDE
+      mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
+#endif
       mbarrier_init_fence();
     }
     __syncwarp();
@@ -130,6 +147,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int blocks = static_cast<int>((n + 15) / 16);
   Work work LQ_WORK(cta, static_cast<int>(gridDim.x) / kSharers);
   work.start_with(cta);
+  const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
+  const auto aside = [&] { return kAside && whole && work.first == work.last; };
   bool more = work.advance();
   __syncthreads();
   if (warp != 0) {
@@ -141,6 +160,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     decrease_registers<24>();
     int stage = 0;
     u32 parity = 1;
+    // The stages that results go to.
+    const auto pass_over = [&] {
+      for (int i = 0; i < kOutStages && aside(); ++i) {
+        mbarrier_wait(empty + stage, parity);
+        if (elect_one()) mbarrier_arrive(full + stage);
+        __syncwarp();
+        if (++stage == stages) stage = 0, parity ^= 1;
+      }
+    };
     if (warp == 0) {
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
@@ -177,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           said = true;
           if (++stage == stages) stage = 0, parity ^= 1;
         }
+        pass_over();
       }
     } else if (warp == 1) {
       const u64 policy = work.rows == 1 ? policy_evict_first() : policy_evict_normal();
@@ -205,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
+        pass_over();
       }
       // A CTA whose barriers the other still arrives at must not go.
       if constexpr (kMulticast)
@@ -213,19 +243,57 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           if (++stage == stages) stage = 0, parity ^= 1;
         }
     }
+#if LQ_ASIDE
+    else if (warp == 2 && whole) {
+      wait_for_previous_kernel();
+      for (; more; more = work.advance()) {
+        stage = (stage + work.end - work.begin) % stages;
+        if (!aside()) continue;
+        const int feature = (work.row * kSharers + rank) * kRows, second = (stage + 1) % stages;
+#pragma unroll 1
+        for (int part = 0; part < kOutParts; ++part) {
+          named_barrier(kWritten + part, kConsumers + 32);
+          const int token = work.token * kTokens + part * kOutTokens;
+          if (lane == 0) {
+            const u8* const from = ring + part * (kOutTokens * 128);
+            if (feature < n && token < m) tensor_store_2d(&y_map, feature, token, from + stage * kStage);
+            // A group for each stage, the last part's; others are in the first.
+            if (part == kOutParts - 1) bulk_stores_commit();
+            if (feature + 64 < n && token < m) tensor_store_2d(&y_map, feature + 64, token, from + second * kStage);
+            if (part == kOutParts - 1) bulk_stores_commit();
+          }
+        }
+#pragma unroll
+        for (int out = 1; out <= kOutStages; ++out) {
+          if (lane == 0) out < kOutStages ? bulk_stores_read<1>() : bulk_stores_read<0>();
+          __syncwarp();
+          // The stage is free: what the consumers of a stage of tokens and weights say themselves.
+#pragma unroll 1
+          for (int i = lane; i < kSharers * kConsumerWarps * kArrivingLanes; i += 32) {
+            if constexpr (kMulticast)
+              mbarrier_arrive_at(empty + stage, i % kSharers);
+            else
+              mbarrier_arrive(empty + stage);
+          }
+          if (++stage == stages) stage = 0;
+        }
+        if (lane == 0) mbarrier_arrive(taken);
+      }
+    }
+#endif
     return;
   }
 
   increase_registers<kConsumerRegisters>();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, t = lane % 4, thread = threadIdx.x - 128;
-  const bool whole = n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
+  const u32 ring_address = kAside ? uniform(shared_address(ring)) : 0;
   u8* const my_staging = staging + warpgroup * kChunk * kChunkPitch;
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
   const u8* const my_scales = scale_ring + block * kBlockScaleBytes + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u64 token_descriptor = swizzled_descriptor(shared_address(ring));
   const u64 row_descriptor = swizzled_descriptor(shared_address(ring) + kXBytes + warpgroup * 64 * kStep);
   int stage = 0;
-  u32 parity = 0;
+  u32 parity = 0, turn = 0;  // of the ring, of results that leave through it
 
   const auto release = [&](int stage) {
     if constexpr (kRacecheck) fence_async_proxy();
@@ -426,31 +494,69 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
-    // Out: so many tokens at a time through shared memory, so that a token's 64 results are one piece of 128 bytes.
+    // Out: so many tokens at a time through shared memory, so that a token's 64 results are one piece of 128 bytes: to staging in rows of
+    // kChunkPitch bytes, again and again, or to the ring, in the swizzle of 128 bytes in which the map of y takes it.
     const i64 first_row = row0 + warpgroup * 64;
     const int stored = static_cast<int>(m - token0 < kTokens ? m - token0 : kTokens);
+    const bool by_ring = aside();
+    const int my_part = block % 4 * 2 + lane / 8 % 2, my_token = lane / 16 * 8 + lane % 8;
+    u32 to = shared_address(my_staging) + my_token * kChunkPitch + my_part * 16, pair_bytes = 16 * kChunkPitch, chunk_bytes = 0;
+    if (by_ring) {
+      int at = stage + warpgroup;
+      const bool wraps = at >= stages;
+      if (wraps) at -= stages;
+      mbarrier_wait(full + at, parity ^ wraps);
+      mbarrier_wait(taken, turn ^ 1);
+      to = ring_address + at * kStage + my_token * 128 + (my_part ^ lane % 8) * 16;
+      pair_bytes = 16 * 128, chunk_bytes = kChunk * 128;
+    }
+    // What is in the ring after a part's last chunk goes.
+    const auto leave_part = [&](int chunk) {
+      constexpr int kPartChunks = kOutTokens / kChunk;
+      if (chunk % kPartChunks != kPartChunks - 1) return;
+      fence_async_proxy();
+      named_barrier_arrive(kWritten + chunk / kPartChunks, kConsumers + 32);
+    };
+    // Scales of a chunk's tokens, two of each eight, come a chunk ahead.
+    constexpr int kPairs = kChunk / 16;
+    float token_scale[2][kPairs][2][2];
+    const auto fetch = [&](int chunk) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = chunk * kChunk + pair * 16 + i / 2 * 8 + 2 * t + i % 2;
+          token_scale[chunk % 2][pair][i / 2][i % 2] = token < stored ? token_scales[token0 + token] : 0.0f;
+        }
+    };
+    fetch(0);
 #pragma unroll
     for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
-      if (chunk * kChunk >= stored) break;
-      named_barrier(1 + warpgroup, 128);
+      if (chunk * kChunk >= stored) {
+        if (!by_ring) break;
+        leave_part(chunk);
+        continue;
+      }
+      if (chunk + 1 < kTokens / kChunk) fetch(chunk + 1);
+      if (!by_ring) named_barrier(1 + warpgroup, 128);
 #pragma unroll
-      for (int pair = 0; pair < kChunk / 16; ++pair) {
+      for (int pair = 0; pair < kPairs; ++pair) {
         u32 r[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           // Eight tokens: two of this lane, in rows g and g + 8.
-          const int token = chunk * kChunk + pair * 16 + i * 8 + 2 * t;
           const float* sums = total + (chunk * kChunk / 8 + pair * 2 + i) * 4;
-          const float low = token < stored ? token_scales[token0 + token] : 0.0f;
-          const float high = token + 1 < stored ? token_scales[token0 + token + 1] : 0.0f;
+          const float(&scale)[2] = token_scale[chunk % 2][pair][i];
 #pragma unroll
           for (int row = 0; row < 2; ++row)
-            r[2 * i + row] = from_floats(Out{}, fmaf(sums[2 * row] * low, row_scale[row], offset[row]),
-                                         fmaf(sums[2 * row + 1] * high, row_scale[row], offset[row]));
+            r[2 * i + row] = from_floats(Out{}, fmaf(sums[2 * row] * scale[0], row_scale[row], offset[row]),
+                                         fmaf(sums[2 * row + 1] * scale[1], row_scale[row], offset[row]));
         }
-        store_matrix_x4_transposed(shared_address(my_staging) + (pair * 16 + lane / 16 * 8 + lane % 8) * kChunkPitch +
-                                       (block % 4 * 16 + lane / 8 % 2 * 8) * 2,
-                                   r);
+        store_matrix_x4_transposed(to + chunk * chunk_bytes + pair * pair_bytes, r);
+      }
+      if (by_ring) {
+        leave_part(chunk);
+        continue;
       }
       named_barrier(1 + warpgroup, 128);
 #pragma unroll
@@ -462,6 +568,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                       *reinterpret_cast<const uint4*>(my_staging + token * kChunkPitch + part * 16), n - row, whole);
         }
       }
+    }
+    if (by_ring) {
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < kOutStages; ++i)
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
   }
 }

@@ -20,9 +20,9 @@
 // - LQ_RUNS: no tile is shared, but one CTA multiplies K in as many runs as there are `workers`, cut where they would cut it, and adds up
 //   the sums of runs as the last of them to come would: the bits are those of tiles that are shared. For many tokens in the
 //   batch-invariant mode.
-// - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk,
-//   while the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows, and of 64 half of them, so that two stages are
-//   passed over. What is added to the results was loaded there. Tiles that were shared, and y that the copy engine cannot take, leave
+// - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk and
+//   in parts, while the rest is written and the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows, and of 64
+//   half of them, so that two stages are passed over. What is added to the results was loaded there. Tiles that were shared, and y that the copy engine cannot take, leave
 //   through staging.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
@@ -100,8 +100,9 @@ constexpr bool kSplit = LQ_SPLIT != 0;
 #define LQ_RUNS 0
 #endif
 constexpr bool kRuns = LQ_RUNS != 0;
-// As in prefill_a16.py, which passes a map of y.
-#define LQ_ASIDE ((LQ_TOKENS > 128 || (LQ_RUNS && !LQ_RESIDUAL)) && !LQ_TRANSPOSED)
+// As in prefill_cuts.py and prefill_a16.py, which passes a map of y. Runs with a residual have no registers for it.
+#define LQ_ASIDE \
+  ((LQ_TOKENS >= (LQ_BITS == 4 ? 96 : 112) || LQ_RUNS) && !(LQ_RUNS && LQ_RESIDUAL) && LQ_ROWS == 128 && !LQ_SPLIT && !LQ_TRANSPOSED)
 constexpr bool kAside = LQ_ASIDE != 0;
 static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
               "pairs share K or tokens, and K of tiles that leave room");
@@ -167,10 +168,17 @@ static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
 constexpr bool kRest = kTokens == 256 && kBits == 4;
+// Tokens of a tile whose results are sent off while those of the next are written; as in prefill_cuts.py.
+constexpr int kOutTokens = kTokens > 64 && kTokens % 64 == 0 ? 64 : kTokens % 32 == 0 ? 32 : kTokens;
+constexpr int kOutParts = kTokens / kOutTokens;
+constexpr int kWritten = 2 + kWarpgroups;  // the first of the barriers for them
 constexpr int kOutBoxes = 2 / kFeatureRows;  // of y, of 64 out features, each where x of 64 in features was
 constexpr int kStageBoxes = kStep / 64;
 constexpr int kOutStages = kOutBoxes > kStageBoxes ? 2 : 1;
 static_assert(!kAside || kRows == 128, "a tile's results are two boxes, or one");
+// Whether the second piece of a stage's codes is read when the first product of the first is on its way: with all four reads at once the
+// first unpacking waited for the last of them, in kernels that store in bulk, which ptxas gives a scoreboard less for loads.
+constexpr bool kLater = kPieces == 2 && !kSplit;
 static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
 
 template <int kValue>
@@ -223,13 +231,16 @@ struct Weights {
 
   __device__ __forceinline__ void load_codes(const u8* codes) {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece)
+    for (int piece = 0; piece < (kLater ? 1 : kPieces); ++piece) load_piece(codes, piece);
+  }
+
+  __device__ __forceinline__ void load_piece(const u8* codes, int piece) {
 #pragma unroll
-      for (int half = 0; half < 2 / kHalves; ++half) {
-        const uint4 v = *reinterpret_cast<const uint4*>(codes + piece * kPieceBytes + half * 512);
-        u32* const to = words + 8 * piece + 4 * half;
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-      }
+    for (int half = 0; half < 2 / kHalves; ++half) {
+      const uint4 v = *reinterpret_cast<const uint4*>(codes + piece * kPieceBytes + half * 512);
+      u32* const to = words + 8 * piece + 4 * half;
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    }
   }
 
   __device__ __forceinline__ void load_scales(const u8* scales) {
@@ -314,8 +325,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages + (kSplit ? kConsumerWarps + 1 : 0));
-  u64* const written = empty + kMaxStages + 1;          // a tile's results are in the ring
-  u64* const taken = written + 1;                       // ... and on their way
+  u64* const taken = empty + kMaxStages + 1;            // a tile's results are on their way from the ring
   u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
@@ -334,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
       if constexpr (kSplit) mbarriers_init<kConsumerWarps>(received, 1), mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
 #if LQ_ASIDE
-      mbarrier_init(written, kConsumerWarps * kArrivingLanes), mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
+      mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
 #endif
       mbarrier_init_fence();
     }
@@ -482,20 +492,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
 #if LQ_ASIDE
     else if (warp == 2 && is_whole()) {
-      u32 turn = 0;
       wait_for_previous_kernel();
       for (; more; more = advance()) {
         stage = (stage + work.end - work.begin) % stages;
         if (!aside()) continue;
-        mbarrier_wait(written, turn);
-        if (lane == 0) {
-          const int feature = (work.row * kSharers + rank) * (kRows / kFeatureRows);
+        const int feature = (work.row * kSharers + rank) * (kRows / kFeatureRows);
+#pragma unroll 1
+        for (int part = 0; part < kOutParts; ++part) {
+          named_barrier(kWritten + part, kConsumers + 32);
+          const int token = work.token * kTokens + part * kOutTokens;
+          if (lane == 0) {
 #pragma unroll
-          for (int box = 0; box < kOutBoxes; ++box) {
-            const int at = (stage + box / kStageBoxes) % stages;
-            if (feature + box * 64 < n)
-              tensor_store_2d(&y_map, feature + box * 64, work.token * kTokens, ring + at * kStage + box % kStageBoxes * kBoxBytes);
-            if (box % kStageBoxes == kStageBoxes - 1 || box == kOutBoxes - 1) bulk_stores_commit();
+            for (int box = 0; box < kOutBoxes; ++box) {
+              const int at = (stage + box / kStageBoxes) % stages;
+              const u8* const from = ring + at * kStage + box % kStageBoxes * kBoxBytes + part * (kOutTokens * 128);
+              if (feature + box * 64 < n && token < m) tensor_store_2d(&y_map, feature + box * 64, token, from);
+              // A group for each stage, the last part's; others are in the first.
+              if (part == kOutParts - 1 && (box % kStageBoxes == kStageBoxes - 1 || box == kOutBoxes - 1)) bulk_stores_commit();
+            }
           }
         }
 #pragma unroll
@@ -513,7 +527,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           if (++stage == stages) stage = 0;
         }
         if (lane == 0) mbarrier_arrive(taken);
-        turn ^= 1;
       }
     }
 #endif
@@ -625,6 +638,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], at, !kRuns || slice > 0 || step > run_begin);
           }
           wgmma_commit();
+          if (kLater && batch == 0) weights.load_piece(my_codes + last * kStage, 1);
           if (batch == kBatches - 1) {
             if (half + 1 < kHalves) {
               if constexpr (kRest) mbarrier_wait(rest + last, rest_parity);
@@ -843,9 +857,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     if (kResidual && !by_ring) fetch(0);
+    // What is in the ring after a part's last chunk goes.
+    const auto leave_part = [&](int chunk) {
+      constexpr int kPartChunks = kOutTokens / kChunk;
+      if (chunk % kPartChunks != kPartChunks - 1) return;
+      fence_async_proxy();
+      named_barrier_arrive(kWritten + chunk / kPartChunks, kConsumers + 32);
+    };
 #pragma unroll (kRolled ? 1 : kChunks)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (chunk * kChunk >= stored) break;
+      if (chunk * kChunk >= stored) {
+        if (!by_ring) break;
+        leave_part(chunk);
+        continue;
+      }
       float rolled[kChunk / 2];
       if constexpr (kRolled) take(rolled, chunk);
       if (!by_ring) named_barrier(1 + warpgroup, 128);
@@ -863,7 +888,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         const float* const sums = kRolled ? rolled + pair * 8 : acc + (chunk * kChunk + pair * 16) / 2;
         leave(sums, to + chunk * chunk_bytes + pair * pair_bytes);
       }
-      if (by_ring) continue;
+      if (by_ring) {
+        leave_part(chunk);
+        continue;
+      }
       named_barrier(1 + warpgroup, 128);
       // Rolled: unrolled, these loops were half of what a tile takes to compile.
 #pragma unroll 1
@@ -882,9 +910,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     if (by_ring) {
-      fence_async_proxy();
-      __syncwarp();
-      if (lane < kArrivingLanes) mbarrier_arrive(written);
       turn ^= 1;
 #pragma unroll
       for (int i = 0; i < kOutStages; ++i)
