@@ -97,7 +97,7 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
     # Each is the fastest by the model for some number of tokens.
     chosen = {prefill_config(m, *sizes).defines for m in range(16, 2049, 16)}
     assert tall <= chosen
-    # For some number of tokens it gains 5%: nothing is compiled for less. Many tokens fill the machine with any tile.
+    # For some number of tokens it gains 7%: nothing is compiled for less. Many tokens fill the machine with any tile.
     gains = dict.fromkeys(tall, 1.0)
     for m in {m for step in (64, 96) for m in range(step, 2049, step)}:
         times = {}
@@ -105,7 +105,7 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
             times[cut.defines] = min(times.get(cut.defines, math.inf), cost(cut, m, n, k, bits, 132))
         usual = min(us for form, us in times.items() if form not in tall)
         gains |= {form: min(gains[form], times[form] / usual) for form in tall & times.keys()}
-    assert all(gain < 0.95 for gain in gains.values())
+    assert all(gain < 0.93 for gain in gains.values())
     assert not {cut.defines for cut in candidates(2049, *sizes)} & tall
 
 

@@ -291,8 +291,8 @@ def cost(config: A8Config, m: int, n: int, k: int, bits: int, promote: bool, sca
     """Return the clocks that a cut takes by a model.
 
     A K step takes as long as its products (a fifth more where sums are promoted), or as its bytes from L2. A launch costs
-    3,500 clocks, storing a tile 600 and 6 a token, of which 5 beside the next tile's products, from 128 tokens on. A part of a tile is written to L2 and read back at 40 bytes a clock,
-    after 1,500 clocks of waiting.
+    3,500 clocks, storing a tile 600 and 6 a token, of which 5 beside the next tile's products, from 128 tokens on. A part of a
+    tile is written to L2 and read back at 40 bytes a clock, after 1,500 clocks of waiting.
     """
     steps = -(-k // STEP)
     row_tiles, token_tiles = config.tiles(m, n)
@@ -377,7 +377,7 @@ def linear(
     tail_map = tensor_map(codes, (m - 1) % share + 1, STEP)
     tokens_map = tensor_map(codes, share, STEP) if m > share else tail_map
     y_maps: tuple[TensorMap, ...] = ()
-    if config.tokens >= _ASIDE_FROM:  # as the source has it; where y cannot be copied in bulk, the kernel does not look at the map
+    if config.tokens >= _ASIDE_FROM:  # as the source has it; where y cannot be copied in bulk, nobody looks at the map
         y_maps = (tensor_map(y, min(_OUT_TOKENS, m), 64) if out_features % 8 == 0 else tail_map,)
     launch(
         "linear_a8",

@@ -42,7 +42,7 @@ _TALL_WAVES = 3
 """Tiles a CTA, up to which they make sense."""
 _PAYING_TOKENS = 2048
 """Up to which tall tiles, and those between, make sense."""
-_TALL_GAIN, _BETWEEN_GAIN = 0.95, 0.96
+_TALL_GAIN, _BETWEEN_GAIN = 0.93, 0.96
 """How much of the other tiles' time they may take."""
 _BATCHES = (256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens with which tiles between have to pay; with others some would for almost every weight."""
@@ -116,7 +116,7 @@ class PrefillConfig:
         return 2 if self.multicast or self.split else 1
 
     def aside(self, bits: int) -> bool:
-        """Return whether results of a whole tile leave beside the next one's products, as long as the copy engine takes them."""
+        """Return whether results of a whole tile, if the copy engine takes them, leave beside the next one's products."""
         return (self.tokens >= _ASIDE_FROM[bits] or self.runs > 1) and self.rows == ROWS and not self.split
 
     @property
@@ -271,17 +271,17 @@ def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
 
 @functools.lru_cache(maxsize=1024)
 def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
-    """Return the forms between that the model would choose, and the tall ones where their tiles are full, each with a cut."""
+    """Return the tall forms that the model would choose where their tiles are full, and those between, each with a cut."""
     found: dict[tuple[str, ...], PrefillConfig] = {}
     sizes = (n, k, bits, scale_bytes, sm_count)
     sensible = () if n % (2 * TALL) else _TALL_TOKENS
     full = sorted({m for tokens in sensible for m in range(tokens, _PAYING_TOKENS + 1, tokens)})
-    for others, batches, gain in ((_between, _BATCHES, _BETWEEN_GAIN), (_tall, full, _TALL_GAIN)):
+    for others, batches, gain in ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN)):
         for m in batches:
             times = {cut: cost(cut, m, n, k, bits, sm_count) for cut in others(m, *sizes)}
             if times:
                 best = min(times, key=times.__getitem__)
-                known = [cut for cut in _between(m, *sizes) if others is _tall and cut.defines in found]
+                known = [cut for cut in _tall(m, *sizes) if others is _between and cut.defines in found]
                 usual = min(cost(cut, m, n, k, bits, sm_count) for cut in (*_usual(m, *sizes), *known))
                 if times[best] < gain * usual:
                     found.setdefault(best.defines, best)
