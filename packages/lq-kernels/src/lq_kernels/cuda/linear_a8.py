@@ -364,7 +364,7 @@ def linear(
             m, out_features, k, bits, activation, promote, grouped, scale_bytes, arch.sm_count, arch.name
         ).config
     stages, shared = ring(config.tokens, bits, variant.scale_bytes)
-    y = torch.empty((m, out_features), dtype=dtype, device=codes.device)
+    y = codes.new_empty((m, out_features), dtype=dtype)
     partials: Tensor | int = 0
     arrivals: Tensor | int = 0
     if config.shared_tiles:
