@@ -263,20 +263,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             if (part == kOutParts - 1) bulk_stores_commit();
           }
         }
-#pragma unroll
-        for (int out = 1; out <= kOutStages; ++out) {
-          if (lane == 0) out < kOutStages ? bulk_stores_read<1>() : bulk_stores_read<0>();
-          __syncwarp();
-          // The stage is free: what the consumers of a stage of tokens and weights say themselves.
-#pragma unroll 1
-          for (int i = lane; i < kSharers * kConsumerWarps * kArrivingLanes; i += 32) {
-            if constexpr (kMulticast)
-              mbarrier_arrive_at(empty + stage, i % kSharers);
-            else
-              mbarrier_arrive(empty + stage);
-          }
-          if (++stage == stages) stage = 0;
-        }
+        free_when_sent<kOutStages, kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
         if (lane == 0) mbarrier_arrive(taken);
       }
     }

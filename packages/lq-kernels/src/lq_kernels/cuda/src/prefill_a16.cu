@@ -512,20 +512,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         }
-#pragma unroll
-        for (int out = 1; out <= kOutStages; ++out) {
-          if (lane == 0) out < kOutStages ? bulk_stores_read<1>() : bulk_stores_read<0>();
-          __syncwarp();
-          // The stage is free: what the consumers of a stage of x and codes say themselves.
-#pragma unroll 1
-          for (int i = lane; i < kSharers * kConsumerWarps * kArrivingLanes; i += 32) {
-            if constexpr (kMulticast)
-              mbarrier_arrive_at(empty + stage, i % kSharers);
-            else
-              mbarrier_arrive(empty + stage);
-          }
-          if (++stage == stages) stage = 0;
-        }
+        free_when_sent<kOutStages, kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
         if (lane == 0) mbarrier_arrive(taken);
       }
     }

@@ -22,4 +22,25 @@ __device__ __forceinline__ void bulk_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// For a warp whose first lane has sent off `kStages` stages of a ring in bulk, in the order of stages, the last group of stores for each: say
+// that they are free, each when it has been read, as the consumers of operands would say it, by `kArrivals` arrivals, spread over the
+// `kSharers` CTAs that fill each other's rings. `stage` is the first of them, and becomes the one behind.
+template <int kStages, int kSharers, int kArrivals>
+__device__ __forceinline__ void free_when_sent(u64* empty, int& stage, int stages, int lane) {
+  static_assert(kStages == 1 || kStages == 2, "groups are counted so far");
+#pragma unroll
+  for (int out = 1; out <= kStages; ++out) {
+    if (lane == 0) out < kStages ? bulk_stores_read<1>() : bulk_stores_read<0>();
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < kArrivals; i += 32) {
+      if constexpr (kSharers > 1)
+        mbarrier_arrive_at(empty + stage, i % kSharers);
+      else
+        mbarrier_arrive(empty + stage);
+    }
+    if (++stage == stages) stage = 0;
+  }
+}
+
 }  // namespace lq
