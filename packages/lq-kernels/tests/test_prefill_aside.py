@@ -16,6 +16,7 @@ FORMS = [
     (4, 96), (4, 112), (4, 128), (4, 176), (4, 192), (4, 256),
     (8, 112), (8, 128), (8, 176), (8, 192), (8, 256),
 ]  # fmt: skip
+SELDOM = {(4, 112), (4, 176), (8, 176), (8, 192)}
 form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"int{form[0]}-T{form[1]}")
 pairs = pytest.mark.parametrize("pairs", [False, True])
 
@@ -76,7 +77,9 @@ def test_a_large_tile_that_another_follows_costs_less():
 
 @pytest.mark.nvrtc
 @pytest.mark.exhaustive(
-    where=lambda form, epilogue: epilogue != ("none", "residual", "silu_mul")[(FORMS.index(form) + form[0] // 8) % 3]
+    where=lambda form, epilogue: (
+        form in SELDOM or epilogue != ("none", "residual", "silu_mul")[(FORMS.index(form) + form[0] // 8) % 3]
+    )
 )
 @pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
 @form
