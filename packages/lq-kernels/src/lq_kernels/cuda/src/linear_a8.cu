@@ -26,6 +26,8 @@
 //
 // A token with the scale NaN gives NaN.
 //
+// It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
+//
 // Compiled with LQ_BITS (4, 8), LQ_CODES (Int8, Fp8), LQ_OUT (Bf16, Fp16: y and bias), LQ_SCALE (Bf16, Fp16, Fp32: of the weight),
 // LQ_GROUPED (0: one scale a row; 1: a scale for groups of a multiple of 128 in features; int4 and LQ_PROMOTE only), LQ_LOWEST (0: no int4
 // code is -8), LQ_PROMOTE (0, 1), LQ_TOKENS (16, 32, 64, 128, 192, 256) and LQ_MULTICAST (0, 1).
@@ -75,10 +77,7 @@ constexpr int kChunkPitch = 144;                 // bytes of 64 results, padded 
 constexpr int kStaging = kRows / 64 * kChunk * kChunkPitch;
 #define LQ_ASIDE (LQ_TOKENS >= 128)  // as in linear_a8.py, which passes a map of y
 constexpr bool kAside = LQ_ASIDE != 0;
-constexpr int kOutTokens = 64;  // of a tile, whose results are sent off while the next are written; as in linear_a8.py
-constexpr int kOutParts = kTokens / kOutTokens;
-constexpr int kWritten = 4;    // the first of the barriers for them
-constexpr int kOutStages = 2;  // where tokens were: 64 out features each, a warpgroup's
+using Results = Leaving<kTokens, 2, 1, kConsumers>;  // a stage where tokens were has 64 out features, a warpgroup's
 
 // A thread's int4 codes and scales of a stage.
 struct Weights {
@@ -162,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     u32 parity = 1;
     // The stages that results go to.
     const auto pass_over = [&] {
-      for (int i = 0; i < kOutStages && aside(); ++i) {
+      for (int i = 0; i < Results::kStages && aside(); ++i) {
         mbarrier_wait(empty + stage, parity);
         if (elect_one()) mbarrier_arrive(full + stage);
         __syncwarp();
@@ -251,19 +250,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (!aside()) continue;
         const int feature = (work.row * kSharers + rank) * kRows, second = (stage + 1) % stages;
 #pragma unroll 1
-        for (int part = 0; part < kOutParts; ++part) {
-          named_barrier(kWritten + part, kConsumers + 32);
-          const int token = work.token * kTokens + part * kOutTokens;
+        for (int part = 0; part < Results::kParts; ++part) {
+          named_barrier(Results::kBarrier + part, kConsumers + 32);
+          const int token = work.token * kTokens + part * Results::kPartTokens;
           if (lane == 0) {
-            const u8* const from = ring + part * (kOutTokens * 128);
+            const u8* const from = ring + part * (Results::kPartTokens * 128);
             if (feature < n && token < m) tensor_store_2d(&y_map, feature, token, from + stage * kStage);
             // A group for each stage, the last part's; others are in the first.
-            if (part == kOutParts - 1) bulk_stores_commit();
+            if (part == Results::kParts - 1) bulk_stores_commit();
             if (feature + 64 < n && token < m) tensor_store_2d(&y_map, feature + 64, token, from + second * kStage);
-            if (part == kOutParts - 1) bulk_stores_commit();
+            if (part == Results::kParts - 1) bulk_stores_commit();
           }
         }
-        free_when_sent<kOutStages, kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
+        Results::free<kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
         if (lane == 0) mbarrier_arrive(taken);
       }
     }
@@ -497,13 +496,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       to = ring_address + at * kStage + my_token * 128 + (my_part ^ lane % 8) * 16;
       pair_bytes = 16 * 128, chunk_bytes = kChunk * 128;
     }
-    // What is in the ring after a part's last chunk goes.
-    const auto leave_part = [&](int chunk) {
-      constexpr int kPartChunks = kOutTokens / kChunk;
-      if (chunk % kPartChunks != kPartChunks - 1) return;
-      fence_async_proxy();
-      named_barrier_arrive(kWritten + chunk / kPartChunks, kConsumers + 32);
-    };
     // Scales of a chunk's tokens, two of each eight, come a chunk ahead.
     constexpr int kPairs = kChunk / 16;
     float token_scale[2][kPairs][2][2];
@@ -521,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
       if (chunk * kChunk >= stored) {
         if (!by_ring) break;
-        leave_part(chunk);
+        Results::leave<kChunk>(chunk);
         continue;
       }
       if (chunk + 1 < kTokens / kChunk) fetch(chunk + 1);
@@ -542,7 +534,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         store_matrix_x4_transposed(to + chunk * chunk_bytes + pair * pair_bytes, r);
       }
       if (by_ring) {
-        leave_part(chunk);
+        Results::leave<kChunk>(chunk);
         continue;
       }
       named_barrier(1 + warpgroup, 128);
@@ -559,7 +551,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (by_ring) {
       turn ^= 1;
 #pragma unroll
-      for (int i = 0; i < kOutStages; ++i)
+      for (int i = 0; i < Results::kStages; ++i)
         if (++stage == stages) stage = 0, parity ^= 1;
     }
   }

@@ -168,13 +168,9 @@ static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
 constexpr bool kRest = kTokens == 256 && kBits == 4;
-// Tokens of a tile whose results are sent off while those of the next are written; as in prefill_cuts.py.
-constexpr int kOutTokens = kTokens > 64 && kTokens % 64 == 0 ? 64 : kTokens % 32 == 0 ? 32 : kTokens;
-constexpr int kOutParts = kTokens / kOutTokens;
-constexpr int kWritten = 2 + kWarpgroups;  // the first of the barriers for them
 constexpr int kOutBoxes = 2 / kFeatureRows;  // of y, of 64 out features, each where x of 64 in features was
 constexpr int kStageBoxes = kStep / 64;
-constexpr int kOutStages = kOutBoxes > kStageBoxes ? 2 : 1;
+using Results = Leaving<kTokens, kOutBoxes, kStageBoxes, kConsumers>;
 static_assert(!kAside || kRows == 128, "a tile's results are two boxes, or one");
 // Whether the second piece of a stage's codes is read when the first product of the first is on its way: with all four reads at once the
 // first unpacking waited for the last of them, in kernels that store in bulk, which ptxas gives a scoreboard less for loads.
@@ -424,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           said = true;
           if (++stage == stages) stage = 0, parity ^= 1;
         }
-        for (int i = 0; i < kOutStages && aside(); ++i) {
+        for (int i = 0; i < Results::kStages && aside(); ++i) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) mbarrier_arrive(full + stage);
           __syncwarp();
@@ -463,13 +459,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           __syncwarp();
           if (++stage == stages) stage = 0, parity ^= 1;
         }
-        for (int i = 0; i < kOutStages && aside(); ++i) {
+        for (int i = 0; i < Results::kStages && aside(); ++i) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) {
 #if LQ_ASIDE && LQ_RESIDUAL
             // What is added to the results waits where they will be.
             const int feature = (work.row * kSharers + rank) * kRows + i * kStageBoxes * 64;
-            const int left = static_cast<int>(n) - feature, boxes = left > 64 ? kOutBoxes / kOutStages : left > 0 ? 1 : 0;
+            const int left = static_cast<int>(n) - feature, boxes = left > 64 ? kOutBoxes / Results::kStages : left > 0 ? 1 : 0;
             mbarrier_arrive_expect(full + stage, boxes * (m < kTokens ? static_cast<int>(m) : kTokens) * 128);
             for (int half = 0; half < boxes; ++half)
               tensor_copy_2d(ring + stage * kStage + half * kBoxBytes, &residual_map, feature + half * 64, work.token * kTokens,
@@ -498,21 +494,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (!aside()) continue;
         const int feature = (work.row * kSharers + rank) * (kRows / kFeatureRows);
 #pragma unroll 1
-        for (int part = 0; part < kOutParts; ++part) {
-          named_barrier(kWritten + part, kConsumers + 32);
-          const int token = work.token * kTokens + part * kOutTokens;
+        for (int part = 0; part < Results::kParts; ++part) {
+          named_barrier(Results::kBarrier + part, kConsumers + 32);
+          const int token = work.token * kTokens + part * Results::kPartTokens;
           if (lane == 0) {
 #pragma unroll
             for (int box = 0; box < kOutBoxes; ++box) {
               const int at = (stage + box / kStageBoxes) % stages;
-              const u8* const from = ring + at * kStage + box % kStageBoxes * kBoxBytes + part * (kOutTokens * 128);
+              const u8* const from = ring + at * kStage + box % kStageBoxes * kBoxBytes + part * (Results::kPartTokens * 128);
               if (feature + box * 64 < n && token < m) tensor_store_2d(&y_map, feature + box * 64, token, from);
               // A group for each stage, the last part's; others are in the first.
-              if (part == kOutParts - 1 && (box % kStageBoxes == kStageBoxes - 1 || box == kOutBoxes - 1)) bulk_stores_commit();
+              if (part == Results::kParts - 1 && (box % kStageBoxes == kStageBoxes - 1 || box == kOutBoxes - 1)) bulk_stores_commit();
             }
           }
         }
-        free_when_sent<kOutStages, kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
+        Results::free<kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
         if (lane == 0) mbarrier_arrive(taken);
       }
     }
@@ -821,14 +817,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (by_ring) {
       int at = stage;
       mbarrier_wait(full + stage, parity);
-      if (kOutStages > 1 && warpgroup > 0) {
+      if (Results::kStages > 1 && warpgroup > 0) {
         const bool wraps = ++at == stages;
         if (wraps) at = 0;
         mbarrier_wait(full + at, parity ^ wraps);
       }
       mbarrier_wait(taken, turn ^ 1);
       const int column = (kGated ? warpgroup * 4 + my_part() : my_part()) ^ lane % 8;
-      to = ring_address + at * kStage + (kGated || kOutStages > 1 ? 0 : warpgroup * kBoxBytes) + my_token() * 128 + column * 16;
+      to = ring_address + at * kStage + (kGated || Results::kStages > 1 ? 0 : warpgroup * kBoxBytes) + my_token() * 128 + column * 16;
       pair_bytes = 16 * 128, chunk_bytes = kChunk * 128;
     }
     // The residual comes in through shared memory as the results go out, a chunk ahead.
@@ -844,18 +840,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     if (kResidual && !by_ring) fetch(0);
-    // What is in the ring after a part's last chunk goes.
-    const auto leave_part = [&](int chunk) {
-      constexpr int kPartChunks = kOutTokens / kChunk;
-      if (chunk % kPartChunks != kPartChunks - 1) return;
-      fence_async_proxy();
-      named_barrier_arrive(kWritten + chunk / kPartChunks, kConsumers + 32);
-    };
 #pragma unroll (kRolled ? 1 : kChunks)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       if (chunk * kChunk >= stored) {
         if (!by_ring) break;
-        leave_part(chunk);
+        Results::leave<kChunk>(chunk);
         continue;
       }
       float rolled[kChunk / 2];
@@ -876,7 +865,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         leave(sums, to + chunk * chunk_bytes + pair * pair_bytes);
       }
       if (by_ring) {
-        leave_part(chunk);
+        Results::leave<kChunk>(chunk);
         continue;
       }
       named_barrier(1 + warpgroup, 128);
@@ -899,7 +888,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (by_ring) {
       turn ^= 1;
 #pragma unroll
-      for (int i = 0; i < kOutStages; ++i)
+      for (int i = 0; i < Results::kStages; ++i)
         if (++stage == stages) stage = 0, parity ^= 1;
     }
     if (keep_inbox) {
