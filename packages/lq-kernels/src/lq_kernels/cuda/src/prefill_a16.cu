@@ -817,6 +817,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (by_ring) {
       int at = stage;
       mbarrier_wait(full + stage, parity);
+      if constexpr (kRest) mbarrier_wait(rest + stage, parity);  // which says nothing more, but no phase goes by unseen
       if (Results::kStages > 1 && warpgroup > 0) {
         const bool wraps = ++at == stages;
         if (wraps) at = 0;
