@@ -168,7 +168,7 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
 
 
 def forget():
-    for found in (nvrtc._function, nvrtc._library, compiler.compiler_version, constraints.why_not_compile):
+    for found in (nvrtc._nvrtc, compiler.compiler_version, constraints.why_not_compile):
         found.cache_clear()
 
 

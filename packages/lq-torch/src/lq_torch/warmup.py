@@ -39,7 +39,8 @@ def warmup(
 ) -> int:
     """Prepare a model for any number of tokens: afterwards no call waits for a compiler.
 
-    Every CUDA kernel that the model's weights may ask for, at whatever number of tokens, is compiled and loaded, in parallel.
+    Every CUDA kernel that the model's weights may ask for, at whatever number of tokens, is compiled and loaded, in parallel:
+    with eight processors or more two Python processes without torch help, which end with it.
     Meanwhile each layer on a GPU is run once, for what kernels derive from its own weight. Then every distinct quantized
     Linear is run once at each of ``batch_sizes`` and, on a GPU, at one number of tokens for every other kernel that the
     registry would choose, without gradients: that compiles what is written in Triton, and lets gemlite tune, which takes it

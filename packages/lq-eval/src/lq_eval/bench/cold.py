@@ -3,9 +3,10 @@
 Every figure comes from a fresh process (:mod:`lq_eval.bench.cold_process`). The first finds empty caches (lq's, Triton's and
 the driver's, all in one temporary folder), the second what the first left, and so does the third, which does not warm up: its
 slowest call is the first of all. The GPU's context and the vendor's library are
-set up before the clock starts: a dense model waits for those as well.
+set up before the clock starts: a dense model waits for those as well. So is lq's bytecode, as by an installation.
 """
 
+import compileall
 import json
 import os
 import subprocess
@@ -16,6 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lq_formats
+import lq_kernels
+import lq_torch
+
+import lq_eval
 from lq_eval.errors import BenchError
 
 STATES = ("empty", "warm", "no warmup")
@@ -98,6 +104,9 @@ def run_cold(options: ColdOptions, *, timeout_s: float = 300.0) -> Iterator[Cold
     Raises:
         BenchError: If a process fails or takes longer than ``timeout_s``.
     """
+    for package in (lq_formats, lq_kernels, lq_torch, lq_eval):
+        # Of a checkout it may be missing; where it can be written, every process but the first would find it anyway.
+        compileall.compile_dir(package.__path__[0], quiet=2)
     with tempfile.TemporaryDirectory(prefix="lq-cold-") as folder:
         for state in STATES:
             chosen = replace(options, batch_sizes=()) if state == "no warmup" else options

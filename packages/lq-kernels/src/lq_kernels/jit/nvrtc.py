@@ -1,35 +1,24 @@
-"""The few functions of NVRTC that lq calls, through ctypes, on the library that torch has loaded.
+"""NVRTC, CUDA's compiler, in this process: the library that torch has loaded.
 
 CUDA builds of torch link it and cannot be imported without. Beside another build a package or a toolkit may bring it.
 
 Its generated bindings import those of the driver, which takes 60 ms, and ``cuda.core`` 150 to 300 ms: every process with an
-empty cache would wait for that before its first kernel compiles.
+empty cache would wait for that before its first kernel compiles. So it is called through ctypes
+(:mod:`lq_kernels.jit.nvrtc_program`).
 """
 
 import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from lq_formats import CompileError, MissingPackageError
 
 from lq_kernels.jit import cache
+from lq_kernels.jit.nvrtc_program import Nvrtc, NvrtcError
 
-_POINTER = ctypes.c_void_p
-_STRINGS = ctypes.POINTER(ctypes.c_char_p)
-_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "nvrtcVersion": (_POINTER, _POINTER),
-    "nvrtcCreateProgram": (_POINTER, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, _STRINGS, _STRINGS),
-    "nvrtcCompileProgram": (_POINTER, ctypes.c_int, _STRINGS),
-    "nvrtcGetProgramLogSize": (_POINTER, _POINTER),
-    "nvrtcGetProgramLog": (_POINTER, ctypes.c_char_p),
-    "nvrtcGetCUBINSize": (_POINTER, _POINTER),
-    "nvrtcGetCUBIN": (_POINTER, ctypes.c_char_p),
-    "nvrtcDestroyProgram": (_POINTER,),
-}
 _INSTALL = "pip install cuda-pathfinder nvidia-cuda-nvrtc"
 _unstarted = threading.Lock()
 """Held, for good, once :func:`start` has begun."""
@@ -38,7 +27,7 @@ _unstarted = threading.Lock()
 def why_not() -> str | None:
     """Return why nothing can be compiled, or None; with a CUDA build of torch in microseconds, as NVRTC is loaded."""
     try:
-        _library()
+        _nvrtc()
     except MissingPackageError:
         return f"NVRTC, CUDA's compiler, is not installed; run: {_INSTALL}"
     return None
@@ -50,13 +39,23 @@ def version() -> tuple[int, int]:
     Raises:
         MissingPackageError: If NVRTC is not installed.
     """
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(_function("nvrtcVersion")(ctypes.byref(major), ctypes.byref(minor)), "has no version")
-    return major.value, minor.value
+    with _failures():
+        return _nvrtc().version()
+
+
+def path() -> str:
+    """Return the file of the library.
+
+    Raises:
+        CompileError: If nobody knows.
+        MissingPackageError: If it is not installed.
+    """
+    with _failures():
+        return _nvrtc().path()
 
 
 def compile_program(text: str, name: str, options: Sequence[bytes]) -> tuple[bytes | None, str]:
-    """Compile CUDA C++; other threads run meanwhile.
+    """Compile CUDA C++ in this process; other threads run meanwhile.
 
     Args:
         text: The source.
@@ -70,16 +69,9 @@ def compile_program(text: str, name: str, options: Sequence[bytes]) -> tuple[byt
         CompileError: If NVRTC fails otherwise.
         MissingPackageError: If it is not installed.
     """
-    program = _POINTER()
-    status = _function("nvrtcCreateProgram")(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
-    _check(status, f"does not take {name}")
-    try:
-        listed = (ctypes.c_char_p * len(options))(*options)
-        failed = _function("nvrtcCompileProgram")(program, len(options), listed)
-        log = _read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
-        return None if failed else _read(program, "CUBIN"), log
-    finally:
-        _function("nvrtcDestroyProgram")(ctypes.byref(program))
+    with _failures():
+        cubin, log = _nvrtc().compile_program(text.encode(), name.encode(), options)
+    return cubin, log.decode(errors="replace")
 
 
 def start() -> None:
@@ -101,38 +93,25 @@ def _start() -> None:
             compile_program('extern "C" __global__ void nothing() {}', "nothing.cu", [b"-arch=sm_90a"])
 
 
-def _read(program: ctypes.c_void_p, what: str) -> bytes:
-    size = ctypes.c_size_t()
-    _check(_function(f"nvrtcGet{what}Size")(program, ctypes.byref(size)), f"has no {what}")
-    space = ctypes.create_string_buffer(size.value)
-    _check(_function(f"nvrtcGet{what}")(program, space), f"returns no {what}")
-    return space.raw
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except NvrtcError as error:
+        raise CompileError(f"NVRTC {error}") from error
 
 
 @functools.cache
-def _function(name: str) -> Any:
-    found = getattr(_library(), name)
-    found.argtypes = _ARGUMENTS[name]
-    found.restype = ctypes.c_int
-    return found
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
+def _nvrtc() -> Nvrtc:
     """Return the library that torch has loaded, or the one of an installed package or toolkit."""
     major = (torch.version.cuda or "").split(".")[0]
     try:
-        return ctypes.CDLL(f"libnvrtc.so.{major}")
+        return Nvrtc(ctypes.CDLL(f"libnvrtc.so.{major}"))
     except OSError:
         pass
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        return ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path)
+        return Nvrtc(ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path))
     except (ImportError, RuntimeError) as error:
         raise MissingPackageError("nvidia-cuda-nvrtc", "Compiling CUDA kernels", _INSTALL) from error
-
-
-def _check(status: int, complaint: str) -> None:
-    if status:
-        raise CompileError(f"NVRTC {complaint}: error {status}")
