@@ -8,7 +8,17 @@ from lq_eval.bench.ggml_linear import run_ggml_linear
 from lq_eval.bench.model import decode_tokens_per_second
 from lq_eval.bench.operands import random_blocks, random_q4_0
 from lq_eval.bench.shapes import MODELS, parse_shapes
-from lq_eval.bench.timing import copies, cpu_us, time_us, times_or_reasons, times_us
+from lq_eval.bench.timing import (
+    _rounds,
+    copies,
+    cpu_us,
+    steady_or_reasons,
+    steady_times_us,
+    steady_us,
+    time_us,
+    times_or_reasons,
+    times_us,
+)
 from lq_formats import SpecError, dequantize_q4_0, ggml_format
 from lq_formats.layouts import GGML_PLANES
 
@@ -52,6 +62,35 @@ def test_of_several_competitors_the_broken_one_is_named():
     assert found["b"] == "no such kernel"
     assert all(isinstance(found[name], float) for name in "ac")
     assert times_or_reasons({}, CPU) == {}
+
+
+def test_graphs_hold_about_as_many_calls():
+    def counts(*copies, least):
+        return [each * n for each, n in zip(copies, _rounds([[None] * each for each in copies], least), strict=True)]
+
+    assert counts(24, 96, 48, least=16) == [96, 96, 96]
+    assert counts(2, 7, 4, least=1) == [8, 7, 8]
+    assert counts(96, 128, least=16) == [96, 128]
+    assert counts(2, 2, least=15) == [16, 16]
+    assert counts(3, least=1) == [3]
+
+
+def test_the_beginning_and_the_end_of_a_long_run_count():
+    # 100 calls a replay: the first ends after 3 ms, the next take 1 ms up to 30, then 2 ms.
+    ends = [3.0 + i for i in range(28)] + [32.0 + 2 * i for i in range(76)]
+    us, burst = steady_us(ends, 100)
+    assert (us, burst) == (pytest.approx(20.0), pytest.approx(10.0))
+    # Replays that take longer than either part, and so few that every part is the same.
+    assert steady_us([40.0, 90.0, 190.0], 1) == (pytest.approx(100e3), pytest.approx(50e3))
+    assert steady_us([5.0, 400.0], 10) == (pytest.approx(39.5e3), pytest.approx(39.5e3))
+
+
+def test_on_a_cpu_a_steady_time_is_that_of_a_call():
+    found = steady_or_reasons({"a": [lambda: None]}, CPU)
+    assert found["a"].us >= 0
+    assert found["a"].burst_us is None
+    with pytest.raises(SpecError, match="replays=0: expected at least 1"):
+        steady_times_us([[lambda: None]], CPU, rounds=0)
 
 
 def test_a_median_needs_a_replay():
@@ -278,6 +317,13 @@ def test_decoding_runs_token_by_token(tiny, windows):
 def test_graph_timing_on_a_gpu():
     x = torch.randn(64, 64, device="cuda")
     assert time_us([lambda: x @ x], "cuda") > 0
+
+
+@pytest.mark.gpu
+def test_steady_times_on_a_gpu():
+    x = torch.randn(64, 64, device="cuda")
+    found = steady_times_us([[lambda: x @ x], [lambda: x + x] * 20], "cuda", rounds=1)
+    assert all(each.us > 0 and each.burst_us > 0 for each in found)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from lq_eval.bench.sweep import (
     summarize,
     suspects,
 )
+from lq_eval.bench.timing import Steady
 from lq_eval.results import Record, read_records
 from lq_formats import FormatError, SpecError
 
@@ -212,6 +213,25 @@ def test_one_product_that_fails_does_not_hide_the_others(monkeypatch):
     monkeypatch.setattr("lq_eval.bench.timing.times_us", times)
     rows = list(run_sweep(options(ms=(1,), shapes=parse_shapes("64x128"))))
     assert [(r.op, r.us, r.dense_us) for r in rows] == [("int4", 4.0, 4.0), ("int8", 4.0, 4.0)]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_points_of_many_tokens_have_two_times(monkeypatch):
+    def times(competitors, device, **effort):
+        return [Steady(4.0 + i, 2.0 + 2 * i) for i in range(len(competitors))]
+
+    monkeypatch.setattr("lq_eval.bench.timing.steady_times_us", times)
+    rows = run_sweep(options(ms=(255, 256), ops=("int8",), shapes=parse_shapes("64x128")))
+    few, many = sorted(rows, key=lambda row: row.m)
+    assert (few.us, few.burst_us, few.burst_speedup) == (2.0, None, None)
+    assert (many.dense_us, many.us, many.dense_burst_us, many.burst_us) == (4.0, 5.0, 2.0, 4.0)
+    assert (many.speedup, many.burst_speedup) == (0.8, 0.5)
+    assert not [name for name in few.to_dict() if "burst" in name]
+    assert {name for name in many.to_dict() if "burst" in name} == {"burst_us", "dense_burst_us", "burst_speedup"}
+    (found,) = summarize([few.to_dict(), many.to_dict()])
+    assert (found.min_speedup, found.min_m, found.min_burst_speedup, found.min_burst_m) == (0.8, 256, 0.5, 256)
+    (found,) = summarize([few.to_dict()])
+    assert (found.min_speedup, found.min_burst_speedup, found.min_burst_m) == (1.5, None, None)
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from lq_formats import DeviceError, FormatError, SpecError
@@ -120,6 +121,20 @@ def test_the_order_of_the_fastest_cut_s_tiles_is_timed_last():
     few = TUNABLES["linear_a8"].ranked(a8, 16, 132)[0]
     assert not list(TUNABLES["linear_a8"].orders(a8, 16, few))
     assert not list(TUNABLES["decode_a16"].orders(W4, 1, None))
+
+
+@pytest.mark.parametrize(("m", "some"), [(4096, True), (64, False)])
+def test_prefill_s_tiles_are_taken_in_other_orders_where_a_cta_has_several(m, some):
+    prefill = TUNABLES["prefill_a16"]
+    for config in prefill.ranked(W4, m, 132)[:20]:
+        rows, tokens = config.tiles(m, W4.n)
+        orders = list(prefill.orders(W4, m, config))
+        assert bool(orders) == (some and rows > 1 and rows * tokens > config.ctas)
+        assert len({each.raster for each in (config, *orders)}) == len(orders) + 1
+        for each in orders:
+            assert replace(each, raster=config.raster) == config
+            assert 1 <= each.raster <= rows
+            assert config_of("prefill_a16", W4, m, 132, fields_of(each)) == each
 
 
 def test_what_was_fastest_with_more_tokens_is_timed_with_fewer(tmp_path):

@@ -399,6 +399,19 @@ def test_what_runs_is_one_of_the_kernels_own_cuts_whatever_a_table_says(folders,
         assert fields_of(choice.config) == cuts(kernel, 64)[0]
 
 
+def test_the_order_of_tiles_is_the_table_s_as_far_as_there_are_rows(folders):
+    cut = cuts("prefill_a16", 1024)[3]
+    row_tiles = -(-4096 // (dict(cut)["rows"] * (1 + dict(cut)["multicast"])))
+    for height, runs in ((1, 1), (7, 7), (500, row_tiles)):
+        other = tuple((name, height if name == "raster" else value) for name, value in cut)
+        ship(folders, "h200", table_of(("prefill_a16", W4, Point(1024, 11.0, other))))
+        lookup.forget()
+        for m in (1024, 1000):
+            found = prefill_a16.choice_of(problem(m))
+            assert found.measured is not None
+            assert dict(fields_of(found.config))["raster"] == runs
+
+
 def test_8_bit_tokens_have_their_own_points(folders):
     each = weight(8, -1, 4096, 4096, activation="fp8")
     spec = QuantSpec(8, "row", None, True, torch.float32)

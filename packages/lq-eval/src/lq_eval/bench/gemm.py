@@ -95,6 +95,9 @@ class GemmRow:
         dense_us: Median microseconds of the dense product.
         gb_per_s: Bytes of packed weight read per second, in 1e9.
         note: Why it could not run.
+        burst_us: Of a point that was timed at the limit of the GPU's power (:func:`lq_eval.bench.timing.steady_times_us`), its
+            microseconds right after a pause.
+        dense_burst_us: Those of the dense product.
     """
 
     op: str
@@ -110,15 +113,23 @@ class GemmRow:
     dense_us: float
     gb_per_s: float | None
     note: str = ""
+    burst_us: float | None = None
+    dense_burst_us: float | None = None
 
     @property
     def speedup(self) -> float | None:
         """Time of the dense product over this time."""
         return self.dense_us / self.us if self.us else None
 
+    @property
+    def burst_speedup(self) -> float | None:
+        """The same right after a pause."""
+        return self.dense_burst_us / self.burst_us if self.burst_us and self.dense_burst_us else None
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON values, with its speedup."""
-        return {**asdict(self), "speedup": self.speedup}
+        """Return the row as JSON values, with its speedups; without those of a burst where there are none."""
+        row = {**asdict(self), "speedup": self.speedup, "burst_speedup": self.burst_speedup}
+        return {name: value for name, value in row.items() if "burst" not in name or value is not None}
 
     @staticmethod
     def of(
@@ -133,6 +144,8 @@ class GemmRow:
         dense_us: float,
         nbytes: int,
         note: str = "",
+        burst_us: float | None = None,
+        dense_burst_us: float | None = None,
     ) -> "GemmRow":
         """Return the row of a point; ``nbytes`` are those of the packed weight."""
         return GemmRow(
@@ -149,6 +162,8 @@ class GemmRow:
             dense_us,
             nbytes / us / 1e3 if us else None,
             note,
+            burst_us,
+            dense_burst_us,
         )
 
 

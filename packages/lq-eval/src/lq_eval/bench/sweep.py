@@ -1,7 +1,8 @@
 """The sweep: is lq ever slower than the dense layer it replaces, and does its time ever jump with one token more?
 
 Every distinct layer of the models of :mod:`lq_eval.bench.shapes` at every M from 1 to 64 and a dozen above, the registry's
-choice against the dense product. The graphs of one point are replayed in turn, so that a ratio compares like with like.
+choice against the dense product. The graphs of one point are replayed in turn, so that a ratio compares like with like; from
+256 tokens on, where a GPU is at the limit of its power, each by itself, for long and right after a pause.
 Copies of a weight are made once a shape and round; the first round takes a few M of every shape, the second the rest: a
 run that is cut short has seen everything once. A third, on a GPU, measures again where time drops as M grows: products of 2
 us take 5% more in some captures of a graph than in others.
@@ -21,13 +22,15 @@ from lq_eval.bench.gemm import GemmRow, dense_calls
 from lq_eval.bench.operands import Operand
 from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, check_tokens, parse_shapes
-from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, times_or_reasons
+from lq_eval.bench.timing import COLD_BYTES, Call, Steady, check_replays, steady_or_reasons, times_or_reasons
 from lq_eval.errors import BenchError, last_line
 from lq_eval.results import Record, check_keys
 
 SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 FIRST_ROUND = (1, 16, 64, 256, 1024, 4096)
 MONOTONE_UP_TO = 512
+STEADY_FROM = 256
+"""Tokens from which points are timed by :func:`lq_eval.bench.timing.steady_times_us`."""
 TOLERANCE = 0.08
 DENSE = "dense"
 _ROW_KEYS = ("op", "shape", "n", "k", "m", "dtype", "group_size", "ran", "us", "speedup")
@@ -113,6 +116,8 @@ class SweepSummary:
         excess: Of the largest violation of "time grows with M" up to 512 tokens.
         slow_m: Its smaller M.
         fast_m: Its larger M.
+        min_burst_speedup: The smallest ratio right after a pause, of points that have one.
+        min_burst_m: Where it is.
     """
 
     op: str
@@ -129,6 +134,8 @@ class SweepSummary:
     excess: float | None
     slow_m: int | None
     fast_m: int | None
+    min_burst_speedup: float | None = None
+    min_burst_m: int | None = None
 
     @property
     def monotone(self) -> bool:
@@ -228,14 +235,14 @@ def _run_shape(
             if isinstance(operand, Operand):
                 calls[product] = operand.calls(x, "")
         repeat = calls_per_graph(m, shape.n, shape.k)
-        found = times_or_reasons(calls, options.device, replays=options.replays, min_calls=repeat)
-        dense_us = found[DENSE]
-        if isinstance(dense_us, str):
-            raise BenchError(f"the dense product of {shape.label} failed for {m} tokens: {dense_us}")
+        found = _times(calls, m, repeat, options)
+        dense_time = found[DENSE]
+        if isinstance(dense_time, str):
+            raise BenchError(f"the dense product of {shape.label} failed for {m} tokens: {dense_time}")
         for product in products:
             operand = operands[product]
-            us = operand if isinstance(operand, str) else found[product]
-            measured = us if isinstance(us, float) else None
+            timed = operand if isinstance(operand, str) else found[product]
+            measured, burst_us = (None, None) if isinstance(timed, str) else timed
             yield (
                 product,
                 GemmRow.of(
@@ -246,11 +253,22 @@ def _run_shape(
                     kernel=AUTO,
                     ran=AUTO if measured is None else product.ran(shape, m, options.dtype, arch),
                     us=measured,
-                    dense_us=dense_us,
+                    dense_us=dense_time.us,
                     nbytes=operand.nbytes if isinstance(operand, Operand) else 0,
-                    note=us if isinstance(us, str) else "",
+                    note=timed if isinstance(timed, str) else "",
+                    burst_us=burst_us,
+                    dense_burst_us=dense_time.burst_us,
                 ),
             )
+
+
+def _times(
+    calls: Mapping[Product | str, Sequence[Call]], m: int, min_calls: int, options: SweepOptions
+) -> dict[Product | str, Steady | str]:
+    if m >= STEADY_FROM:
+        return steady_or_reasons(calls, options.device, min_calls=min_calls)
+    found = times_or_reasons(calls, options.device, replays=options.replays, min_calls=min_calls)
+    return {name: Steady(us, None) if isinstance(us, float) else us for name, us in found.items()}
 
 
 def calls_per_graph(m: int, n: int, k: int) -> int:
@@ -299,6 +317,8 @@ def _summary(by_m: Mapping[int, Mapping[str, Any]]) -> SweepSummary:
     measured = {m: row for m, row in by_m.items() if row["us"]}
     first = next(iter(by_m.values()))
     least = min(measured.values(), key=lambda row: row["speedup"], default=None)
+    bursts = [row for row in measured.values() if row.get("burst_speedup")]
+    least_burst = min(bursts, key=lambda row: row["burst_speedup"], default=None)
     times = {m: row["us"] for m, row in measured.items() if m <= MONOTONE_UP_TO}
     violation = largest_violation(times) if times else None
     return SweepSummary(
@@ -316,6 +336,8 @@ def _summary(by_m: Mapping[int, Mapping[str, Any]]) -> SweepSummary:
         excess=violation.excess if violation else None,
         slow_m=violation.slow_m if violation else None,
         fast_m=violation.fast_m if violation else None,
+        min_burst_speedup=least_burst["burst_speedup"] if least_burst else None,
+        min_burst_m=least_burst["m"] if least_burst else None,
     )
 
 

@@ -6,14 +6,20 @@ of the weight, enough copies that a round over them is several times larger than
 
 On a GPU the calls of a round are captured into a CUDA graph: the figure has no launch overhead of Python in it, as in a
 serving engine. It is the median over replays, divided by the calls in one.
+
+Products of many tokens take a GPU to the limit of its power. For some 30 ms after a pause its clock stays up; then it falls,
+by as much as a product takes power, and needs 50 to 100 ms to settle (H200, 14336x4096 with 384 tokens, cuBLAS: 61.5 us, then
+71 to 74). Replayed in turn, competitors share a clock that neither would have alone. So :func:`steady_times_us` gives each two
+times: with the clock up, and when it has run for long, by itself as in a model of its own.
 """
 
+import itertools
 import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from lq_formats import LQError, SpecError
@@ -25,12 +31,30 @@ MAX_COPIES = 128
 WARM_UP_S = 0.008
 SETTLE_S = 0.15
 """Warm-up after calls that took much longer: a GPU that was at its power limit takes a tenth of a second to clock up again."""
+PAUSE_S = 0.08
+"""Before the times of :func:`steady_times_us`: the clock is up again."""
+STEADY_S = 0.18
+"""That a graph is replayed then, all in all."""
+_TAIL_S = 0.08
+"""The last part of that, whose time counts."""
+_BURST_MS = 10.0
+"""The first part, in which the clock is up."""
+_AHEAD = 4
+"""Replays that are queued beside the one that runs."""
 _MUCH_LONGER = 4
 _MOST_CYCLES_A_S = 2.5e9
 """More than a GPU's clock has: what it waits in cycles is no shorter than was asked for."""
 
 Call = Callable[[], object]
 _Name = TypeVar("_Name", bound=Hashable)
+_Time = TypeVar("_Time")
+
+
+class Steady(NamedTuple):
+    """Microseconds of a call at the limit of a GPU's power; ``burst_us`` right after a pause, or None on a CPU."""
+
+    us: float
+    burst_us: float | None
 
 
 def copies(bytes_per_call: int, cold_bytes: int = COLD_BYTES, most: int = MAX_COPIES) -> int:
@@ -77,6 +101,57 @@ def times_us(
     return [cpu_us(calls, 0.0, min_samples=replays) for calls in competitors]
 
 
+def steady_times_us(
+    competitors: Sequence[Sequence[Call]], device: torch.device | str, *, rounds: int = 2, min_calls: int = 16
+) -> list[Steady]:
+    """Return the microseconds of a call of each of ``competitors`` when it runs by itself, for long and right after a pause.
+
+    In each round the competitors take turns: a pause of 80 ms, then its graph (as in :func:`cuda_graphs_us`) for 0.18 s. The
+    last 80 ms count, and of what ends in the first 10 the median, without the first replay; of the rounds the mean. On a CPU
+    every call is timed by itself.
+
+    Raises:
+        SpecError: If there are no rounds.
+    """
+    check_replays(rounds)
+    if torch.device(device).type != "cuda":
+        return [Steady(cpu_us(calls, 0.0, min_samples=rounds), None) for calls in competitors]
+    graphs = [_capture(calls, times) for calls, times in zip(competitors, _rounds(competitors, min_calls), strict=True)]
+    found: list[list[tuple[float, float]]] = [[] for _ in graphs]
+    for _ in range(rounds):
+        for (graph, calls), each in zip(graphs, found, strict=True):
+            time.sleep(PAUSE_S)
+            each.append(steady_us(_ends_ms(graph), calls))
+    means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in found]
+    _longest.us = max(us for us, _ in means)
+    return [Steady(us, burst) for us, burst in means]
+
+
+def steady_us(ends_ms: Sequence[float], calls: int) -> tuple[float, float]:
+    """Return microseconds of a call in the end and in the beginning, of when replays with so many calls ended: two at least."""
+    took = [(end - begin) * 1e3 / calls for begin, end in itertools.pairwise(ends_ms)]
+    begin = next(i for i, end in enumerate(ends_ms) if end >= ends_ms[-1] - _TAIL_S * 1e3)
+    begin = min(begin, len(ends_ms) - 2)
+    tail = (ends_ms[-1] - ends_ms[begin]) * 1e3 / calls / (len(ends_ms) - 1 - begin)
+    early = [us for us, end in zip(took, ends_ms[1:], strict=True) if end <= _BURST_MS]
+    return tail, statistics.median(early or took[:1])
+
+
+def _ends_ms(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """Replay a graph for 0.18 s without a pause; return the milliseconds after which each replay ended."""
+    start, ends = _event(), list[torch.cuda.Event]()
+    start.record()
+    until = time.perf_counter() + STEADY_S
+    while len(ends) < 2 or time.perf_counter() < until:
+        graph.replay()
+        ends.append(_event())
+        ends[-1].record()
+        if len(ends) > _AHEAD:
+            ends[-_AHEAD].synchronize()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for end in ends]
+
+
 def times_or_reasons(
     competitors: Mapping[_Name, Sequence[Call]], device: torch.device | str, *, replays: int = 7, min_calls: int = 16
 ) -> dict[_Name, float | str]:
@@ -86,17 +161,38 @@ def times_or_reasons(
         SpecError: If there are no replays.
     """
     check_replays(replays)
+
+    def measure(calls: list[Sequence[Call]]) -> list[float]:
+        return times_us(calls, device, replays=replays, min_calls=min_calls)
+
+    return _or_reasons(competitors, measure)
+
+
+def steady_or_reasons(
+    competitors: Mapping[_Name, Sequence[Call]], device: torch.device | str, *, min_calls: int = 16
+) -> dict[_Name, Steady | str]:
+    """Return what :func:`steady_times_us` does by name; of a competitor that fails, why."""
+
+    def measure(calls: list[Sequence[Call]]) -> list[Steady]:
+        return steady_times_us(calls, device, min_calls=min_calls)
+
+    return _or_reasons(competitors, measure)
+
+
+def _or_reasons(
+    competitors: Mapping[_Name, Sequence[Call]], measure: Callable[[list[Sequence[Call]]], list[_Time]]
+) -> dict[_Name, _Time | str]:
     if not competitors:
         return {}
     try:
-        times = times_us(list(competitors.values()), device, replays=replays, min_calls=min_calls)
-        return dict(zip(competitors, times, strict=True))
+        return dict(zip(competitors, measure(list(competitors.values())), strict=True))
     except (LQError, RuntimeError, ImportError) as error:
         if len(competitors) == 1:
             return {name: last_line(error) for name in competitors}
-    found: dict[_Name, float | str] = {}
+    found: dict[_Name, _Time | str] = {}
     for name, calls in competitors.items():  # each alone, to learn which it was
-        found |= times_or_reasons({name: calls}, device, replays=replays, min_calls=min_calls)
+        alone = _or_reasons({name: calls}, measure)
+        found |= alone
     return found
 
 
@@ -110,17 +206,22 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
 
     Replayed in turn they meet the same clocks and temperatures, so that ratios hold when the times themselves drift. Each
     is replayed once before its clock starts: what the other one left behind is not its cost. The GPU waits until both
-    replays are queued, so that a processor that is slow to queue them is no part of the time.
+    replays are queued, so that a processor that is slow to queue them is no part of the time. Graphs hold about as many
+    calls, whole rounds over the copies of each: at the limit of its power a GPU slows down within milliseconds, and the
+    competitor with fewer copies of its weight would look faster than it is.
 
     Args:
         competitors: For each of them its calls on different copies of the data.
         replays: Replays of each graph; the median counts.
-        min_calls: The calls are repeated in a graph until it holds as many.
+        min_calls: The calls are repeated in a graph until it holds as many; and until it has about as many as the
+            competitor with most.
 
     Returns:
         Microseconds of one call, for each of ``competitors``.
     """
-    graphs = [_capture(calls, max(1, math.ceil(min_calls / len(calls)))) for calls in competitors]
+    graphs = [
+        _capture(calls, rounds) for calls, rounds in zip(competitors, _rounds(competitors, min_calls), strict=True)
+    ]
     _raise_clocks(graphs)
     queueing = [_queueing_s(graph) for graph, _ in graphs]
     times: list[list[float]] = [[] for _ in graphs]
@@ -137,6 +238,12 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     medians = [statistics.median(found) for found in times]
     _longest.us = max(medians)
     return medians
+
+
+def _rounds(competitors: Sequence[Sequence[object]], least: int) -> list[int]:
+    """Return how often each is repeated: to have ``least`` calls, and about as many as the one with most."""
+    most = max(map(len, competitors), default=0)
+    return [max(math.ceil(least / len(calls)), round(most / len(calls)), 1) for calls in competitors]
 
 
 def _hold(seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Launch ``src/prefill_a16.cu``: many tokens times an int4 or int8 weight in fragment order, on Hopper."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,10 @@ def choice(
     ]
     chosen = choose(cuts, lambda config: cost(config, m, n, k, bits, sm_count), SAME, found)
     assert chosen is not None, "tiles of 16 tokens fit any size"
+    if chosen.measured is not None:
+        height = dict(chosen.measured.point.cut).get("raster", chosen.config.raster)
+        row_tiles, _ = chosen.config.tiles(m, n)
+        chosen = replace(chosen, config=replace(chosen.config, raster=max(1, min(height, row_tiles))))
     return chosen
 
 

@@ -252,6 +252,23 @@ def _split(
                 yield replace(whole, ctas=parts * tiles, shared_tiles=tiles, workers=parts * tiles)
 
 
+def orders(config: PrefillConfig, m: int, n: int) -> Iterator[PrefillConfig]:
+    """Yield the cut with other heights of bands, which take the same tiles in another order: up to 5% on an H200.
+
+    Args:
+        config: A cut; one whose tiles are all taken at once has no order.
+        m: Tokens.
+        n: Out features.
+    """
+    rows, tokens = config.tiles(m, n)
+    if rows * tokens > config.ctas:
+        height = config.raster
+        others = {height // 2, height * 2 // 3, -(-height * 3 // 2), height * 2}
+        yield from (
+            replace(config, raster=each) for each in sorted({max(1, min(each, rows)) for each in others} - {height})
+        )
+
+
 def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
     pairs = sm_count // 2
     # For whole pairs of tall tiles; there are no registers for scales and zeros of groups of 32.

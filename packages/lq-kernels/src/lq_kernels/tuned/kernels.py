@@ -142,7 +142,7 @@ class _Prefill:
         return sorted(cuts, key=lambda config: prefill_cuts.cost(config, *sizes, sm_count))
 
     def orders(self, weight: Weight, m: int, config: Any) -> Iterable[Any]:
-        return ()
+        return prefill_cuts.orders(config, m, weight.n)
 
     def unit(self, weight: Weight, m: int, config: Any) -> Unit:
         return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight)))
