@@ -80,6 +80,8 @@ def test_the_beginning_and_the_end_of_a_long_run_count():
     ends = [3.0 + i for i in range(28)] + [32.0 + 2 * i for i in range(76)]
     us, burst = steady_us(ends, 100)
     assert (us, burst) == (pytest.approx(20.0), pytest.approx(10.0))
+    ends[-3:] = [end + 40.0 for end in ends[-3:]]  # the processor was late
+    assert steady_us(ends, 100) == (pytest.approx(20.0), pytest.approx(10.0))
     # Replays that take longer than either part, and so few that every part is the same.
     assert steady_us([40.0, 90.0, 190.0], 1) == (pytest.approx(100e3), pytest.approx(50e3))
     assert steady_us([5.0, 400.0], 10) == (pytest.approx(39.5e3), pytest.approx(39.5e3))

@@ -107,8 +107,8 @@ def steady_times_us(
     """Return the microseconds of a call of each of ``competitors`` when it runs by itself, for long and right after a pause.
 
     In each round the competitors take turns: a pause of 80 ms, then its graph (as in :func:`cuda_graphs_us`) for 0.18 s. The
-    last 80 ms count, and of what ends in the first 10 the median, without the first replay; of the rounds the mean. On a CPU
-    every call is timed by itself.
+    medians count of replays in the last 80 ms, and of those that end in the first 10, but the very first; of the rounds their
+    mean. On a CPU every call is timed by itself.
 
     Raises:
         SpecError: If there are no rounds.
@@ -130,11 +130,10 @@ def steady_times_us(
 def steady_us(ends_ms: Sequence[float], calls: int) -> tuple[float, float]:
     """Return microseconds of a call in the end and in the beginning, of when replays with so many calls ended: two at least."""
     took = [(end - begin) * 1e3 / calls for begin, end in itertools.pairwise(ends_ms)]
-    begin = next(i for i, end in enumerate(ends_ms) if end >= ends_ms[-1] - _TAIL_S * 1e3)
-    begin = min(begin, len(ends_ms) - 2)
-    tail = (ends_ms[-1] - ends_ms[begin]) * 1e3 / calls / (len(ends_ms) - 1 - begin)
+    late = [us for us, begin in zip(took, ends_ms, strict=False) if begin >= ends_ms[-1] - _TAIL_S * 1e3]
     early = [us for us, end in zip(took, ends_ms[1:], strict=True) if end <= _BURST_MS]
-    return tail, statistics.median(early or took[:1])
+    # Medians: where the processor is late, the GPU has nothing to do for a while.
+    return statistics.median(late or took[-1:]), statistics.median(early or took[:1])
 
 
 def _ends_ms(graph: torch.cuda.CUDAGraph) -> list[float]:
