@@ -4,11 +4,13 @@ A decoding step reads every weight of a model once, so each read comes from memo
 the weight, and a round over the copies is several times larger than the L2 cache (50 MB on an H200). Graphs are replayed in
 turn, so that cuts meet the same clocks and temperatures; the median of the replays counts.
 
-Products of many tokens take a GPU to the limit of its power, where another cut may be the fastest (up to 9%, H200): one that
-takes less energy. They are timed there, one behind the other, as they run in a model.
+Products of many tokens take a GPU to the limit of its power, where the fastest cut may be another one, which takes less energy:
+up to 9% (H200). So they are timed there; for a short look in turn, at a clock that they share, and where more replays are
+asked for each by itself for 0.15 s, at a clock of its own, as it runs in a model.
 """
 
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -34,8 +36,14 @@ _HOLD_CYCLES = 500_000
 """That the GPU waits while the processor queues a replay, else part of the time where that is slow: 0.25 ms or more."""
 _HOT_TOKENS = 256
 """Tokens from which the GPU is at the limit of its power."""
-_HEAT_S = 0.08
+_HEAT_S = 0.1
 """Seconds that it takes to get there."""
+_ALONE_S = 0.05
+"""Seconds of which the times then count, where a cut runs by itself."""
+_MOST_IN_TURN = 3
+"""Replays up to which cuts are replayed in turn there."""
+_AHEAD = 4
+"""Replays that are queued beside the one that runs."""
 _EXPECTED = "expected"
 """Beside the kernels: what gives the result by another way."""
 
@@ -65,7 +73,7 @@ class GraphTimer:
             weight: What is multiplied.
             m: Tokens.
             cuts: Kernels and cuts.
-            replays: How often each graph is replayed.
+            replays: How often each graph is replayed, if not for 0.15 s.
             announce: Called with a cut's position before it runs, so that one that never ends is known.
 
         Raises:
@@ -94,27 +102,46 @@ class GraphTimer:
             except (LQError, RuntimeError) as error:
                 found[index] = _first_line(error)
                 torch.cuda.synchronize(self._device)  # raises if the context is broken
-        times: dict[int, list[float]] = {index: [] for index in graphs}
         hot = m >= _HOT_TOKENS
-        if hot:
-            self._heat(graphs, announce)
+        times: dict[int, list[float]] = {}
+        if hot and replays > _MOST_IN_TURN:
+            for index, graph in graphs.items():
+                announce(index)
+                times[index] = self._alone_us(graph, count)
+        else:
+            if hot:
+                self._heat(graphs, announce)
+            times = self._in_turn_us(graphs, count, replays, announce, pausing=not hot)
+        found |= {index: statistics.median(each) for index, each in times.items()}
+        return [found[index] for index in range(len(cuts))]
+
+    def _in_turn_us(
+        self,
+        graphs: Mapping[int, torch.cuda.CUDAGraph],
+        count: int,
+        replays: int,
+        announce: Callable[[int], None],
+        *,
+        pausing: bool,
+    ) -> dict[int, list[float]]:
+        """Return the microseconds of a call in each replay: with pauses between all, or between rounds alone."""
+        times: dict[int, list[float]] = {index: [] for index in graphs}
         for _ in range(replays):
             events = {}
             for index, graph in graphs.items():
                 announce(index)
                 start, stop = events[index] = _event(), _event()
-                if not hot or len(events) == 1:
+                if pausing or len(events) == 1:
                     torch.cuda._sleep(_HOLD_CYCLES)  # type: ignore[no-untyped-call]
                 start.record()
                 graph.replay()
                 stop.record()
-                if not hot:
+                if pausing:
                     torch.cuda.synchronize(self._device)
             torch.cuda.synchronize(self._device)
             for index, (start, stop) in events.items():
                 times[index].append(start.elapsed_time(stop) * 1e3 / count)
-        found |= {index: statistics.median(each) for index, each in times.items()}
-        return [found[index] for index in range(len(cuts))]
+        return times
 
     def _heat(self, graphs: Mapping[int, torch.cuda.CUDAGraph], announce: Callable[[int], None]) -> None:
         """Replay graphs for a while, with hardly a pause."""
@@ -124,6 +151,21 @@ class GraphTimer:
                 announce(index)
                 graph.replay()
             torch.cuda.synchronize(self._device)
+
+    def _alone_us(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+        """Return the microseconds of a call in the last replays of many, one right behind the other."""
+        ends: list[torch.cuda.Event] = []
+        until = time.perf_counter() + _HEAT_S + _ALONE_S
+        while len(ends) < 2 or time.perf_counter() < until:
+            graph.replay()
+            ends.append(_event())
+            ends[-1].record()
+            if len(ends) > _AHEAD:
+                ends[-_AHEAD].synchronize()
+        torch.cuda.synchronize(self._device)
+        took = [begin.elapsed_time(end) for begin, end in itertools.pairwise(ends)]
+        late = [ms for i, ms in enumerate(took) if sum(took[i:]) <= _ALONE_S * 1e3]
+        return [ms * 1e3 / count for ms in late or took[-1:]]
 
     def _prepare(self, weight: Weight) -> list[dict[str, _Call]]:
         if self._copies is None or self._copies[0] != weight:
