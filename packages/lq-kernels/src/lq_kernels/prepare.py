@@ -199,7 +199,7 @@ def compile_units(
     Args:
         wanted: What to compile; what is there twice is compiled once.
         compiler: Compiles one, for example :func:`into_cache` or :func:`onto_gpu`; called by several threads at once.
-        threads: How many; 0 for as many as there are processors, at most 32.
+        threads: How many; 0 for as many as there are processors that this process may use, at most 32.
         progress: Called after each with how many are done, how many there are, and which it was.
 
     Returns:
@@ -230,7 +230,7 @@ def compiling(
     from lq_kernels.jit import helpers
 
     distinct = sorted(dict.fromkeys(wanted), key=_seconds, reverse=True)
-    threads = threads or max(1, min(32, os.cpu_count() or 1))
+    threads = threads or max(1, min(32, _processors()))
     with helpers.helped(threads), ThreadPoolExecutor(threads) as pool:
         running = {pool.submit(compiler, unit): unit for unit in distinct}
 
@@ -243,6 +243,13 @@ def compiling(
             return len(distinct)
 
         yield wait
+
+
+def _processors() -> int:
+    """Return how many processors this process may use: in a container fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _seconds(unit: Unit) -> float:
