@@ -1,4 +1,7 @@
-"""What the timing process of the tuner multiplies."""
+"""What the timing process of the tuner multiplies, and which of its times count."""
+
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,3 +72,76 @@ def test_operands_for_8_bit_tokens(each, monkeypatch):
     y = calls["linear_a8"](x, None)
     assert y.shape == (5, each.n)
     assert not timer._difference(y, calls["expected"](x, None))
+
+
+class Clock:
+    """A GPU whose clock falls 80 ms after a pause, by as much as a graph takes power; time passes in replays alone."""
+
+    def __init__(self):
+        self.s = 0.0
+        self.busy_since = 0.0
+        self.replayed = []
+
+    def graph(self, name, us, power):
+        def replay():
+            self.replayed.append(name)
+            self.s += us * 1e-6 * (power if self.s - self.busy_since > 0.08 else 1.0)
+
+        return SimpleNamespace(replay=replay)
+
+    def pause(self, cycles=None):
+        self.s += 1e-3
+        self.busy_since = self.s
+
+    def event(self):
+        found = SimpleNamespace(s=0.0, synchronize=lambda: None)
+        found.record = lambda: setattr(found, "s", self.s)
+        found.elapsed_time = lambda other: (other.s - found.s) * 1e3
+        return found
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Return a function from tokens and replays to the times of two cuts, thrifty (40 us) and hungry (30), and the clock."""
+    from lq_kernels.tuned import timer
+
+    clock, graphs = Clock(), {"thrifty": (4e3, 1.1), "hungry": (3e3, 2.0)}  # 100 calls each
+    each = weight(4, 128, 4096, 4096)
+    self = object.__new__(timer.GraphTimer)
+    self._device, self._sm_count, self._stream = torch.device("cpu"), 132, None
+    copies = [dict.fromkeys(("expected", *graphs), lambda x, config: torch.ones(1)) for _ in range(100)]
+    monkeypatch.setattr(self, "_prepare", lambda weight: copies)
+    monkeypatch.setattr(timer, "config_of", lambda *each: None)
+    # The copies' calls, bound to a kernel's name by the order in which graphs are captured.
+    names = iter(graphs)
+    monkeypatch.setattr(timer, "_capture", lambda calls, count, stream: clock.graph(name := next(names), *graphs[name]))
+    monkeypatch.setattr(timer, "_event", clock.event)
+    monkeypatch.setattr(timer.torch.cuda, "_sleep", clock.pause)
+    monkeypatch.setattr(timer.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: clock.s)
+
+    def times(m, replays):
+        return self.times(each, m, [(name, ()) for name in graphs], replays)
+
+    return times, clock
+
+
+def test_cuts_for_few_tokens_are_timed_with_pauses_and_in_turn(timed):
+    times, clock = timed
+    assert times(255, 9) == pytest.approx([40.0, 30.0])
+    assert clock.replayed == ["thrifty", "hungry"] * 9
+
+
+def test_many_tokens_are_looked_at_in_turn_when_the_gpu_is_hot(timed):
+    times, clock = timed
+    times(256, 3)
+    assert clock.replayed[-6:] == ["thrifty", "hungry"] * 3
+    assert len(clock.replayed) > 20  # most of them before
+
+
+def test_finalists_for_many_tokens_run_by_themselves_until_the_clock_is_theirs(timed):
+    times, clock = timed
+    # The hungry one is faster for 80 ms only.
+    assert times(256, 4) == pytest.approx([44.0, 60.0])
+    switches = [a != b for a, b in itertools.pairwise(clock.replayed)]
+    assert sum(switches) == 1

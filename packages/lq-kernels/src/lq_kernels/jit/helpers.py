@@ -6,6 +6,7 @@ processors, and end when those are done.
 """
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -156,11 +157,11 @@ def _process(executable: str, library: str, threads: int) -> tuple["subprocess.P
 
 
 def _interpreter() -> str | None:
-    """Return Python's executable, None where that is a program which has Python in it."""
+    """Return Python's executable; None where that is a program which has Python in it, or a process cannot be given sockets."""
     from multiprocessing import spawn
 
     executable = spawn.get_executable()
-    if getattr(sys, "frozen", False) or not executable:
+    if getattr(sys, "frozen", False) or not executable or os.name != "posix":
         return None
     return executable.decode() if isinstance(executable, bytes) else executable
 
