@@ -227,11 +227,11 @@ def compiling(
         A function that waits for all, takes what :func:`compile_units` takes as ``progress``, and returns and raises what it
         does. All are finished at the end of the body.
     """
-    from lq_kernels.jit import helpers
+    from lq_kernels.jit import processes
 
     distinct = sorted(dict.fromkeys(wanted), key=_seconds, reverse=True)
     threads = threads or max(1, min(32, _processors()))
-    with helpers.helped(threads), ThreadPoolExecutor(threads) as pool:
+    with processes.helped(threads), ThreadPoolExecutor(threads) as pool:
         running = {pool.submit(compiler, unit): unit for unit in distinct}
 
         def wait(progress: Callable[[int, int, str], None] | None) -> int:

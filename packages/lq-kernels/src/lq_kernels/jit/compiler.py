@@ -4,7 +4,7 @@ One source file is one compilation unit; headers are found under ``cuda/include`
 depends on nothing but this package, the compiler and the target.
 
 Threads compile at once, but for NVRTC's parser, which is locked: 22 ms a source. So other processes help
-(:mod:`lq_kernels.jit.helpers`).
+(:mod:`lq_kernels.jit.processes`).
 """
 
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lq_formats import CompileError
 
-from lq_kernels.jit import helpers, nvrtc
+from lq_kernels.jit import nvrtc, processes
 
 CUDA_FOLDER = Path(__file__).parent.parent / "cuda"
 INCLUDE_FOLDER = CUDA_FOLDER / "include"
@@ -123,7 +123,7 @@ def compile_source(text: str, arch: str, name: str, defines: tuple[str, ...] = (
         # No textures and no cudart, whose declarations take as long to parse as most kernels: the code is the same.
         *(("--minimal",) if nvrtc.version() >= _MINIMAL_SINCE else ()),
     )
-    cubin, log = helpers.compile_program(text, f"{name}.cu", [os.fsencode(option) for option in options])
+    cubin, log = processes.compile_program(text, f"{name}.cu", [os.fsencode(option) for option in options])
     if cubin is None:
         macros = f" with {', '.join(defines)}" if defines else ""
         raise CompileError(f"{name}.cu does not compile for {arch}{macros}:\n{log}")

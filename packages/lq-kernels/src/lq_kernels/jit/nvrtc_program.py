@@ -2,7 +2,7 @@
 
 ``python -I -S nvrtc_program.py LIBRARY FD FD ...`` has a thread for each connected socket that it was given. A thread reads a
 message (source, name and options), compiles, answers with another (:data:`COMPILED`, :data:`REJECTED` or :data:`FAILED`, the
-cubin or what is wrong, and the log) and ends when the other end is closed. :mod:`lq_kernels.jit.helpers` starts it. Only a
+cubin or what is wrong, and the log) and ends when the other end is closed. :mod:`lq_kernels.jit.processes` starts it. Only a
 little of the standard library is imported here, no torch: it is up in 30 ms.
 """
 

@@ -13,7 +13,7 @@ from multiprocessing import spawn
 import pytest
 from lq_formats import CompileError
 from lq_kernels import prepare
-from lq_kernels.jit import compiler, helpers, nvrtc, nvrtc_program
+from lq_kernels.jit import compiler, nvrtc, nvrtc_program, processes
 
 OPTIONS = (b"-arch=sm_90a",)
 TEXTS = [f'extern "C" __global__ void kernel(int* to) {{ *to = {i}; }}' for i in range(12)]
@@ -22,7 +22,7 @@ TEXTS = [f'extern "C" __global__ void kernel(int* to) {{ *to = {i}; }}' for i in
 @pytest.fixture(autouse=True)
 def unwarned(monkeypatch):
     """A process that has not warned, with NVRTC's own cache switched off."""
-    monkeypatch.setattr(helpers, "_warned", False)
+    monkeypatch.setattr(processes, "_warned", False)
     monkeypatch.setenv("CUDA_CACHE_DISABLE", "1")
 
 
@@ -54,8 +54,8 @@ def started(monkeypatch):
 
 def compile_all(texts=TEXTS, threads=8):
     """Compile one after another, in a body that says it has so many threads."""
-    with helpers.helped(threads):
-        return [helpers.compile_program(text, "kernel.cu", OPTIONS) for text in texts]
+    with processes.helped(threads):
+        return [processes.compile_program(text, "kernel.cu", OPTIONS) for text in texts]
 
 
 def cubins(found):
@@ -65,19 +65,19 @@ def cubins(found):
 @pytest.mark.nvrtc
 def test_processes_compile_to_the_same_bytes_and_end(here, started):
     found = compile_all()
-    assert here == TEXTS[: helpers._LEAST_PROGRAMS - 1]  # the others, somewhere else
+    assert here == TEXTS[: processes._LEAST_PROGRAMS - 1]  # the others, somewhere else
     assert cubins(found) == [nvrtc.compile_program(text, "kernel.cu", OPTIONS)[0] for text in TEXTS]
     assert len(set(cubins(found))) == len(TEXTS)
-    assert len(started) == helpers._PROCESSES
-    assert [process.wait(timeout=60) for process in started] == [0] * helpers._PROCESSES
+    assert len(started) == processes._PROCESSES
+    assert [process.wait(timeout=60) for process in started] == [0] * processes._PROCESSES
 
 
 @pytest.mark.nvrtc
 def test_threads_use_both_processes_at_once(here, started):
-    with helpers.helped(9), ThreadPoolExecutor(9) as pool:
-        found = list(pool.map(lambda text: helpers.compile_program(text, "kernel.cu", OPTIONS), TEXTS * 3))
-        assert len(helpers._active._free) == 6  # a third of the threads each, and all are given back
-    assert helpers._active is None
+    with processes.helped(9), ThreadPoolExecutor(9) as pool:
+        found = list(pool.map(lambda text: processes.compile_program(text, "kernel.cu", OPTIONS), TEXTS * 3))
+        assert len(processes._active._free) == 6  # a third of the threads each, and all are given back
+    assert processes._active is None
     assert 3 <= len(here) < len(found)
     assert cubins(found) == [nvrtc.compile_program(text, "kernel.cu", OPTIONS)[0] for text in TEXTS] * 3
     for process in started:
@@ -86,21 +86,21 @@ def test_threads_use_both_processes_at_once(here, started):
 
 @pytest.mark.nvrtc
 def test_few_programs_or_threads_start_none(here, started):
-    compile_all(TEXTS[: helpers._LEAST_PROGRAMS - 1])
-    compile_all(threads=helpers._LEAST_THREADS - 1)
-    helpers.compile_program(TEXTS[0], "kernel.cu", OPTIONS)
-    assert len(here) == helpers._LEAST_PROGRAMS + len(TEXTS)
+    compile_all(TEXTS[: processes._LEAST_PROGRAMS - 1])
+    compile_all(threads=processes._LEAST_THREADS - 1)
+    processes.compile_program(TEXTS[0], "kernel.cu", OPTIONS)
+    assert len(here) == processes._LEAST_PROGRAMS + len(TEXTS)
     assert not started
 
 
 @pytest.mark.nvrtc
 def test_bodies_that_run_at_once_share_the_processes(started):
-    with helpers.helped(8):
+    with processes.helped(8):
         compile_all()
-        assert len(started) == helpers._PROCESSES
+        assert len(started) == processes._PROCESSES
         compile_all()
-        assert len(started) == helpers._PROCESSES
-        assert [process.poll() for process in started] == [None] * helpers._PROCESSES
+        assert len(started) == processes._PROCESSES
+        assert [process.poll() for process in started] == [None] * processes._PROCESSES
     for process in started:
         assert process.wait(timeout=60) == 0
 
@@ -109,13 +109,13 @@ def test_bodies_that_run_at_once_share_the_processes(started):
 @pytest.mark.parametrize("ending", ["at once", "later"])
 def test_what_ended_processes_leave_is_compiled_here_with_a_warning(ending, here, started, monkeypatch):
     if ending == "at once":
-        monkeypatch.setattr(helpers, "_interpreter", lambda: shutil.which("false"))
+        monkeypatch.setattr(processes, "_interpreter", lambda: shutil.which("false"))
 
     def compile_some(texts):
-        found.extend(helpers.compile_program(text, "kernel.cu", OPTIONS) for text in texts)
+        found.extend(processes.compile_program(text, "kernel.cu", OPTIONS) for text in texts)
 
     found, why = [], "compile in this process alone.*has ended or does not answer"
-    with helpers.helped(8), warnings.catch_warnings(record=True) as warned:
+    with processes.helped(8), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         compile_some(TEXTS[:6])
         for process in started:
@@ -129,7 +129,7 @@ def test_what_ended_processes_leave_is_compiled_here_with_a_warning(ending, here
 
 @pytest.mark.nvrtc
 def test_a_process_that_cannot_be_started_costs_a_warning(here, monkeypatch):
-    monkeypatch.setattr(helpers, "_interpreter", lambda: "/nowhere/python")
+    monkeypatch.setattr(processes, "_interpreter", lambda: "/nowhere/python")
     with pytest.warns(UserWarning, match="none can be started.*No such file"):
         found = compile_all()
     assert here == TEXTS
@@ -138,14 +138,14 @@ def test_a_process_that_cannot_be_started_costs_a_warning(here, monkeypatch):
 
 @pytest.mark.nvrtc
 def test_a_second_process_that_cannot_be_started_leaves_the_first(here, started, monkeypatch):
-    real = helpers._process
+    real = processes._process
 
     def process(*arguments):
         if started:
             raise OSError("no more")
         return real(*arguments)
 
-    monkeypatch.setattr(helpers, "_process", process)
+    monkeypatch.setattr(processes, "_process", process)
     with pytest.warns(UserWarning, match="no more"):
         found = compile_all()
     assert len(here) < len(TEXTS)
@@ -168,14 +168,14 @@ def test_no_process_is_started_from_a_program_that_has_python_in_it(here, starte
 
 def test_the_interpreter_is_multiprocessings(monkeypatch):
     monkeypatch.setattr(spawn, "get_executable", lambda: b"/usr/bin/python9")
-    assert helpers._interpreter() == "/usr/bin/python9"
+    assert processes._interpreter() == "/usr/bin/python9"
 
 
 @pytest.mark.nvrtc
 def test_an_error_in_a_source_has_the_other_processes_log(here):
-    with helpers.helped(8):
+    with processes.helped(8):
         for text in TEXTS[:4]:
-            helpers.compile_program(text, "kernel.cu", OPTIONS)
+            processes.compile_program(text, "kernel.cu", OPTIONS)
         with pytest.raises(CompileError, match=r"wrong\.cu does not compile for sm_90a with LQ_A=1(.|\n)*unknown"):
             compiler.compile_source("unknown type;", "sm_90a", "wrong", ("LQ_A=1",))
     assert "unknown type;" not in here
@@ -193,7 +193,7 @@ def test_what_nvrtc_fails_at_elsewhere_is_tried_here(here, monkeypatch):
         others.append(theirs)
         return subprocess.Popen([executable, "-c", ""]), [ours]
 
-    monkeypatch.setattr(helpers, "_process", process)
+    monkeypatch.setattr(processes, "_process", process)
     found = compile_all(TEXTS[:4])
     for each in others:
         each.close()
@@ -211,7 +211,7 @@ def test_compile_units_is_helped(here, started, monkeypatch, tmp_path):
         return compiler.compile_source(TEXTS[0], "sm_90a", unit.source, unit.defines).cubin
 
     assert prepare.compile_units(units, compile_one, threads=8) == 8
-    assert len(started) == helpers._PROCESSES
+    assert len(started) == processes._PROCESSES
     assert len(here) < 8
     for process in started:
         assert process.wait(timeout=60) == 0
