@@ -140,7 +140,7 @@ def bench_sweep(
         dtype=default_dtype(dtype or ("bfloat16" if gpu else "float32"), where),
         group_size=group_size,
         device=where,
-        seconds=seconds if seconds is not None else (500.0 if gpu else 60.0),
+        seconds=seconds if seconds is not None else (600.0 if gpu else 60.0),
         replays=replays,
         cold_bytes=COLD_BYTES if gpu else COLD_BYTES // 3,
         done=frozenset(known),
@@ -401,7 +401,7 @@ def bench_record(
     device: Device = None,
     seconds: Annotated[
         float, typer.Option(help="For all steps together; the figure's peers get what is left.")
-    ] = 560.0,
+    ] = 900.0,
 ) -> None:
     """Everything but ggml, by one command: eager, cold, variants, fused, sweep, gemm beside peers, and their figure."""
     from lq_eval.models import default_device
@@ -443,7 +443,7 @@ def bench_record(
         )
 
     def plot() -> None:
-        # Of a point that both have, the last one is drawn: the sweep's, which times lq and the dense product in turn.
+        # Of a point that both have, the last one is drawn: the sweep's, which has as many numbers of tokens as there are.
         drawn = [files[name] for name in ("gemm", "sweep") if files[name].exists()]
         bench_plot(drawn or [files["gemm"]], files["plot"], ops="int4,int8", shapes=chosen)
 
