@@ -206,8 +206,8 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     Replayed in turn they meet the same clocks and temperatures, so that ratios hold when the times themselves drift. Each
     is replayed once before its clock starts: what the other one left behind is not its cost. The GPU waits until both
     replays are queued, so that a processor that is slow to queue them is no part of the time. Graphs hold about as many
-    calls, whole rounds over the copies of each: at the limit of its power a GPU slows down within milliseconds, and the
-    competitor with fewer copies of its weight would look faster than it is.
+    calls, whole rounds over the copies of each, so that all run about as long: near the limit of its power a GPU's clock falls
+    after some 30 ms, and the competitor with fewer copies of its weight would be done before.
 
     Args:
         competitors: For each of them its calls on different copies of the data.
