@@ -9,7 +9,7 @@ serving engine. It is the median over replays, divided by the calls in one.
 
 Products of many tokens take a GPU to the limit of its power. For some 30 ms after a pause its clock stays up; then it falls,
 by as much as a product takes power, and needs 50 to 100 ms to settle (H200, 14336x4096 with 384 tokens, cuBLAS: 61.5 us, then
-71 to 74). Replayed in turn, competitors share a clock that neither would have alone. So :func:`steady_times_us` gives each two
+71 to 76). Replayed in turn, competitors share a clock that neither would have alone. So :func:`steady_times_us` gives each two
 times: with the clock up, and when it has run for long, by itself as in a model of its own.
 """
 
