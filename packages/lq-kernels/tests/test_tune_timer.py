@@ -103,7 +103,7 @@ class Clock:
 @pytest.fixture
 def timed(monkeypatch):
     """Return a function from tokens and replays to the times of two cuts, thrifty (40 us) and hungry (30), and the clock."""
-    from lq_kernels.tuned import timer
+    from lq_kernels.tuned import replays, timer
 
     clock, graphs = Clock(), {"thrifty": (4e3, 1.1), "hungry": (3e3, 2.0)}  # 100 calls each
     each = weight(4, 128, 4096, 4096)
@@ -115,9 +115,10 @@ def timed(monkeypatch):
     # The copies' calls, bound to a kernel's name by the order in which graphs are captured.
     names = iter(graphs)
     monkeypatch.setattr(timer, "_capture", lambda calls, count, stream: clock.graph(name := next(names), *graphs[name]))
-    monkeypatch.setattr(timer, "_event", clock.event)
+    for module in (timer, replays):
+        monkeypatch.setattr(module, "event", clock.event)
     monkeypatch.setattr(timer.torch.cuda, "_sleep", clock.pause)
-    monkeypatch.setattr(timer.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timer.torch.cuda, "synchronize", lambda *device: None)
     monkeypatch.setattr(timer.time, "perf_counter", lambda: clock.s)
 
     def times(m, replays):

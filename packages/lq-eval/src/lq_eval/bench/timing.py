@@ -13,7 +13,6 @@ by as much as a product takes power, and needs 50 to 100 ms to settle (H200, 143
 times: with the clock up, and when it has run for long, by itself as in a model of its own.
 """
 
-import itertools
 import math
 import statistics
 import threading
@@ -23,6 +22,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from lq_formats import LQError, SpecError
+from lq_kernels.tuned.replays import ends_ms, event, late_us, took_us
 
 from lq_eval.errors import last_line
 
@@ -39,8 +39,6 @@ _TAIL_S = 0.08
 """The last part of that, whose time counts."""
 _BURST_MS = 10.0
 """The first part, in which the clock is up."""
-_AHEAD = 4
-"""Replays that are queued beside the one that runs."""
 _MUCH_LONGER = 4
 _MOST_CYCLES_A_S = 2.5e9
 """More than a GPU's clock has: what it waits in cycles is no shorter than was asked for."""
@@ -121,34 +119,18 @@ def steady_times_us(
     for _ in range(rounds):
         for (graph, calls), each in zip(graphs, found, strict=True):
             time.sleep(PAUSE_S)
-            each.append(steady_us(_ends_ms(graph), calls))
+            each.append(steady_us(ends_ms(graph, STEADY_S), calls))
     means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in found]
     _longest.us = max(us for us, _ in means)
     return [Steady(us, burst) for us, burst in means]
 
 
-def steady_us(ends_ms: Sequence[float], calls: int) -> tuple[float, float]:
+def steady_us(ends: Sequence[float], calls: int) -> tuple[float, float]:
     """Return microseconds of a call in the end and in the beginning, of when replays with so many calls ended: two at least."""
-    took = [(end - begin) * 1e3 / calls for begin, end in itertools.pairwise(ends_ms)]
-    late = [us for us, begin in zip(took, ends_ms, strict=False) if begin >= ends_ms[-1] - _TAIL_S * 1e3]
-    early = [us for us, end in zip(took, ends_ms[1:], strict=True) if end <= _BURST_MS]
+    took = took_us(ends, calls)
+    early = [us for us, end in zip(took, ends[1:], strict=True) if end <= _BURST_MS]
     # Medians: where the processor is late, the GPU has nothing to do for a while.
-    return statistics.median(late or took[-1:]), statistics.median(early or took[:1])
-
-
-def _ends_ms(graph: torch.cuda.CUDAGraph) -> list[float]:
-    """Replay a graph for 0.18 s without a pause; return the milliseconds after which each replay ended."""
-    start, ends = _event(), list[torch.cuda.Event]()
-    start.record()
-    until = time.perf_counter() + STEADY_S
-    while len(ends) < 2 or time.perf_counter() < until:
-        graph.replay()
-        ends.append(_event())
-        ends[-1].record()
-        if len(ends) > _AHEAD:
-            ends[-_AHEAD].synchronize()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for end in ends]
+    return statistics.median(late_us(ends, calls, _TAIL_S)), statistics.median(early or took[:1])
 
 
 def times_or_reasons(
@@ -226,7 +208,7 @@ def cuda_graphs_us(competitors: Sequence[Sequence[Call]], *, replays: int = 7, m
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(replays):
         for (graph, count), seconds, found in zip(graphs, queueing, times, strict=True):
-            start, stop = _event(), _event()
+            start, stop = event(), event()
             _hold(4 * seconds)
             graph.replay()
             start.record()
@@ -305,10 +287,6 @@ def _capture(calls: Sequence[Call], rounds: int) -> tuple[torch.cuda.CUDAGraph, 
     graph.replay()
     torch.cuda.synchronize()
     return graph, rounds * len(calls)
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def cpu_us(calls: Sequence[Call], budget_s: float = 2.0, *, min_samples: int = 3, max_samples: int = 50) -> float:

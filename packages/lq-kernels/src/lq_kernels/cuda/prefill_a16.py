@@ -1,7 +1,6 @@
 """Launch ``src/prefill_a16.cu``: many tokens times an int4 or int8 weight in fragment order, on Hopper."""
 
 import functools
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lq_kernels.cuda.prefill_cuts import CLOCKS_A_US, SAME, PrefillConfig, candidates, cost, prefill_config, ring_of
 from lq_kernels.cuda.variant import EPILOGUES, Variant
-from lq_kernels.cuda.work import work
+from lq_kernels.cuda.work import in_measured_order, work
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
@@ -62,11 +61,7 @@ def choice(
     ]
     chosen = choose(cuts, lambda config: cost(config, m, n, k, bits, sm_count), SAME, found)
     assert chosen is not None, "tiles of 16 tokens fit any size"
-    if chosen.measured is not None:
-        height = dict(chosen.measured.point.cut).get("raster", chosen.config.raster)
-        row_tiles, _ = chosen.config.tiles(m, n)
-        chosen = replace(chosen, config=replace(chosen.config, raster=max(1, min(height, row_tiles))))
-    return chosen
+    return in_measured_order(chosen, chosen.config.tiles(m, n)[0])
 
 
 def choice_of(problem: Problem) -> Choice[PrefillConfig]:

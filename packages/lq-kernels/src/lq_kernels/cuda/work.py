@@ -5,8 +5,15 @@ up to seven before its first copy.
 """
 
 import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from lq_formats import ShapeError
+
+from lq_kernels.tuned.lookup import Choice
+
+_C = TypeVar("_C")
 
 _BITS = 31
 """Of what is divided."""
@@ -36,6 +43,30 @@ def work(rows: int, tokens: int, steps: int, raster: int, shared_tiles: int, wor
     last = (rows - 1) % raster + 1
     divided = tuple(divisor(max(each, 1)) for each in (steps, raster * tokens, raster, last, units, workers))
     return (rows, tokens, steps, raster, shared_tiles, workers, *divided)
+
+
+def reordered(config: _C, tiles: tuple[int, int], heights: Iterable[int]) -> Iterator[_C]:
+    """Yield a cut with other heights of bands, its ``raster``, which take the same tiles in another order.
+
+    Args:
+        config: A cut; one whose tiles are all taken at once (``ctas``) has no order.
+        tiles: Row tiles, or pairs of them, and token tiles.
+        heights: Which; those of more row tiles than there are stand for all of these.
+    """
+    cut: Any = config
+    rows, tokens = tiles
+    if rows * tokens > cut.ctas:
+        for height in sorted({max(1, min(each, rows)) for each in heights} - {cut.raster}):
+            yield replace(cut, raster=height)
+
+
+def in_measured_order(chosen: Choice[_C], rows: int) -> Choice[_C]:
+    """Return what was chosen with the order of tiles that was measured, if one was: a table's, as far as there are rows."""
+    if chosen.measured is None:
+        return chosen
+    cut: Any = chosen.config
+    height = dict(chosen.measured.point.cut).get("raster", cut.raster)
+    return replace(chosen, config=replace(cut, raster=max(1, min(height, rows))))
 
 
 def divisor(value: int) -> int:

@@ -55,18 +55,10 @@ def path() -> str:
 
 
 def compile_program(text: str, name: str, options: Sequence[bytes]) -> tuple[bytes | None, str]:
-    """Compile CUDA C++ in this process; other threads run meanwhile.
-
-    Args:
-        text: The source.
-        name: Of the source, for messages.
-        options: As NVRTC's manual lists them.
-
-    Returns:
-        The cubin, None if the source does not compile, and the compiler's log.
+    """Compile CUDA C++ in this process, as :meth:`lq_kernels.jit.nvrtc_program.Nvrtc.compile_program` does, of text.
 
     Raises:
-        CompileError: If NVRTC fails otherwise.
+        CompileError: If NVRTC fails otherwise than at the source.
         MissingPackageError: If it is not installed.
     """
     with _failures():

@@ -22,7 +22,7 @@ _PROCESSES = 2
 """More gain nothing: of 23 turns a third take as long as the longest compilation."""
 _LEAST_THREADS = 8
 _LEAST_PROGRAMS = 4
-"""Fewer are compiled here: a process is up in 30 ms, and has NVRTC loaded and started after 0.1 s."""
+"""Fewer are compiled here: a process is up in 30 ms and has NVRTC to load."""
 _TIMEOUT_S = 120.0
 """For one program: hundreds of times what one takes."""
 
@@ -47,17 +47,14 @@ def helped(threads: int) -> Iterator[None]:
         if _users == 0:
             _active = _Helpers(threads)
         _users += 1
-        helpers = _active
     try:
         yield
     finally:
         with _lock:
             _users -= 1
-            last = _users == 0
-            if last:
-                _active = None
-        if last and helpers is not None:
-            helpers.close()
+            unused, _active = (_active, None) if _users == 0 else (None, _active)
+        if unused is not None:
+            unused.close()
 
 
 def compile_program(text: str, name: str, options: Sequence[bytes]) -> tuple[bytes | None, str]:

@@ -10,7 +10,6 @@ asked for each by itself for 0.15 s, at a clock of its own, as it runs in a mode
 """
 
 import functools
-import itertools
 import math
 import statistics
 import time
@@ -24,6 +23,8 @@ from torch import Tensor
 
 from lq_kernels.problem import Arch
 from lq_kernels.tuned.kernels import DTYPE, config_of, group_size, scale_dtype
+from lq_kernels.tuned.replays import ends_ms, event, late_us
+from lq_kernels.tuned.search import SHORT
 from lq_kernels.tuned.table import Q8_1, Cut, Weight
 
 COLD_BYTES = 160 << 20
@@ -40,10 +41,6 @@ _HEAT_S = 0.1
 """Seconds that it takes to get there."""
 _ALONE_S = 0.05
 """Seconds of which the times then count, where a cut runs by itself."""
-_MOST_IN_TURN = 3
-"""Replays up to which cuts are replayed in turn there."""
-_AHEAD = 4
-"""Replays that are queued beside the one that runs."""
 _EXPECTED = "expected"
 """Beside the kernels: what gives the result by another way."""
 
@@ -104,10 +101,10 @@ class GraphTimer:
                 torch.cuda.synchronize(self._device)  # raises if the context is broken
         hot = m >= _HOT_TOKENS
         times: dict[int, list[float]] = {}
-        if hot and replays > _MOST_IN_TURN:
+        if hot and replays > SHORT:
             for index, graph in graphs.items():
                 announce(index)
-                times[index] = self._alone_us(graph, count)
+                times[index] = late_us(ends_ms(graph, _HEAT_S + _ALONE_S), count, _ALONE_S)
         else:
             if hot:
                 self._heat(graphs, announce)
@@ -130,7 +127,7 @@ class GraphTimer:
             events = {}
             for index, graph in graphs.items():
                 announce(index)
-                start, stop = events[index] = _event(), _event()
+                start, stop = events[index] = event(), event()
                 if pausing or len(events) == 1:
                     torch.cuda._sleep(_HOLD_CYCLES)  # type: ignore[no-untyped-call]
                 start.record()
@@ -151,21 +148,6 @@ class GraphTimer:
                 announce(index)
                 graph.replay()
             torch.cuda.synchronize(self._device)
-
-    def _alone_us(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-        """Return the microseconds of a call in the last replays of many, one right behind the other."""
-        ends: list[torch.cuda.Event] = []
-        until = time.perf_counter() + _HEAT_S + _ALONE_S
-        while len(ends) < 2 or time.perf_counter() < until:
-            graph.replay()
-            ends.append(_event())
-            ends[-1].record()
-            if len(ends) > _AHEAD:
-                ends[-_AHEAD].synchronize()
-        torch.cuda.synchronize(self._device)
-        took = [begin.elapsed_time(end) for begin, end in itertools.pairwise(ends)]
-        late = [ms for i, ms in enumerate(took) if sum(took[i:]) <= _ALONE_S * 1e3]
-        return [ms * 1e3 / count for ms in late or took[-1:]]
 
     def _prepare(self, weight: Weight) -> list[dict[str, _Call]]:
         if self._copies is None or self._copies[0] != weight:
@@ -317,7 +299,3 @@ def _difference(result: Tensor, expected: Tensor) -> str:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
