@@ -30,12 +30,23 @@ def shared(tokens, ctas, tiles, workers, raster=2, **form):
     return PrefillConfig(tokens, ctas, raster, tiles, workers, **form)
 
 
+def halved(ctas, tiles, raster=2, **form):
+    """Pairs of CTAs share the first pairs of tiles, a row tile each."""
+    return PrefillConfig(128, ctas, raster, tiles, 2 * tiles, multicast=True, split=True, **form)
+
+
 PRODUCTS = {
     # Whole tiles, parts of tiles that begin anywhere, and both; K and rows that end within a step and a tile.
     "int4": Product(21, 200, 648, (whole(16, 3), shared(16, 4, 2, 3), shared(16, 4, 4, 4)), {}),
     "multicast": Product(
         70, 400, 384, (whole(64, 1, multicast=True), shared(64, 2, 3, 2, multicast=True)), {"zero": "zeros"}
     ),
+    "halved": Product(200, 400, 512, (halved(2, 1), halved(4, 2), halved(1, 0)), {"bias": False}),
+    "halved-odd": Product(140, 264, 256, (halved(4, 2), halved(8, 4)), {"zero": "zeros", "group": 32, "epilogue": "silu_mul"}),
+    "halved-residual": Product(
+        300, 200, 512, (halved(2, 1), halved(2, 1, wide=True)), {"epilogue": "residual", "bits": 8, "group": -1, "scale": FP32}
+    ),
+    "halved-transposed": Product(190, 272, 256, (halved(3, 1),), {"epilogue": "transposed", "bias": False}),
     "split": Product(
         40, 150, 648, (whole(32, 2, split=True), shared(32, 4, 2, 4, split=True)), {"epilogue": "residual"}
     ),

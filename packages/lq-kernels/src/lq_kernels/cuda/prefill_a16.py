@@ -189,9 +189,14 @@ def _prepare(
     rows = 2 * n if epilogue == "silu_mul" else n
     behind = epilogue == "transposed"  # tokens come from a quantizer of theirs
     config = config or _choice(m, rows, k, variant, Arch.of(torch.device("cuda", index)), behind=behind).config
-    if config.split and config.steps(k, variant.bits) < 2 * config.parts:
+    if config.split and not config.halved and config.steps(k, variant.bits) < 2 * config.parts:
         step = 128 if config.wide else 512 // variant.bits
         raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")
+    if config.halved and (config.workers != 2 * config.shared_tiles or config.steps(k, variant.bits) % 2):
+        raise ShapeError(
+            f"K={k}: tiles are halved by two workers each, and an even number of steps; these are {config.workers} workers of "
+            f"{config.shared_tiles} tiles and {config.steps(k, variant.bits)} steps; pass another config"
+        )
     if config.runs > config.steps(k, variant.bits):
         raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
     stages, shared = ring_of(config, variant.bits, variant.scale_bytes)
@@ -215,5 +220,6 @@ def _prepare(
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
     )
     share = config.tokens // config.sharers
-    partials = 2 * config.workers * config.sharers * config.tokens * config.rows
-    return _Plan(launch, share, (m - 1) % share + 1, partials, config.shared_tiles * config.pair, boxes)
+    in_memory = 0 if config.halved else 1  # what is shared
+    partials = in_memory * 2 * config.workers * config.sharers * config.tokens * config.rows
+    return _Plan(launch, share, (m - 1) % share + 1, partials, in_memory * config.shared_tiles * config.pair, boxes)

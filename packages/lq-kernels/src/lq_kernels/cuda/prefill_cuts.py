@@ -44,7 +44,7 @@ _TALL_WAVES = 3
 """Tiles a CTA, up to which they make sense."""
 _PAYING_TOKENS = 2048
 """Up to which tall tiles, and those between, make sense."""
-_TALL_GAIN, _BETWEEN_GAIN = 0.93, 0.96
+_TALL_GAIN, _BETWEEN_GAIN, _HALVED_GAIN = 0.93, 0.96, 0.97
 """How much of the other tiles' time they may take."""
 _BATCHES = (256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens with which tiles between have to pay; with others some would for almost every weight."""
@@ -71,7 +71,7 @@ class PrefillConfig:
         shared_tiles: Tiles whose K steps are shared among CTAs.
         workers: CTAs that share them. Where none is shared, and this is not 0: :attr:`runs`.
         multicast: CTAs come in pairs that have neighbouring row tiles and load their tokens for each other. ``ctas``,
-            ``raster``, ``shared_tiles`` and ``workers`` then count pairs.
+            ``raster``, ``shared_tiles`` and ``workers`` then count pairs. With ``split`` too: :attr:`halved`.
         split: CTAs come in pairs that share the K of a tile, or of a part of one, and add up through distributed shared memory.
             ``ctas`` and ``workers`` then count pairs, tokens are one of ``SPLIT_TOKENS``, shared tiles have equally many parts,
             and a part has two K steps at least.
@@ -108,6 +108,14 @@ class PrefillConfig:
         return 1 if self.shared_tiles else max(self.workers, 1)
 
     @property
+    def halved(self) -> bool:
+        """Whether a pair of CTAs takes one row tile of two that are shared, and each CTA half of its K: tiles of 128 tokens.
+
+        Then there are twice as many workers as shared tiles, and an even number of K steps.
+        """
+        return self.multicast and self.split
+
+    @property
     def parts(self) -> int:
         """Parts that a shared tile has, rounded up."""
         return -(-self.workers // self.shared_tiles) if self.shared_tiles else 1
@@ -119,7 +127,8 @@ class PrefillConfig:
 
     def aside(self, bits: int) -> bool:
         """Return whether results of a whole tile, if the copy engine takes them, leave beside the next one's products."""
-        return (self.tokens >= _ASIDE_FROM[bits] or self.runs > 1) and self.rows == ROWS and not self.split
+        alone = self.split and not self.halved
+        return (self.tokens >= _ASIDE_FROM[bits] or self.runs > 1) and self.rows == ROWS and not alone
 
     @property
     def out_tokens(self) -> int:
@@ -139,7 +148,7 @@ class PrefillConfig:
     @property
     def defines(self) -> tuple[str, ...]:
         """``NAME=VALUE`` of the macros."""
-        pair = ("LQ_MULTICAST=1",) if self.multicast else ("LQ_SPLIT=1",) if self.split else ()
+        pair = ("LQ_MULTICAST=1",) * self.multicast + ("LQ_SPLIT=1",) * self.split
         rows = () if self.rows == ROWS else (f"LQ_ROWS={self.rows}",)
         runs = ("LQ_RUNS=1",) if self.runs > 1 else ()
         return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()), *runs)
@@ -198,7 +207,7 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
     if m <= _PAYING_TOKENS:
         sizes = (n, k, bits, scale_bytes, sm_count)
         paying = _paying(*sizes)
-        yield from (cut for cut in (*_tall(m, *sizes), *_between(m, *sizes)) if cut.defines in paying)
+        yield from (cut for each in (_tall, _between, _halved) for cut in each(m, *sizes) if cut.defines in paying)
 
 
 def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
@@ -223,6 +232,16 @@ def _usual(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -
 def _between(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
     for tokens in BETWEEN:
         yield from _of_tokens(tokens, m, n, k, bits, scale_bytes, sm_count)
+
+
+def _halved(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    pairs, form = sm_count // 2, PrefillConfig(128, 0, 0, 0, 0, True, True, wide=_is_wide(128, bits, scale_bytes))
+    if n <= ROWS or not pairs or form.steps(k, bits) % 2 or ring_of(form, bits, scale_bytes)[0] < 3:
+        return
+    tiles = math.prod(form.tiles(m, n))
+    if tiles > pairs and 0 < 2 * (tiles % pairs) <= pairs:
+        raster = _raster(m, n, form.tokens, 2 * ROWS, bits, pairs)
+        yield replace(form, ctas=pairs, raster=raster, shared_tiles=tiles % pairs, workers=2 * (tiles % pairs))
 
 
 def _of_tokens(
@@ -279,17 +298,19 @@ def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
 
 @functools.lru_cache(maxsize=1024)
 def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mapping[tuple[str, ...], PrefillConfig]:
-    """Return the tall forms that the model would choose where their tiles are full, and those between, each with a cut."""
+    """Return the tall forms that the model would choose where their tiles are full, and others that pay, each with a cut."""
     found: dict[tuple[str, ...], PrefillConfig] = {}
     sizes = (n, k, bits, scale_bytes, sm_count)
     sensible = () if n % (2 * TALL) else _TALL_TOKENS
     full = sorted({m for tokens in sensible for m in range(tokens, _PAYING_TOKENS + 1, tokens)})
-    for others, batches, gain in ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN)):
+    ways = ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN), (_halved, _BATCHES, _HALVED_GAIN))
+    for others, batches, gain in ways:
         for m in batches:
             times = {cut: cost(cut, m, n, k, bits, sm_count) for cut in others(m, *sizes)}
             if times:
                 best = min(times, key=times.__getitem__)
-                known = [cut for cut in _tall(m, *sizes) if others is _between and cut.defines in found]
+                before = () if others is _tall else (_tall,) if others is _between else (_tall, _between)
+                known = [cut for each in before for cut in each(m, *sizes) if cut.defines in found]
                 usual = min(cost(cut, m, n, k, bits, sm_count) for cut in (*_usual(m, *sizes), *known))
                 if times[best] < gain * usual:
                     found.setdefault(best.defines, best)
@@ -332,7 +353,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     products run beside it.
     The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that begins 2,500
     clocks late and 71 for each token, and later where runs do not begin with tiles. Pairs that share K exchange sums in 470
-    clocks and 9 a token, and each CTA has half of a tile to store or to leave. Its first choice took 1.0% (int4) and 2.7%
+    clocks and 9 a token, and each CTA has half of a tile to store or to leave; so have those that halve tiles. Its first choice
+    took 1.0% (int4) and 2.7%
     (int8) longer than the fastest of those that the tuner timed, six and what was fastest nearby, on average of 778 products of
     96 to 8192 tokens (int8 of 16), and a third at worst; for 504 of them it was the fastest.
     """
@@ -343,7 +365,7 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     if bits == 8 and config.tokens <= 128:
         products *= _WIDE if config.wide else _NARROW
     stored = 20.0 * config.tokens * tall
-    if config.split:
+    if config.split and not config.halved:
         steps, stored = -(-steps // 2), stored / 2 + (470 + 9 * config.tokens) * tall
         products *= _SPLIT_PRODUCTS[config.tokens]
     products = max(products, (2 * bits * config.rows + 32 * config.tokens / config.sharers) * ctas / _L2_BYTES)
@@ -353,7 +375,11 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
         stored -= 5.5 * config.tokens if config.tokens > 128 else 0.0
     hidden = 10.5 * config.tokens if config.aside(bits) else 0.0
     clocks = whole * (steps * products + stored) - max(whole - 1, 0) * hidden
-    if config.shared_tiles:
+    if config.halved:
+        clocks += (
+            -(-steps // 2) * products * _SPLIT_PRODUCTS[config.tokens] + 10.0 * config.tokens + 470 + 9 * config.tokens
+        )
+    elif config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0
         parts = config.workers / config.shared_tiles + uneven

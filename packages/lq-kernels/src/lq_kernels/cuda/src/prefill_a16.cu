@@ -17,6 +17,8 @@
 //   free when the consumers of both have released it. Pairs of CTAs walk as one, and a tile is a pair of row tiles.
 // - LQ_SPLIT: two CTAs share the K of a tile, or of a part of one, half each, and add up through distributed shared memory: each sends
 //   the other its sums of half of the tokens, and stores the rest, or leaves it in the workspace: half as much as without pairs.
+// - LQ_MULTICAST and LQ_SPLIT: pairs have the same tokens, but where tiles are shared a pair takes one row tile of two so, in halves of K.
+//   Of pairs of tiles that are left over, up to half as many as there are pairs of CTAs, each has two pairs of CTAs for half a tile's time.
 // - LQ_RUNS: no tile is shared, but one CTA multiplies K in as many runs as there are `workers`, cut where they would cut it, and adds up
 //   the sums of runs as the last of them to come would: the bits are those of tiles that are shared. For many tokens in the
 //   batch-invariant mode.
@@ -95,18 +97,20 @@ constexpr bool kMulticast = LQ_MULTICAST != 0;
 #ifndef LQ_SPLIT
 #define LQ_SPLIT 0
 #endif
-constexpr bool kSplit = LQ_SPLIT != 0;
+constexpr bool kSplit = LQ_SPLIT != 0 && !kMulticast;
+constexpr bool kHalved = LQ_SPLIT != 0 && kMulticast;  // tiles that are shared
+constexpr bool kExchanges = kSplit || kHalved;
 #ifndef LQ_RUNS
 #define LQ_RUNS 0
 #endif
 constexpr bool kRuns = LQ_RUNS != 0;
 // As in prefill_cuts.py and prefill_a16.py, which passes a map of y. Runs with a residual have no registers for it.
 #define LQ_ASIDE \
-  ((LQ_TOKENS >= (LQ_BITS == 4 ? 96 : 112) || LQ_RUNS) && !(LQ_RUNS && LQ_RESIDUAL) && LQ_ROWS == 128 && !LQ_SPLIT && !LQ_TRANSPOSED)
+  ((LQ_TOKENS >= (LQ_BITS == 4 ? 96 : 112) || LQ_RUNS) && !(LQ_RUNS && LQ_RESIDUAL) && LQ_ROWS == 128 && !(LQ_SPLIT && !LQ_MULTICAST) && !LQ_TRANSPOSED)
 constexpr bool kAside = LQ_ASIDE != 0;
-static_assert(!kSplit || (!kMulticast && kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0),
-              "pairs share K or tokens, and K of tiles that leave room");
-static_assert(!kRuns || (!kSplit && kTokens >= 64 && kTokens <= 128 && LQ_ROWS == 128),
+static_assert(!kSplit || (kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0), "pairs share K of tiles that leave room");
+static_assert(!kHalved || (kTokens == 128 && kRows == 128), "pairs share K and tokens of tiles of 128");
+static_assert(!kRuns || (!kExchanges && kTokens >= 64 && kTokens <= 128 && LQ_ROWS == 128),
               "runs: of many tokens, with sums twice in registers");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
@@ -160,10 +164,11 @@ static_assert(!kRolled || kChunk == 8 * kAtOnce, "a chunk is added up at once");
 constexpr int kChunks = kOwnTokens / kChunk;
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
-constexpr int kWarpBox = kOwnUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
+constexpr int kKeptUnits = kUnits / 2;      // of sums, that a CTA keeps in an exchange
+constexpr int kWarpBox = kKeptUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
 constexpr int kBox = kConsumerWarps * kWarpBox;
 // Results pass through the inbox, each warpgroup's through its own part.
-constexpr int kStaging = kSplit ? kBox : kWarpgroups * kChunk * kPitch;
+constexpr int kStaging = kExchanges ? kBox : kWarpgroups * kChunk * kPitch;
 static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for staging");
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
@@ -321,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages + (kSplit ? kConsumerWarps + 1 : 0));
-  u64* const taken = empty + kMaxStages + 1;            // a tile's results are on their way from the ring
+  u64* const taken = empty + kMaxStages + (kHalved ? kConsumerWarps + 1 : 1);  // a tile's results are on their way from the ring
   u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
@@ -338,7 +343,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   } else if (warp == 3) {
     if (elect_one()) {
       if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
-      if constexpr (kSplit) mbarriers_init<kConsumerWarps>(received, 1), mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
+      if constexpr (kExchanges) mbarriers_init<kConsumerWarps>(received, 1);
+      if constexpr (kSplit) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
 #if LQ_ASIDE
       mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
 #endif
@@ -357,8 +363,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const auto advance = [&] {
     if (!work.advance()) return false;
     if constexpr (kSplit) work.halve(k_half);
+    if constexpr (kHalved)
+      if (work.first < work.last) {
+        const int middle = work.steps / 2;
+        work.begin = rank * middle, work.end = middle + rank * (work.steps - middle);
+      }
     return true;
   };
+  const auto halved = [&] { return kHalved && work.first < work.last; };
+  // Of two that have the same tokens. Those that are halved belong to two pairs of CTAs, one each.
+  const auto row_tile = [&] { return work.row * kSharers + (halved() ? cta - work.first : rank); };
 
   const auto is_whole = [&] { return n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0; };
   const auto aside = [&] {
@@ -384,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
-        const int block = (work.row * kSharers + rank) * kBlocks, left = blocks - block;
+        const int block = row_tile() * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
 #pragma unroll 1
@@ -441,6 +455,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         const int token = work.token * kTokens + rank * kShareTokens, left = static_cast<int>(m) - token;  // of this CTA's share
         const bool tail = kMulticast ? left < kShareTokens : last;
         const TensorMap* const map = tail ? &tail_map : &x_map;
+        const bool alone = halved();
 #pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
@@ -450,7 +465,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
               u64* const barrier = (half && kRest ? rest : full) + stage;
               if (half == 0 || kRest) mbarrier_arrive_expect(barrier, kRest ? box : kStep / 64 * box);
               u8* const to = ring + stage * kStage + half * kBoxBytes + rank * kShareTokens * 128;
-              if constexpr (!kMulticast)
+              if (kHalved && alone) {
+#pragma unroll
+                for (int share = 0; share < kSharers; ++share) {
+                  const int from = work.token * kTokens + share * kShareTokens, more = static_cast<int>(m) - from;
+                  u8* const there = ring + stage * kStage + half * kBoxBytes + share * kShareTokens * 128;
+                  if (more > 0)
+                    tensor_copy_2d(there, more < kShareTokens ? &tail_map : &x_map, step * kStep + half * 64, from, barrier, policy);
+                }
+              } else if constexpr (!kMulticast)
                 tensor_copy_2d(to, map, step * kStep + half * 64, token, barrier, policy);
               else if (left > 0)
                 tensor_copy_2d_multicast(to, map, step * kStep + half * 64, token, barrier, (1 << kSharers) - 1, policy);
@@ -519,7 +542,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   increase_registers<kWarpgroups == 3 ? 160 : 232>();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
   const bool whole = is_whole();
-  u8* const my_staging = staging + warpgroup * (kSplit ? kBox / kWarpgroups : kChunk * kPitch);
+  u8* const my_staging = staging + warpgroup * (kExchanges ? kBox / kWarpgroups : kChunk * kPitch);
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
   const u8* const my_scales = scale_ring + block * kStepScales + 2 * g * static_cast<int>(sizeof(ScaleBits));
   const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
@@ -541,33 +564,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   // Each CTA of a pair that shares K keeps one half of the tokens, and adds what the other has of them: two numbers, in either order.
   const auto exchange = [&](auto kept_half, float(&acc)[kTokens / 2]) {
-    constexpr int kKept = decltype(kept_half)::value * kOwnUnits, kSent = kOwnUnits - kKept;
-    const u32 there = static_cast<u32>(k_half ^ 1), to = map_shared(staging + block * kWarpBox, there);
+    constexpr int kKept = decltype(kept_half)::value * kKeptUnits, kSent = kKeptUnits - kKept;
+    const u32 there = static_cast<u32>(decltype(kept_half)::value ^ 1), to = map_shared(staging + block * kWarpBox, there);
     const u32 barrier = map_shared(received + block, there);
     const float4* const inbox = reinterpret_cast<const float4*>(staging + block * kWarpBox) + lane;
     const auto sums = [&](int unit) { return float4{acc[4 * unit], acc[4 * unit + 1], acc[4 * unit + 2], acc[4 * unit + 3]}; };
     if (lane == 0) mbarrier_arrive_expect(received + block, kWarpBox);
-    mbarrier_wait(acknowledged, turn ^ 1);
+    if constexpr (kSplit) mbarrier_wait(acknowledged, turn ^ 1);
 #pragma unroll
-    for (int j = 0; j < kOwnUnits; ++j) store_async(to + (j * 32 + lane) * 16, sums(kSent + j), barrier);
-    mbarrier_wait(received + block, turn);
+    for (int j = 0; j < kKeptUnits; ++j) store_async(to + (j * 32 + lane) * 16, sums(kSent + j), barrier);
+    mbarrier_wait(received + block, kSplit ? turn : 0);  // of tiles that are halved a CTA has one, and first
 #pragma unroll
-    for (int j = 0; j < kOwnUnits; ++j) {
+    for (int j = 0; j < kKeptUnits; ++j) {
       const float4 mine = sums(kKept + j), other = inbox[j * 32];
       acc[4 * j] = mine.x + other.x, acc[4 * j + 1] = mine.y + other.y;
       acc[4 * j + 2] = mine.z + other.z, acc[4 * j + 3] = mine.w + other.w;
     }
-    turn ^= 1;
+    if constexpr (kSplit) turn ^= 1;
   };
   const auto acknowledge = [&] {
     __syncwarp();
     if (lane < kArrivingLanes) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
   };
-  if constexpr (kSplit) wait_for_barriers_of_cluster();
+  if constexpr (kExchanges) wait_for_barriers_of_cluster();
 
   for (; more; more = advance()) {
-    const i64 row0 = static_cast<i64>(work.row * kSharers + rank) * kRows;
-    const i64 token0 = static_cast<i64>(work.token) * kTokens + k_half * kOwnTokens;  // of those that are stored
+    const i64 row0 = static_cast<i64>(row_tile()) * kRows;
+    const int own_tokens = halved() ? kTokens / 2 : kOwnTokens;
+    const i64 token0 = static_cast<i64>(work.token) * kTokens + (halved() ? rank : k_half) * own_tokens;  // of those that are stored
     // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
     const bool keep_inbox = kSplit && !kTransposed && (work.unit < work.end_unit || work.whole < work.rows * work.tokens);
     float row_scale[2] = {kUnit, kUnit};
@@ -661,14 +685,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = total[i];
     release(last);
 
-    if constexpr (kSplit) {
-      if (k_half == 0)
-        exchange(Int<0>{}, acc);
-      else
-        exchange(Int<1>{}, acc);
-      if (!keep_inbox) acknowledge();
+    if constexpr (kExchanges) {
+      if (kSplit || halved()) {
+        if (k_half + rank == 0)
+          exchange(Int<0>{}, acc);
+        else
+          exchange(Int<1>{}, acc);
+        if (kSplit && !keep_inbox) acknowledge();
+      }
     }
-    const bool in_parts = !kRuns && work.first < work.last;
+    const bool in_parts = !kRuns && !kHalved && work.first < work.last;
     bool cut = false;  // the first worker has a tile before this one
     const auto part_of = [&](int worker) {
       const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kPair + rank + k_half;
@@ -732,7 +758,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (feature < n) offset[r] = to_float(X{}, bias[kGated ? r * n + feature : feature]);
       }
     const i64 first_feature = (row0 + warpgroup * 64) / kFeatureRows;
-    const int stored = static_cast<int>(m - token0 < kOwnTokens ? m - token0 : kOwnTokens);
+    const int stored = static_cast<int>(m - token0 < own_tokens ? m - token0 : own_tokens);
     // Results of a chunk before its epilogue, where chunks are rolled.
     const auto take = [&](float(&to)[kChunk / 2], int chunk) {
       const auto scale = [&](int i, float sum) { to[i] = fmaf(sum, row_scale[i / 2 % 2], offset[i / 2 % 2]); };
