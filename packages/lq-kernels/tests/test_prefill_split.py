@@ -1,4 +1,7 @@
-"""Pairs of CTAs that share the K of a tile in the prefill kernel: their cuts and code without a GPU, their results on one."""
+"""Pairs of CTAs that share the K of a tile in the prefill kernel, of every one or of those that are left over (halved).
+
+Their cuts and code without a GPU, their results on one.
+"""
 
 import math
 import re
@@ -9,7 +12,7 @@ from lq_formats import CompileError, ShapeError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
 from lq_kernels.cuda import invariant
 from lq_kernels.cuda.prefill_a16 import linear
-from lq_kernels.cuda.prefill_cuts import ROWS, SPLIT_TOKENS, TALL, PrefillConfig, candidates, ring
+from lq_kernels.cuda.prefill_cuts import ROWS, SPLIT_TOKENS, TALL, PrefillConfig, candidates, cost, forms, ring
 from lq_kernels.cuda.sources import VARIANTS
 from lq_kernels.cuda.variant import EPILOGUES
 from lq_kernels.gated import interleave_rows
@@ -25,6 +28,13 @@ def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False, shared=0, part
     workers = parts * shared
     pairs = max(workers, min(ctas, tiles - shared))
     return PrefillConfig(tokens, pairs, raster, shared, workers, split=True, rows=rows, wide=wide)
+
+
+def halved(m, n, ctas=66, raster=3, wide=False, shared=1):
+    """Return a cut of pairs that have the same tokens, and halve the first ``shared`` pairs of tiles."""
+    tiles = -(-n // (2 * ROWS)) * -(-m // 128)
+    pairs = max(2 * shared, min(ctas, tiles - shared))
+    return PrefillConfig(128, pairs, raster, shared, 2 * shared, multicast=True, split=True, wide=wide)
 
 
 # ---- without a GPU ----
@@ -76,10 +86,79 @@ def test_it_compiles_without_spills_and_waits_for_the_memory_only_where_parts_ar
 
 
 @pytest.mark.nvrtc
+@pytest.mark.exhaustive(
+    where=lambda number, epilogue: (number, epilogue) not in {(0, "none"), (0, "residual"), (6, "none")}
+)
+@pytest.mark.parametrize(
+    ("number", "epilogue"), [*((0, each) for each in EPILOGUES), *((number, "none") for number in (2, 4, 5, 6, 10, 12))]
+)
+def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(number, epilogue, disassemble):
+    variant = VARIANTS[number]
+    config = halved(200, 512, wide=variant.bits == 8 and variant.groups == 0)
+    defines = (*variant.defines, *config.defines, *EPILOGUES[epilogue])
+    result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
+    (used,) = result.usage().values()
+    assert (used.spills, used.stack) == (0, 0)
+    assert "C75" not in result.log
+    sass = disassemble(result.cubin)
+    steps = 128 if config.wide else 512 // variant.bits
+    assert len(re.findall(r"HGMMA\.64x128x16\.F32\S* R\d+, R\d+, gdesc", sass)) == steps // 16
+    assert re.search(r"\bSTAS\.128\b", sass)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass)  # no parts of tiles are left in memory
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "shared"),
+    [
+        (1024, 5120, 8192, 28),
+        (512, 10240, 5120, 28),
+        (512, 10240, 8192, 28),
+        (512, 14336, 4096, 26),
+        (1024, 4096, 4096, 0),  # 128 pairs of tiles: 62 are left over
+        (512, 4096, 4096, 0),  # too few tiles
+        (1024, 5120, 8200, 0),  # an odd number of steps
+        (4096, 5120, 8192, 0),  # so many that it does not matter
+    ],
+)
+def test_tiles_that_are_left_over_are_halved_where_that_pays(m, n, k, shared, bits):
+    sizes = (n, k, bits, 32 if bits == 4 else 0, H200)
+    found = [config for config in candidates(m, *sizes) if config.halved]
+    assert [(config.shared_tiles, config.workers, config.ctas, config.tokens) for config in found] == [
+        (shared, 2 * shared, 66, 128)
+    ] * bool(shared)
+    known = {config.defines for config in forms(*sizes)}
+    for config in found:
+        assert (config.pair, config.sharers, config.runs, config.aside(bits)) == (2, 2, 1, True)
+        assert math.prod(config.tiles(m, n)) % 66 == shared
+        assert config.defines in known
+        assert {"LQ_MULTICAST=1", "LQ_SPLIT=1"} <= set(config.defines)
+        whole = PrefillConfig(128, 66, config.raster, 0, 0, multicast=True, wide=config.wide)
+        assert cost(config, m, n, k, bits, H200) < cost(whole, m, n, k, bits, H200)
+    # Compiled ahead for no number of tokens that does not ask for it.
+    asked = {config.defines for tokens in range(16, 2100, 48) for config in candidates(tokens, *sizes)}
+    assert asked <= known
+
+
+def test_what_cannot_be_halved_is_refused():
+    packed = FRAGMENT_INT4.pack(torch.zeros(512, 640, dtype=torch.uint8))
+    scale = FRAGMENT_INT4.arrange_scales(torch.ones(512, 5, dtype=BF16), 640, 128)
+    x = torch.zeros(200, 640, dtype=BF16)
+    with pytest.raises(
+        ShapeError, match=r"K=640: tiles are halved by two workers each.*2 workers of 1 tiles and 5 steps"
+    ):
+        linear(x, packed, scale, None, None, 512, 128, 4, halved(200, 512))
+    config = PrefillConfig(128, 3, 1, 1, 3, multicast=True, split=True)
+    with pytest.raises(ShapeError, match="3 workers of 1 tiles"):
+        linear(x, packed, scale, None, None, 512, 128, 4, config)
+
+
+@pytest.mark.nvrtc
 def test_pairs_share_one_thing():
     for macros in (("LQ_TOKENS=64", "LQ_MULTICAST=1"), ("LQ_TOKENS=256",), ("LQ_TOKENS=16",), ("LQ_TOKENS=192",)):
         defines = (*VARIANTS[0].defines, *macros, "LQ_SPLIT=1")
-        with pytest.raises(CompileError, match="pairs share K or tokens"):
+        with pytest.raises(CompileError, match="pairs share K"):
             compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
 
 
@@ -87,7 +166,7 @@ def test_pairs_share_one_thing():
 @pytest.mark.parametrize("m", [1, 17, 33, 64, 100, 128, 256, 1000])
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (64, 136), (4096, 4096), (14336, 4096), (1000, 200)])
 def test_there_are_pairs_where_tiles_are_few(m, n, k, bits):
-    found = [config for config in candidates(m, n, k, bits, 32, H200) if config.split]
+    found = [config for config in candidates(m, n, k, bits, 32, H200) if config.split and not config.halved]
     expected = set()
     for tokens in SPLIT_TOKENS:
         tiles = -(-n // ROWS) * -(-m // tokens)
@@ -190,7 +269,7 @@ class Case:
         self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, k, self.group)
         self.zeros = None if zeros is None else layout.arrange_scales(zeros, k, self.group)
 
-    def run(self, tokens, ctas=66, raster=3, tile_rows=ROWS, wide=False, shared=0, parts=1):
+    def run(self, tokens, ctas=66, raster=3, tile_rows=ROWS, wide=False, shared=0, parts=1, config=None):
         rows = self.packed.shape[1] * 16
         poison = torch.full(self.exact.shape, torch.nan, device="cuda", dtype=FP32)
         del poison  # what the result will be allocated over
@@ -203,7 +282,7 @@ class Case:
             self.n,
             self.group,
             self.bits,
-            config=split(tokens, self.m, rows, ctas, raster, tile_rows, wide, shared, parts),
+            config=config or split(tokens, self.m, rows, ctas, raster, tile_rows, wide, shared, parts),
             transposed=self.epilogue == "transposed",
             residual=self.residual,
             gated=self.epilogue == "silu_mul",
@@ -297,6 +376,43 @@ class TestOnHopper:
                             assert torch.equal(
                                 case.run(tokens, ctas, 2, rows, bits == 8, shared=shared, parts=parts), y
                             )
+
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize(
+        ("bits", "group", "scale", "zero"),
+        [(4, 128, BF16, False), (4, 32, BF16, True), (4, -1, FP32, True), (8, -1, FP32, False), (8, 64, BF16, False)],
+    )
+    def test_halved_tiles(self, bits, group, scale, zero, epilogue):
+        wide = bits == 8 and group == -1
+        for m, n, k in (
+            (200, 512, 1024),
+            (130, 4 * ROWS + 40, 512),  # the last pair has one row tile, the last tile two tokens
+            (129 + 64, 3 * ROWS, 2048),
+            (1024, 1000, 4096),
+            (384, 2 * ROWS, 256 if wide else 1024 // bits),  # a step each
+        ):
+            case = Case(m, n, k, bits, group, scale=scale, zero=zero, epilogue=epilogue)
+            rows = case.packed.shape[1] * 16
+            tiles = -(-rows // (2 * ROWS)) * -(-m // 128)
+            for shared in {1, min(3, tiles), min(33, tiles)}:
+                for ctas, raster in ((66, 1), (1, 2)):  # a tile each behind that, or all by a few
+                    config = halved(m, rows, ctas, raster, wide, shared)
+                    y = case.run(128, config=config)
+                    case.check(y)
+                    assert torch.equal(case.run(128, config=config), y)
+
+    def test_halved_tiles_have_equal_bits_a_hundred_times(self):
+        cases = [Case(m, n, k) for m, n, k in ((1000, 2048, 4096), (300, 5120, 2048))]
+        configs = [
+            halved(case.m, case.packed.shape[1] * 16, shared=shared)
+            for case, shared in zip(cases, (30, 5), strict=True)
+        ]
+        first = [case.run(128, config=config) for case, config in zip(cases, configs, strict=True)]
+        for case, y in zip(cases, first, strict=True):
+            case.check(y)
+        for _ in range(100):
+            for case, config, y in zip(cases, configs, first, strict=True):
+                assert torch.equal(case.run(128, config=config), y)
 
     @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
     def test_equal_bits_a_hundred_times(self, tokens):

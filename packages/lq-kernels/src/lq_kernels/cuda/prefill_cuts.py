@@ -44,7 +44,7 @@ _TALL_WAVES = 3
 """Tiles a CTA, up to which they make sense."""
 _PAYING_TOKENS = 2048
 """Up to which tall tiles, and those between, make sense."""
-_TALL_GAIN, _BETWEEN_GAIN, _HALVED_GAIN = 0.93, 0.96, 0.97
+_TALL_GAIN, _BETWEEN_GAIN, _HALVED_GAIN = 0.93, 0.96, 1.0
 """How much of the other tiles' time they may take."""
 _BATCHES = (256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens with which tiles between have to pay; with others some would for almost every weight."""
