@@ -370,9 +370,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     return true;
   };
+  // Then the row tile is the one or the other of a pair's, by the worker.
   const auto halved = [&] { return kHalved && work.first < work.last; };
-  // Of two that have the same tokens. Those that are halved belong to two pairs of CTAs, one each.
-  const auto row_tile = [&] { return work.row * kSharers + (halved() ? cta - work.first : rank); };
 
   const auto is_whole = [&] { return n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0; };
   const auto aside = [&] {
@@ -398,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
-        const int block = row_tile() * kBlocks, left = blocks - block;
+        const int block = (work.row * kSharers + (halved() ? cta - work.first : rank)) * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
 #pragma unroll 1
@@ -589,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kExchanges) wait_for_barriers_of_cluster();
 
   for (; more; more = advance()) {
-    const i64 row0 = static_cast<i64>(row_tile()) * kRows;
+    const i64 row0 = static_cast<i64>(work.row * kSharers + (halved() ? cta - work.first : rank)) * kRows;
     const int own_tokens = halved() ? kTokens / 2 : kOwnTokens;
     const i64 token0 = static_cast<i64>(work.token) * kTokens + (halved() ? rank : k_half) * own_tokens;  // of those that are stored
     // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
