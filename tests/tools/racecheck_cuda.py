@@ -159,9 +159,18 @@ def _prefill() -> Launches:
         config = prefill_cuts.PrefillConfig(tokens, 2, 1, 1, 2, split=True)
         yield f"prefill-split-parts-{epilogue}", functools.partial(_run_prefill, VARIANTS[0], epilogue, config)
     config = prefill_cuts.PrefillConfig(128, 2, 1, 1, 2, multicast=True, split=True)
-    for i, epilogue in ((0, "none"), (0, "residual"), (6, "none")):
-        wide = dataclasses.replace(config, wide=i == 6)
-        yield f"prefill-halved-{epilogue}-variant{i}", functools.partial(_run_prefill, VARIANTS[i], epilogue, wide)
+    for i, epilogue, tokens in (
+        (0, "none", 128),
+        (0, "residual", 128),
+        (6, "none", 128),
+        (0, "none", 192),
+        (6, "none", 256),
+    ):
+        each = dataclasses.replace(config, tokens=tokens, wide=i == 6 and tokens == 128)
+        yield (
+            f"prefill-halved-{tokens}-{epilogue}-variant{i}",
+            functools.partial(_run_prefill, VARIANTS[i], epilogue, each),
+        )
     for way in ("multicast", "split"):
         config = _whole(64, rows=prefill_cuts.TALL, **{way: True})
         yield f"prefill-{way}-tall", functools.partial(_run_prefill, VARIANTS[0], "none", config)

@@ -246,11 +246,9 @@ def cuts_of_prefill(tokens: int) -> Iterator[prefill_cuts.PrefillConfig]:
         for ctas in (1, 4):
             yield prefill_cuts.PrefillConfig(tokens, ctas, 1, 0, 0, split=True)
         yield prefill_cuts.PrefillConfig(tokens, 4, 1, 2, 4, split=True)  # parts of tiles, and others whole
-    if tokens == 128:
+    if tokens in prefill_cuts.HALVED_TOKENS:
         for tiles in (1, 2):
-            yield prefill_cuts.PrefillConfig(
-                tokens, 2 * tiles, 1, tiles, 2 * tiles, multicast=True, split=True
-            )  # halved
+            yield prefill_cuts.PrefillConfig(tokens, 2 * tiles, 1, tiles, 2 * tiles, multicast=True, split=True)
     if tokens in (64, 128):
         yield prefill_cuts.PrefillConfig(tokens, 1, 1, 0, 0, multicast=True, rows=prefill_cuts.TALL)
         yield prefill_cuts.PrefillConfig(tokens, 1, 1, 0, 0, split=True, rows=prefill_cuts.TALL)

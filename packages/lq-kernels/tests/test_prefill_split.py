@@ -12,9 +12,20 @@ from lq_formats import CompileError, ShapeError
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8
 from lq_kernels.cuda import invariant
 from lq_kernels.cuda.prefill_a16 import linear
-from lq_kernels.cuda.prefill_cuts import ROWS, SPLIT_TOKENS, TALL, PrefillConfig, candidates, cost, forms, ring
+from lq_kernels.cuda.prefill_cuts import (
+    HALVED_TOKENS,
+    ROWS,
+    SPLIT_TOKENS,
+    TALL,
+    PrefillConfig,
+    candidates,
+    cost,
+    forms,
+    ring,
+    ring_of,
+)
 from lq_kernels.cuda.sources import VARIANTS
-from lq_kernels.cuda.variant import EPILOGUES
+from lq_kernels.cuda.variant import EPILOGUES, Variant
 from lq_kernels.gated import interleave_rows
 from lq_kernels.jit import compiler
 
@@ -30,11 +41,15 @@ def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False, shared=0, part
     return PrefillConfig(tokens, pairs, raster, shared, workers, split=True, rows=rows, wide=wide)
 
 
-def halved(m, n, ctas=66, raster=3, wide=False, shared=1):
+def halved(m, n, ctas=66, raster=3, wide=False, shared=1, tokens=128):
     """Return a cut of pairs that have the same tokens, and halve the first ``shared`` pairs of tiles."""
-    tiles = -(-n // (2 * ROWS)) * -(-m // 128)
+    tiles = -(-n // (2 * ROWS)) * -(-m // tokens)
     pairs = max(2 * shared, min(ctas, tiles - shared))
-    return PrefillConfig(128, pairs, raster, shared, 2 * shared, multicast=True, split=True, wide=wide)
+    return PrefillConfig(tokens, pairs, raster, shared, 2 * shared, multicast=True, split=True, wide=wide)
+
+
+def fits(config, bits, scale_bytes):
+    return ring_of(config, bits, scale_bytes)[0] >= 3
 
 
 # ---- without a GPU ----
@@ -87,14 +102,21 @@ def test_it_compiles_without_spills_and_waits_for_the_memory_only_where_parts_ar
 
 @pytest.mark.nvrtc
 @pytest.mark.exhaustive(
-    where=lambda number, epilogue: (number, epilogue) not in {(0, "none"), (0, "residual"), (6, "none")}
+    where=lambda number, epilogue, tokens: (
+        (number, epilogue, tokens) not in {(0, "none", 128), (0, "residual", 192), (6, "none", 256)}
+    )
 )
 @pytest.mark.parametrize(
-    ("number", "epilogue"), [*((0, each) for each in EPILOGUES), *((number, "none") for number in (2, 4, 5, 6, 10, 12))]
+    ("number", "epilogue"),
+    [*((i, each) for i in (0, 6) for each in EPILOGUES), *((number, "none") for number in (2, 4, 5, 10, 12))],
 )
-def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(number, epilogue, disassemble):
+@pytest.mark.parametrize("tokens", HALVED_TOKENS)
+def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(number, epilogue, tokens, disassemble):
     variant = VARIANTS[number]
-    config = halved(200, 512, wide=variant.bits == 8 and variant.groups == 0)
+    config = halved(200, 512, wide=variant.bits == 8 and variant.groups == 0 and tokens == 128, tokens=tokens)
+    if not fits(config, variant.bits, variant.scale_bytes):
+        assert tokens == 256 if variant.scale_bytes < 256 else tokens >= 192
+        pytest.skip("no room for an inbox")
     defines = (*variant.defines, *config.defines, *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     (used,) = result.usage().values()
@@ -102,7 +124,8 @@ def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(numbe
     assert "C75" not in result.log
     sass = disassemble(result.cubin)
     steps = 128 if config.wide else 512 // variant.bits
-    assert len(re.findall(r"HGMMA\.64x128x16\.F32\S* R\d+, R\d+, gdesc", sass)) == steps // 16
+    body = steps // 2 if tokens > 128 and steps == 128 else steps
+    assert len(re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)) == body // 16
     assert re.search(r"\bSTAS\.128\b", sass)
     assert not re.search(r"\b(LDL|STL)\b", sass)
     assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass)  # no parts of tiles are left in memory
@@ -110,31 +133,34 @@ def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(numbe
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "shared"),
+    ("m", "n", "k", "left"),
     [
-        (1024, 5120, 8192, 28),
-        (512, 10240, 5120, 28),
-        (512, 10240, 8192, 28),
-        (512, 14336, 4096, 26),
-        (1024, 4096, 4096, 0),  # 128 pairs of tiles: 62 are left over
-        (512, 4096, 4096, 0),  # too few tiles
-        (1024, 5120, 8200, 0),  # an odd number of steps
-        (4096, 5120, 8192, 0),  # so many that it does not matter
+        (1024, 5120, 8192, {128: 28, 256: 14}),
+        (512, 10240, 5120, {128: 28, 256: 14}),
+        (512, 10240, 8192, {128: 28, 256: 14}),
+        (512, 14336, 4096, {128: 26}),
+        (384, 12288, 4096, {128: 12, 192: 30}),
+        (2048, 5120, 8192, {192: 22, 256: 28}),
+        (1024, 4096, 4096, {192: 30}),  # of 128 and 256 tokens 62 pairs of tiles are left over
+        (512, 4096, 4096, {}),  # too few tiles
+        (1024, 5120, 8200, {}),  # an odd number of steps
     ],
 )
-def test_tiles_that_are_left_over_are_halved_where_that_pays(m, n, k, shared, bits):
+def test_tiles_that_are_left_over_are_halved_where_that_pays(m, n, k, left, bits):
     sizes = (n, k, bits, 32 if bits == 4 else 0, H200)
     found = [config for config in candidates(m, *sizes) if config.halved]
-    assert [(config.shared_tiles, config.workers, config.ctas, config.tokens) for config in found] == [
-        (shared, 2 * shared, 66, 128)
-    ] * bool(shared)
+    assert found or not left or (m, n) in {(1024, 4096), (2048, 5120)}
+    for config in found:
+        assert fits(config, bits, sizes[3])
+        shared = left[config.tokens]
+        assert (config.shared_tiles, config.workers, config.ctas) == (shared, 2 * shared, 66)
     known = {config.defines for config in forms(*sizes)}
     for config in found:
         assert (config.pair, config.sharers, config.runs, config.aside(bits)) == (2, 2, 1, True)
-        assert math.prod(config.tiles(m, n)) % 66 == shared
+        assert math.prod(config.tiles(m, n)) % 66 == left[config.tokens]
         assert config.defines in known
         assert {"LQ_MULTICAST=1", "LQ_SPLIT=1"} <= set(config.defines)
-        whole = PrefillConfig(128, 66, config.raster, 0, 0, multicast=True, wide=config.wide)
+        whole = PrefillConfig(config.tokens, 66, config.raster, 0, 0, multicast=True, wide=config.wide)
         assert cost(config, m, n, k, bits, H200) < cost(whole, m, n, k, bits, H200)
     # Compiled ahead for no number of tokens that does not ask for it.
     asked = {config.defines for tokens in range(16, 2100, 48) for config in candidates(tokens, *sizes)}
@@ -382,37 +408,43 @@ class TestOnHopper:
         ("bits", "group", "scale", "zero"),
         [(4, 128, BF16, False), (4, 32, BF16, True), (4, -1, FP32, True), (8, -1, FP32, False), (8, 64, BF16, False)],
     )
-    def test_halved_tiles(self, bits, group, scale, zero, epilogue):
-        wide = bits == 8 and group == -1
+    @pytest.mark.parametrize("tokens", HALVED_TOKENS)
+    def test_halved_tiles(self, bits, group, scale, zero, epilogue, tokens):
+        wide = bits == 8 and group == -1 and tokens == 128
+        variant = Variant.of(BF16, scale, bits, 1024 if group == -1 else group, 1024, zero)
+        if not fits(halved(512, 512, wide=wide, tokens=tokens), bits, variant.scale_bytes):
+            assert tokens > 128
+            pytest.skip("no room for an inbox")
         for m, n, k in (
             (200, 512, 1024),
-            (130, 4 * ROWS + 40, 512),  # the last pair has one row tile, the last tile two tokens
-            (129 + 64, 3 * ROWS, 2048),
+            (tokens + 2, 4 * ROWS + 40, 512),  # the last pair has one row tile, the last tile two tokens
+            (tokens + tokens // 2 + 1, 3 * ROWS, 2048),
             (1024, 1000, 4096),
-            (384, 2 * ROWS, 256 if wide else 1024 // bits),  # a step each
+            (3 * tokens, 2 * ROWS, 256 if wide else 1024 // bits),  # a step each
         ):
             case = Case(m, n, k, bits, group, scale=scale, zero=zero, epilogue=epilogue)
             rows = case.packed.shape[1] * 16
-            tiles = -(-rows // (2 * ROWS)) * -(-m // 128)
+            tiles = -(-rows // (2 * ROWS)) * -(-m // tokens)
             for shared in {1, min(3, tiles), min(33, tiles)}:
                 for ctas, raster in ((66, 1), (1, 2)):  # a tile each behind that, or all by a few
-                    config = halved(m, rows, ctas, raster, wide, shared)
-                    y = case.run(128, config=config)
+                    config = halved(m, rows, ctas, raster, wide, shared, tokens)
+                    y = case.run(tokens, config=config)
                     case.check(y)
-                    assert torch.equal(case.run(128, config=config), y)
+                    assert torch.equal(case.run(tokens, config=config), y)
 
-    def test_halved_tiles_have_equal_bits_a_hundred_times(self):
-        cases = [Case(m, n, k) for m, n, k in ((1000, 2048, 4096), (300, 5120, 2048))]
+    @pytest.mark.parametrize(("tokens", "bits"), [(128, 4), (192, 4), (128, 8), (192, 8), (256, 8)])
+    def test_halved_tiles_have_equal_bits_a_hundred_times(self, tokens, bits):
+        cases = [Case(m, n, k, bits, -1 if bits == 8 else 128) for m, n, k in ((1000, 2048, 4096), (600, 5120, 2048))]
         configs = [
-            halved(case.m, case.packed.shape[1] * 16, shared=shared)
+            halved(case.m, case.packed.shape[1] * 16, shared=shared, tokens=tokens)
             for case, shared in zip(cases, (30, 5), strict=True)
         ]
-        first = [case.run(128, config=config) for case, config in zip(cases, configs, strict=True)]
+        first = [case.run(tokens, config=config) for case, config in zip(cases, configs, strict=True)]
         for case, y in zip(cases, first, strict=True):
             case.check(y)
         for _ in range(100):
             for case, config, y in zip(cases, configs, first, strict=True):
-                assert torch.equal(case.run(128, config=config), y)
+                assert torch.equal(case.run(tokens, config=config), y)
 
     @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
     def test_equal_bits_a_hundred_times(self, tokens):

@@ -27,6 +27,8 @@ _ASIDE_FROM = {4: 96, 8: 112}
 """Tokens of a tile, by a weight's bits, from which its results may leave beside the next one's products."""
 SPLIT_TOKENS = (32, 64, 96, 128)
 """Tokens of a tile whose K a pair of CTAs may share: smaller tiles have too little to add up, larger ones leave no room."""
+HALVED_TOKENS = (128, 192, 256)
+"""Tokens of a tile that may be halved where it is left over: those that a pair of CTAs shares with others like it."""
 RUNS_TOKENS = (64, 96, 128)
 """Tokens of a tile whose K a CTA may multiply in runs: sums are twice in registers, and few tokens share K."""
 _SHARED = 232448
@@ -44,8 +46,10 @@ _TALL_WAVES = 3
 """Tiles a CTA, up to which they make sense."""
 _PAYING_TOKENS = 2048
 """Up to which tall tiles, and those between, make sense."""
-_TALL_GAIN, _BETWEEN_GAIN, _HALVED_GAIN = 0.93, 0.96, 1.0
+_TALL_GAIN, _BETWEEN_GAIN, _HALVED_GAIN = 0.95, 0.96, 1.0
 """How much of the other tiles' time they may take."""
+_TALL_NEAR = 1.03
+"""... and of the time of the fastest tall tiles: the model is not sure which of those that are near is faster."""
 _BATCHES = (256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens with which tiles between have to pay; with others some would for almost every weight."""
 _PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 112: 123, 128: 137, 176: 187, 192: 203, 256: 268}
@@ -53,7 +57,7 @@ _PRODUCTS = {16: 108, 32: 101, 64: 87, 96: 110, 112: 123, 128: 137, 176: 187, 19
 rings were larger; 96, 112 and 176 are between what was measured."""
 _NARROW, _WIDE = 1.19, 1.04
 """... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features."""
-_SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09}
+_SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09, 192: 1.09, 256: 1.09}
 """... of pairs that share K, to these, as each CTA loads its own tokens."""
 _L2_BYTES = 4300.0
 """A clock, to all multiprocessors: 128 CTAs that share K take 87 ns for 16 in features of int4 and 102 of int8 (128 tokens)."""
@@ -109,7 +113,7 @@ class PrefillConfig:
 
     @property
     def halved(self) -> bool:
-        """Whether a pair of CTAs takes one row tile of two that are shared, and each CTA half of its K: tiles of 128 tokens.
+        """Whether a pair of CTAs takes one row tile of two that are shared, and each CTA half of its K: ``HALVED_TOKENS``.
 
         Then there are twice as many workers as shared tiles, and an even number of K steps.
         """
@@ -235,13 +239,18 @@ def _between(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int)
 
 
 def _halved(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
-    pairs, form = sm_count // 2, PrefillConfig(128, 0, 0, 0, 0, True, True, wide=_is_wide(128, bits, scale_bytes))
-    if n <= ROWS or not pairs or form.steps(k, bits) % 2 or ring_of(form, bits, scale_bytes)[0] < 3:
+    pairs = sm_count // 2
+    if n <= ROWS or not pairs:
         return
-    tiles = math.prod(form.tiles(m, n))
-    if tiles > pairs and 0 < 2 * (tiles % pairs) <= pairs:
-        raster = _raster(m, n, form.tokens, 2 * ROWS, bits, pairs)
-        yield replace(form, ctas=pairs, raster=raster, shared_tiles=tiles % pairs, workers=2 * (tiles % pairs))
+    for tokens in HALVED_TOKENS:
+        form = PrefillConfig(tokens, 0, 0, 0, 0, True, True, wide=_is_wide(tokens, bits, scale_bytes))
+        tiles = math.prod(form.tiles(m, n))
+        left = tiles % pairs
+        if form.steps(k, bits) % 2 or ring_of(form, bits, scale_bytes)[0] < 3 or tiles <= pairs:
+            continue
+        if 0 < 2 * left <= pairs:
+            raster = _raster(m, n, tokens, 2 * ROWS, bits, pairs)
+            yield replace(form, ctas=pairs, raster=raster, shared_tiles=left, workers=2 * left)
 
 
 def _of_tokens(
@@ -312,8 +321,10 @@ def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mappi
                 before = () if others is _tall else (_tall,) if others is _between else (_tall, _between)
                 known = [cut for each in before for cut in each(m, *sizes) if cut.defines in found]
                 usual = min(cost(cut, m, n, k, bits, sm_count) for cut in (*_usual(m, *sizes), *known))
-                if times[best] < gain * usual:
-                    found.setdefault(best.defines, best)
+                near = _TALL_NEAR * times[best] if others is _tall else times[best]
+                for cut in sorted(times, key=times.__getitem__):
+                    if times[cut] < gain * usual and times[cut] <= near:
+                        found.setdefault(cut.defines, cut)
     return found
 
 

@@ -109,7 +109,7 @@ constexpr bool kRuns = LQ_RUNS != 0;
   ((LQ_TOKENS >= (LQ_BITS == 4 ? 96 : 112) || LQ_RUNS) && !(LQ_RUNS && LQ_RESIDUAL) && LQ_ROWS == 128 && !(LQ_SPLIT && !LQ_MULTICAST) && !LQ_TRANSPOSED)
 constexpr bool kAside = LQ_ASIDE != 0;
 static_assert(!kSplit || (kTokens >= 32 && kTokens <= 128 && kTokens % 32 == 0), "pairs share K of tiles that leave room");
-static_assert(!kHalved || (kTokens == 128 && kRows == 128), "pairs share K and tokens of tiles of 128");
+static_assert(!kHalved || (kTokens % 64 == 0 && kTokens >= 128 && kRows == 128), "pairs share K and tokens of tiles of 128 to 256");
 static_assert(!kRuns || (!kExchanges && kTokens >= 64 && kTokens <= 128 && LQ_ROWS == 128),
               "runs: of many tokens, with sums twice in registers");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
