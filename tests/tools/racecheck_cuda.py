@@ -171,6 +171,12 @@ def _prefill() -> Launches:
             f"prefill-halved-{tokens}-{epilogue}-variant{i}",
             functools.partial(_run_prefill, VARIANTS[i], epilogue, each),
         )
+    for i, tokens in ((0, 128), (6, 256)):
+        each = prefill_cuts.PrefillConfig(tokens, 4, 1, 1, 4, multicast=True, split=True)
+        yield (
+            f"prefill-halved-parts-{tokens}-variant{i}",
+            functools.partial(_run_prefill, VARIANTS[i], "none", each, k=1024),
+        )
     for way in ("multicast", "split"):
         config = _whole(64, rows=prefill_cuts.TALL, **{way: True})
         yield f"prefill-{way}-tall", functools.partial(_run_prefill, VARIANTS[0], "none", config)
@@ -204,8 +210,10 @@ def _prefill_aside() -> Launches:
         yield f"prefill-{name}", functools.partial(_run_prefill, VARIANTS[i], epilogue, config, full=False)
 
 
-def _run_prefill(variant: Variant, epilogue: str, config: prefill_cuts.PrefillConfig, full: bool = True) -> None:
-    case = Case(variant, epilogue, config.tokens + config.tokens // 2 + 1, full=full)
+def _run_prefill(
+    variant: Variant, epilogue: str, config: prefill_cuts.PrefillConfig, full: bool = True, k: int = FEATURES
+) -> None:
+    case = Case(variant, epilogue, config.tokens + config.tokens // 2 + 1, k, full)
     case.run(prefill_a16.linear, config)
 
 

@@ -30,9 +30,9 @@ def shared(tokens, ctas, tiles, workers, raster=2, **form):
     return PrefillConfig(tokens, ctas, raster, tiles, workers, **form)
 
 
-def halved(ctas, tiles, raster=2, tokens=128, **form):
-    """Pairs of CTAs share the first pairs of tiles, a row tile each."""
-    return PrefillConfig(tokens, ctas, raster, tiles, 2 * tiles, multicast=True, split=True, **form)
+def halved(ctas, tiles, raster=2, tokens=128, parts=1, **form):
+    """Pairs of CTAs share the first pairs of tiles, a row tile or a part of one each."""
+    return PrefillConfig(tokens, ctas, raster, tiles, 2 * parts * tiles, multicast=True, split=True, **form)
 
 
 PRODUCTS = {
@@ -47,7 +47,10 @@ PRODUCTS = {
         300, 200, 512, (halved(2, 1), halved(2, 1, wide=True)), {"epilogue": "residual", "bits": 8, "group": -1, "scale": FP32}
     ),
     "halved-transposed": Product(190, 272, 256, (halved(3, 1),), {"epilogue": "transposed", "bias": False}),
-    "halved-192": Product(300, 264, 256, (halved(2, 1, tokens=192),), {"epilogue": "residual"}),
+    "halved-parts": Product(200, 400, 1024, (halved(4, 1, parts=2), halved(8, 1, parts=4)), {}),
+    "halved-192": Product(
+        300, 264, 512, (halved(2, 1, tokens=192), halved(4, 1, tokens=192, parts=2)), {"epilogue": "residual"}
+    ),
     "halved-256": Product(270, 264, 256, (halved(4, 2, tokens=256),), {"bits": 8, "group": -1, "scale": FP32, "bias": False}),
     "split": Product(
         40, 150, 648, (whole(32, 2, split=True), shared(32, 4, 2, 4, split=True)), {"epilogue": "residual"}

@@ -41,11 +41,11 @@ def split(tokens, m, n, ctas=66, raster=3, rows=ROWS, wide=False, shared=0, part
     return PrefillConfig(tokens, pairs, raster, shared, workers, split=True, rows=rows, wide=wide)
 
 
-def halved(m, n, ctas=66, raster=3, wide=False, shared=1, tokens=128):
-    """Return a cut of pairs that have the same tokens, and halve the first ``shared`` pairs of tiles."""
-    tiles = -(-n // (2 * ROWS)) * -(-m // tokens)
-    pairs = max(2 * shared, min(ctas, tiles - shared))
-    return PrefillConfig(tokens, pairs, raster, shared, 2 * shared, multicast=True, split=True, wide=wide)
+def halved(m, n, ctas=66, raster=3, wide=False, shared=1, tokens=128, parts=1):
+    """Return a cut of pairs that have the same tokens, and halve the first ``shared`` pairs of tiles, or parts of these."""
+    tiles, workers = -(-n // (2 * ROWS)) * -(-m // tokens), 2 * parts * shared
+    pairs = max(workers, min(ctas, tiles - shared))
+    return PrefillConfig(tokens, pairs, raster, shared, workers, multicast=True, split=True, wide=wide)
 
 
 def fits(config, bits, scale_bytes):
@@ -111,7 +111,9 @@ def test_it_compiles_without_spills_and_waits_for_the_memory_only_where_parts_ar
     [*((i, each) for i in (0, 6) for each in EPILOGUES), *((number, "none") for number in (2, 4, 5, 10, 12))],
 )
 @pytest.mark.parametrize("tokens", HALVED_TOKENS)
-def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(number, epilogue, tokens, disassemble):
+def test_halved_tiles_compile_without_spills_and_wait_for_the_memory_only_where_parts_are_left(
+    number, epilogue, tokens, disassemble
+):
     variant = VARIANTS[number]
     config = halved(200, 512, wide=variant.bits == 8 and variant.groups == 0 and tokens == 128, tokens=tokens)
     if not fits(config, variant.bits, variant.scale_bytes):
@@ -128,7 +130,8 @@ def test_halved_tiles_compile_without_spills_and_never_wait_for_the_memory(numbe
     assert len(re.findall(rf"HGMMA\.64x{tokens}x16\.F32\S* R\d+, R\d+, gdesc", sass)) == body // 16
     assert re.search(r"\bSTAS\.128\b", sass)
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    assert not re.search(r"\bMEMBAR\.\S*(GPU|SYS)", sass)  # no parts of tiles are left in memory
+    _, after = re.split(r"\bSTAS\.128\b", sass, maxsplit=1)
+    assert len(re.findall(r"\bMEMBAR\.\S*(GPU|SYS)", sass)) == len(re.findall(r"\bMEMBAR\.\S*(GPU|SYS)", after)) <= 2
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -153,7 +156,8 @@ def test_tiles_that_are_left_over_are_halved_where_that_pays(m, n, k, left, bits
     for config in found:
         assert fits(config, bits, sizes[3])
         shared = left[config.tokens]
-        assert (config.shared_tiles, config.workers, config.ctas) == (shared, 2 * shared, 66)
+        assert (config.shared_tiles, config.workers, config.ctas) == (shared, 2 * config.parts * shared, 66)
+        assert config.workers <= 66
     known = {config.defines for config in forms(*sizes)}
     for config in found:
         assert (config.pair, config.sharers, config.runs, config.aside(bits)) == (2, 2, 1, True)
@@ -172,12 +176,14 @@ def test_what_cannot_be_halved_is_refused():
     scale = FRAGMENT_INT4.arrange_scales(torch.ones(512, 5, dtype=BF16), 640, 128)
     x = torch.zeros(200, 640, dtype=BF16)
     with pytest.raises(
-        ShapeError, match=r"K=640: tiles are halved by two workers each.*2 workers of 1 tiles and 5 steps"
+        ShapeError, match=r"K=640: halved tiles have an even number of workers each.*2 workers of 1 tiles and 5 steps"
     ):
         linear(x, packed, scale, None, None, 512, 128, 4, halved(200, 512))
     config = PrefillConfig(128, 3, 1, 1, 3, multicast=True, split=True)
     with pytest.raises(ShapeError, match="3 workers of 1 tiles"):
         linear(x, packed, scale, None, None, 512, 128, 4, config)
+    with pytest.raises(ShapeError, match="4 workers of 1 tiles and 5 steps"):
+        linear(x, packed, scale, None, None, 512, 128, 4, halved(200, 512, parts=2))
 
 
 @pytest.mark.nvrtc
@@ -425,19 +431,29 @@ class TestOnHopper:
             case = Case(m, n, k, bits, group, scale=scale, zero=zero, epilogue=epilogue)
             rows = case.packed.shape[1] * 16
             tiles = -(-rows // (2 * ROWS)) * -(-m // tokens)
-            for shared in {1, min(3, tiles), min(33, tiles)}:
+            for shared, parts in {
+                (1, 1),
+                (min(3, tiles), 1),
+                (min(33, tiles), 1),
+                (1, 2),
+                (min(16, tiles), 2),
+                (min(5, tiles), 4),
+            }:
                 for ctas, raster in ((66, 1), (1, 2)):  # a tile each behind that, or all by a few
-                    config = halved(m, rows, ctas, raster, wide, shared, tokens)
+                    config = halved(m, rows, ctas, raster, wide, shared, tokens, parts)
+                    if config.steps(k, bits) % (2 * parts):
+                        continue
                     y = case.run(tokens, config=config)
                     case.check(y)
                     assert torch.equal(case.run(tokens, config=config), y)
 
+    @pytest.mark.parametrize("parts_of", [(1, 1), (2, 2), (1, 4)])
     @pytest.mark.parametrize(("tokens", "bits"), [(128, 4), (192, 4), (128, 8), (192, 8), (256, 8)])
-    def test_halved_tiles_have_equal_bits_a_hundred_times(self, tokens, bits):
+    def test_halved_tiles_have_equal_bits_a_hundred_times(self, tokens, bits, parts_of):
         cases = [Case(m, n, k, bits, -1 if bits == 8 else 128) for m, n, k in ((1000, 2048, 4096), (600, 5120, 2048))]
         configs = [
-            halved(case.m, case.packed.shape[1] * 16, shared=shared, tokens=tokens)
-            for case, shared in zip(cases, (30, 5), strict=True)
+            halved(case.m, case.packed.shape[1] * 16, shared=shared, tokens=tokens, parts=parts)
+            for case, shared, parts in zip(cases, (15, 5), parts_of, strict=True)
         ]
         first = [case.run(tokens, config=config) for case, config in zip(cases, configs, strict=True)]
         for case, y in zip(cases, first, strict=True):

@@ -192,19 +192,20 @@ def _prepare(
     if config.split and not config.halved and config.steps(k, variant.bits) < 2 * config.parts:
         step = 128 if config.wide else 512 // variant.bits
         raise ShapeError(f"K={k}: a pair shares two steps of {step} or more; pass another config")
-    if config.halved and (config.workers != 2 * config.shared_tiles or config.steps(k, variant.bits) % 2):
+    steps, halves = config.steps(k, variant.bits), 2 * config.parts  # of K, a CTA each
+    if config.halved and (config.workers != halves * config.shared_tiles or steps % halves):
         raise ShapeError(
-            f"K={k}: tiles are halved by two workers each, and an even number of steps; these are {config.workers} workers of "
-            f"{config.shared_tiles} tiles and {config.steps(k, variant.bits)} steps; pass another config"
+            f"K={k}: halved tiles have an even number of workers each, and as many steps or a multiple of that; these are "
+            f"{config.workers} workers of {config.shared_tiles} tiles and {steps} steps; pass another config"
         )
-    if config.runs > config.steps(k, variant.bits):
+    if config.runs > steps:
         raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
     stages, shared = ring_of(config, variant.bits, variant.scale_bytes)
     # As the source has it, by a macro.
     aside = config.aside(variant.bits) and epilogue != "transposed" and not (config.runs > 1 and epilogue == "residual")
     boxes = ((min(config.out_tokens, m),) + (min(config.tokens, m),) * (epilogue == "residual")) if aside else ()
     maps = len(boxes)
-    tiles, steps = config.tiles(m, BLOCK_ROWS * blocks), config.steps(k, variant.bits)
+    tiles = config.tiles(m, BLOCK_ROWS * blocks)
     shares = work(*tiles, steps, config.raster, config.shared_tiles, config.workers)
     launch = Launch(
         index,
@@ -220,6 +221,8 @@ def _prepare(
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
     )
     share = config.tokens // config.sharers
-    in_memory = 0 if config.halved else 1  # what is shared
-    partials = in_memory * 2 * config.workers * config.sharers * config.tokens * config.rows
-    return _Plan(launch, share, (m - 1) % share + 1, partials, in_memory * config.shared_tiles * config.pair, boxes)
+    partials = 2 * config.workers * config.sharers * config.tokens * config.rows
+    counters = config.shared_tiles * config.pair * (2 if config.halved else 1)
+    if config.halved and config.parts == 1:  # nothing is left in the workspace
+        partials = counters = 0
+    return _Plan(launch, share, (m - 1) % share + 1, partials, counters, boxes)

@@ -113,16 +113,17 @@ class PrefillConfig:
 
     @property
     def halved(self) -> bool:
-        """Whether a pair of CTAs takes one row tile of two that are shared, and each CTA half of its K: ``HALVED_TOKENS``.
+        """Whether pairs of CTAs take one row tile of two that are shared, and each CTA a half of its K or of a part.
 
-        Then there are twice as many workers as shared tiles, and an even number of K steps.
+        Tiles of ``HALVED_TOKENS``; a shared tile has twice as many workers as a row tile has parts, and K steps enough for all.
         """
         return self.multicast and self.split
 
     @property
     def parts(self) -> int:
-        """Parts that a shared tile has, rounded up."""
-        return -(-self.workers // self.shared_tiles) if self.shared_tiles else 1
+        """Parts that a shared tile has, or one of its row tiles if they are halved; rounded up."""
+        rows = 2 if self.halved else 1
+        return -(-self.workers // (self.shared_tiles * rows)) if self.shared_tiles else 1
 
     @property
     def pair(self) -> int:
@@ -244,13 +245,15 @@ def _halved(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) 
         return
     for tokens in HALVED_TOKENS:
         form = PrefillConfig(tokens, 0, 0, 0, 0, True, True, wide=_is_wide(tokens, bits, scale_bytes))
-        tiles = math.prod(form.tiles(m, n))
-        left = tiles % pairs
-        if form.steps(k, bits) % 2 or ring_of(form, bits, scale_bytes)[0] < 3 or tiles <= pairs:
+        if not _makes_sense(tokens, m, bits, scale_bytes) or ring_of(form, bits, scale_bytes)[0] < 3:
             continue
-        if 0 < 2 * left <= pairs:
-            raster = _raster(m, n, tokens, 2 * ROWS, bits, pairs)
-            yield replace(form, ctas=pairs, raster=raster, shared_tiles=left, workers=2 * left)
+        tiles = math.prod(form.tiles(m, n))
+        left, raster = tiles % pairs, _raster(m, n, tokens, 2 * ROWS, bits, pairs)
+        for parts in (1, 2, 4):
+            workers = 2 * parts * left
+            if 0 < workers <= pairs and form.steps(k, bits) % (2 * parts) == 0:
+                ctas = max(workers, min(tiles - left, pairs))
+                yield replace(form, ctas=ctas, raster=raster, shared_tiles=left, workers=workers)
 
 
 def _of_tokens(
@@ -387,9 +390,11 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     hidden = 10.5 * config.tokens if config.aside(bits) else 0.0
     clocks = whole * (steps * products + stored) - max(whole - 1, 0) * hidden
     if config.halved:
-        clocks += (
-            -(-steps // 2) * products * _SPLIT_PRODUCTS[config.tokens] + 10.0 * config.tokens + 470 + 9 * config.tokens
-        )
+        own = config.tokens / 2
+        clocks += steps / (2 * config.parts) * products * _SPLIT_PRODUCTS[config.tokens] + 10 * config.tokens
+        clocks += 470 + 9 * config.tokens
+        if config.parts > 1:
+            clocks += 2500 + 71 * own + own * config.rows * 4 * (1 / 170 + config.parts / 290)
     elif config.shared_tiles:
         run = -(-config.shared_tiles * steps // config.workers)
         uneven = config.workers % config.shared_tiles != 0

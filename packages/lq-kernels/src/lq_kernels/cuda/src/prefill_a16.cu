@@ -19,6 +19,8 @@
 //   the other its sums of half of the tokens, and stores the rest, or leaves it in the workspace: half as much as without pairs.
 // - LQ_MULTICAST and LQ_SPLIT: pairs have the same tokens, but where tiles are shared a pair takes one row tile of two so, in halves of K.
 //   Of pairs of tiles that are left over, up to half as many as there are pairs of CTAs, each has two pairs of CTAs for half a tile's time.
+//   Fewer are cut in more parts: each of four pairs takes half of a row tile's K, its CTAs a quarter, and of their sums, a half each of the
+//   tokens, two parts are added up through the workspace.
 // - LQ_RUNS: no tile is shared, but one CTA multiplies K in as many runs as there are `workers`, cut where they would cut it, and adds up
 //   the sums of runs as the last of them to come would: the bits are those of tiles that are shared. For many tokens in the
 //   batch-invariant mode.
@@ -165,6 +167,7 @@ constexpr int kChunks = kOwnTokens / kChunk;
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
 constexpr int kKeptUnits = kUnits / 2;      // of sums, that a CTA keeps in an exchange
+constexpr int kPartUnits = kExchanges ? kKeptUnits : kUnits;  // ... and of what it leaves as part of a tile
 constexpr int kWarpBox = kKeptUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
 constexpr int kBox = kConsumerWarps * kWarpBox;
 // Results pass through the inbox, each warpgroup's through its own part.
@@ -360,23 +363,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
   Work work LQ_WORK(cta, static_cast<int>(gridDim.x) / kPair);
   work.start_with(cta);
+  [[maybe_unused]] bool alone = false, second_row = false;  // of a tile that is shared: a row tile by itself, and which
   const auto advance = [&] {
     if (!work.advance()) return false;
     if constexpr (kSplit) work.halve(k_half);
     if constexpr (kHalved)
       if (work.first < work.last) {
-        const int middle = work.steps / 2;
-        work.begin = rank * middle, work.end = middle + rank * (work.steps - middle);
+        // The first half of the pairs that share a pair of tiles has the first row tile; first and last are then of that half.
+        const int parts = (work.last - work.first + 1) / 2;
+        second_row = cta - work.first >= parts;
+        work.first += second_row ? parts : 0, work.last = work.first + parts - 1;
+        const int length = work.end - work.begin;
+        work.begin = (2 * (cta - work.first) + rank) * length, work.end = work.begin + length;
+        alone = true;
+      } else {
+        alone = false;
       }
     return true;
   };
-  // Then the row tile is the one or the other of a pair's, by the worker.
-  const auto halved = [&] { return kHalved && work.first < work.last; };
+  // Then the row tile is the one or the other of a pair's.
+  const auto halved = [&] { return kHalved && alone; };
 
   const auto is_whole = [&] { return n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0; };
   const auto aside = [&] {
     const bool aligned = is_whole() && (!kResidual || reinterpret_cast<u64>(residual) % 16 == 0);
-    return kAside && aligned && work.first == work.last;
+    return kAside && aligned && work.first == work.last && !halved();
   };
 
   bool more = advance();
@@ -397,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
-        const int block = (work.row * kSharers + (halved() ? cta - work.first : rank)) * kBlocks, left = blocks - block;
+        const int block = (work.row * kSharers + (halved() ? second_row : rank)) * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
 #pragma unroll 1
@@ -588,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kExchanges) wait_for_barriers_of_cluster();
 
   for (; more; more = advance()) {
-    const i64 row0 = static_cast<i64>(work.row * kSharers + (halved() ? cta - work.first : rank)) * kRows;
+    const i64 row0 = static_cast<i64>(work.row * kSharers + (halved() ? second_row : rank)) * kRows;
     const int own_tokens = halved() ? kTokens / 2 : kOwnTokens;
     const i64 token0 = static_cast<i64>(work.token) * kTokens + (halved() ? rank : k_half) * own_tokens;  // of those that are stored
     // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
@@ -693,7 +704,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (kSplit && !keep_inbox) acknowledge();
       }
     }
-    const bool in_parts = !kRuns && !kHalved && work.first < work.last;
+    const bool in_parts = !kRuns && work.first < work.last;
     bool cut = false;  // the first worker has a tile before this one
     const auto part_of = [&](int worker) {
       const i64 part = static_cast<i64>(2 * worker + (cut && worker == work.first)) * kPair + rank + k_half;
@@ -720,13 +731,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     if (in_parts) {
-      cut = work.start(work.first) < work.tile * work.steps;
+      cut = !kHalved && work.start(work.first) < work.tile * work.steps;
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
       float4* const mine = part_of(cta);
 #pragma unroll
-      for (int j = 0; j < kOwnUnits; ++j) __stcg(mine + j * kConsumers, sums(j));
+      for (int j = 0; j < kPartUnits; ++j) __stcg(mine + j * kConsumers, sums(j));
       named_barrier(1 + kWarpgroups, kConsumers);
-      int* const counter = arrivals + work.tile * kPair + rank + k_half;
+      int* const counter = arrivals + (kHalved ? 2 * work.tile + second_row : work.tile) * kPair + rank + k_half;
       if (thread == 0) *arrived = add_acquire_release(counter, 1);
       named_barrier(1 + kWarpgroups, kConsumers);
       if (uniform(*arrived) < work.last - work.first) {
@@ -736,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if (thread == 0) *counter = 0;  // for the next launch
       if constexpr (!kRolled)
 #pragma unroll
-        for (int j0 = 0; j0 < kOwnUnits; j0 += kAtOnce) {
+        for (int j0 = 0; j0 < kPartUnits; j0 += kAtOnce) {
           float4 total[kAtOnce] = {};
           add_up(total, j0);
 #pragma unroll
