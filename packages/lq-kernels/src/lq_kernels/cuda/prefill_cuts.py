@@ -248,6 +248,8 @@ def _halved(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) 
         if not _makes_sense(tokens, m, bits, scale_bytes) or ring_of(form, bits, scale_bytes)[0] < 3:
             continue
         tiles = math.prod(form.tiles(m, n))
+        if tiles <= pairs and tokens in SPLIT_TOKENS:  # then pairs may share the K of every tile
+            continue
         left, raster = tiles % pairs, _raster(m, n, tokens, 2 * ROWS, bits, pairs)
         for parts in (1, 2, 4):
             workers = 2 * parts * left
