@@ -164,6 +164,9 @@ constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows
 constexpr bool kRolled = kTokens > 128 || (kRuns && !kResidual);
 static_assert(!kRolled || kChunk == 8 * kAtOnce, "a chunk is added up at once");
 constexpr int kChunks = kOwnTokens / kChunk;
+// Where parts are added up a chunk ahead: how many are on their way at once.
+constexpr bool kAhead = kRolled && !kRuns && !kTransposed;
+constexpr int kPartsAtOnce = kResidual ? 2 : 4;
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
 constexpr int kKeptUnits = kUnits / 2;      // of sums, that a CTA keeps in an exchange
@@ -772,7 +775,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     // Results of a chunk before its epilogue, where chunks are rolled.
     const auto take = [&](float(&to)[kChunk / 2], int chunk) {
       const auto scale = [&](int i, float sum) { to[i] = fmaf(sum, row_scale[i / 2 % 2], offset[i / 2 % 2]); };
-      if (in_parts) {
+      if (!kAhead && in_parts) {
         float4 total[kAtOnce] = {};
         add_up(total, chunk * kAtOnce);
 #pragma unroll
@@ -877,6 +880,77 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     if (kResidual && !by_ring) fetch(0);
+    // What happens to a chunk from both loops below. Macros: with a lambda or a function, tiles of up to 128 tokens become other machine code,
+    // which was not measured.
+#define LQ_ADD_RESIDUAL \
+  _Pragma("unroll") \
+  for (int i = 0; i < kCopies; ++i) { \
+    const int at = thread % 128 + i * 128; \
+    *reinterpret_cast<uint4*>(my_staging + at / kParts * kPitch + at % kParts * 16) = added[i]; \
+  } \
+  named_barrier(1 + warpgroup, 128); \
+  fetch(chunk + 1);
+    // Rolled: unrolled, these loops were half of what a tile takes to compile.
+#define LQ_COPY_OUT \
+  _Pragma("unroll 1") \
+  for (int i = thread % 128; i < kChunk * kParts; i += 128) { \
+    const int token = i / kParts, part = i % kParts; \
+    const i64 feature = first_feature + part * 8; \
+    if (chunk * kChunk + token >= stored) continue; \
+    u16* const to = y + (token0 + chunk * kChunk + token) * n + feature; \
+    const u8* const from = my_staging + token * kPitch + part * 16; \
+    if (whole) { \
+      if (feature < n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); \
+    } else { \
+      _Pragma("unroll 1") \
+      for (int j = 0; j < 8 && feature + j < n; ++j) to[j] = reinterpret_cast<const u16*>(from)[j]; \
+    } \
+  }
+    if constexpr (kAhead)
+      if (in_parts) {
+        // The sums in registers are no longer needed: so a chunk's parts are on their way while the one before is stored.
+        float4 parts[kPartsAtOnce][kAtOnce];
+        const auto load = [&](int chunk, int first) {
+#pragma unroll
+          for (int w = 0; w < kPartsAtOnce; ++w) {
+            const float4* const from = part_of(first + w) + chunk * kAtOnce * kConsumers;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) parts[w][j] = first + w <= work.last ? __ldcg(from + j * kConsumers) : float4{};
+          }
+        };
+        load(0, work.first);
+#pragma unroll 1
+        for (int chunk = 0; chunk * kChunk < stored; ++chunk) {
+          float4 total[kAtOnce] = {};
+#pragma unroll 1
+          for (int worker = work.first;;) {
+#pragma unroll
+            for (int w = 0; w < kPartsAtOnce; ++w)
+#pragma unroll
+              for (int j = 0; j < kAtOnce; ++j)
+                total[j].x += parts[w][j].x, total[j].y += parts[w][j].y, total[j].z += parts[w][j].z, total[j].w += parts[w][j].w;
+            worker += kPartsAtOnce;
+            if (worker > work.last) break;
+            load(chunk, worker);
+          }
+          if ((chunk + 1) * kChunk < stored) load(chunk + 1, work.first);
+          float results[kChunk / 2];
+#pragma unroll
+          for (int i = 0; i < kChunk / 2; ++i) {
+            const float4& four = total[i / 4];
+            results[i] = fmaf(i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w, row_scale[i / 2 % 2], offset[i / 2 % 2]);
+          }
+          named_barrier(1 + warpgroup, 128);
+          if constexpr (kResidual) {
+            LQ_ADD_RESIDUAL
+          }
+#pragma unroll
+          for (int pair = 0; pair < kChunk / 16; ++pair) leave(results + pair * 8, to + pair * pair_bytes);
+          named_barrier(1 + warpgroup, 128);
+          LQ_COPY_OUT
+        }
+        continue;
+      }
 #pragma unroll (kRolled ? 1 : kChunks)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       if (chunk * kChunk >= stored) {
@@ -888,13 +962,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kRolled) take(rolled, chunk);
       if (!by_ring) named_barrier(1 + warpgroup, 128);
       if (kResidual && !by_ring) {
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i) {
-          const int at = thread % 128 + i * 128;
-          *reinterpret_cast<uint4*>(my_staging + at / kParts * kPitch + at % kParts * 16) = added[i];
-        }
-        named_barrier(1 + warpgroup, 128);
-        fetch(chunk + 1);
+        LQ_ADD_RESIDUAL
       }
 #pragma unroll
       for (int pair = 0; pair < kChunk / 16; ++pair) {
@@ -906,21 +974,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         continue;
       }
       named_barrier(1 + warpgroup, 128);
-      // Rolled: unrolled, these loops were half of what a tile takes to compile.
-#pragma unroll 1
-      for (int i = thread % 128; i < kChunk * kParts; i += 128) {
-        const int token = i / kParts, part = i % kParts;
-        const i64 feature = first_feature + part * 8;
-        if (chunk * kChunk + token >= stored) continue;
-        u16* const to = y + (token0 + chunk * kChunk + token) * n + feature;
-        const u8* const from = my_staging + token * kPitch + part * 16;
-        if (whole) {
-          if (feature < n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        } else {
-#pragma unroll 1
-          for (int j = 0; j < 8 && feature + j < n; ++j) to[j] = reinterpret_cast<const u16*>(from)[j];
-        }
-      }
+      LQ_COPY_OUT
     }
     if (by_ring) {
       turn ^= 1;
