@@ -18,6 +18,9 @@ from lq_kernels.problem import Arch, Problem
 from lq_kernels.tuned.lookup import Choice, choose, measurements
 from lq_kernels.tuned.table import Q8_1, Weight
 
+_SECTIONS = 16
+"""Of a tile of more than 128 tokens that is shared, at most, each with a counter of the parts that have come."""
+
 
 @functools.lru_cache(maxsize=4096)
 def choice(
@@ -222,7 +225,9 @@ def _prepare(
     )
     share = config.tokens // config.sharers
     partials = 2 * config.workers * config.sharers * config.tokens * config.rows
-    counters = config.shared_tiles * config.pair * (2 if config.halved else 1)
+    counters = (
+        config.shared_tiles * config.pair * (2 if config.halved else 1) * (_SECTIONS if config.tokens > 128 else 1)
+    )
     if config.halved and config.parts == 1:  # nothing is left in the workspace
         partials = counters = 0
     return _Plan(launch, share, (m - 1) % share + 1, partials, counters, boxes)

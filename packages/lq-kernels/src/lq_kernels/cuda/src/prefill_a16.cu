@@ -166,11 +166,13 @@ static_assert(!kRolled || kChunk == 8 * kAtOnce, "a chunk is added up at once");
 constexpr int kChunks = kOwnTokens / kChunk;
 // Where parts are added up a chunk ahead: how many are on their way at once.
 constexpr bool kAhead = kRolled && !kRuns && !kTransposed;
-constexpr int kPartsAtOnce = kResidual ? 2 : 4;
+constexpr int kPartsAtOnce = kResidual ? 1 : 3;
 constexpr int kPitch = 144;                      // bytes of 64 results of a token, padded against bank conflicts
 constexpr int kParts = 8 / kFeatureRows;         // of 8 results, of a token and warpgroup
 constexpr int kKeptUnits = kUnits / 2;      // of sums, that a CTA keeps in an exchange
 constexpr int kPartUnits = kExchanges ? kKeptUnits : kUnits;  // ... and of what it leaves as part of a tile
+constexpr int kPartChunks = kPartUnits / kAtOnce;
+static_assert(kPartChunks <= 16, "prefill_a16.py makes so many counters");
 constexpr int kWarpBox = kKeptUnits * 512;  // of sums that a warp sends to its like in the other CTA, and gets
 constexpr int kBox = kConsumerWarps * kWarpBox;
 // Results pass through the inbox, each warpgroup's through its own part.
@@ -331,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u64* const full = reinterpret_cast<u64*>(staging + kStaging);  // a stage is there
   u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
-  int* const arrived = reinterpret_cast<int*>(empty + kMaxStages + (kSplit ? kConsumerWarps + 1 : 0));
+  int* const arrived = reinterpret_cast<int*>(empty + kMaxStages + (kSplit ? kConsumerWarps + 1 : kHalved ? kConsumerWarps : 0));
   u64* const taken = empty + kMaxStages + (kHalved ? kConsumerWarps + 1 : 1);  // a tile's results are on their way from the ring
   u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
@@ -733,7 +735,40 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             total[j].x += more[w][j].x, total[j].y += more[w][j].y, total[j].z += more[w][j].z, total[j].w += more[w][j].w;
       }
     };
-    if (in_parts) {
+    [[maybe_unused]] int to_add = 0;  // chunks that this CTA adds up, where that is done a chunk ahead
+    if constexpr (kAhead)
+      if (in_parts) {
+        cut = !kHalved && work.start(work.first) < work.tile * work.steps;
+        // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
+        // Equal parts, which come at once, have about as many sections, and each CTA begins with another: so each is the last to come to
+        // about one of them, and adds that up.
+        const int parts = work.last - work.first + 1;
+        int chunks = kPartChunks;  // of a section
+        if (parts * work.shared_tiles * (kHalved ? 2 : 1) == work.workers)
+          for (chunks = 1; chunks * parts < kPartChunks;) ++chunks;
+        int begin = (cta - work.first) * chunks;
+        if (begin >= kPartChunks) begin = 0;
+#pragma unroll 1
+        for (int left = kPartChunks; left > 0; left -= chunks) {
+          float4* const mine = part_of(cta);
+#pragma unroll
+          for (int chunk = 0; chunk < kPartChunks; ++chunk)
+            if (begin <= chunk && chunk < begin + chunks)
+#pragma unroll
+              for (int j = chunk * kAtOnce; j < (chunk + 1) * kAtOnce; ++j) __stcg(mine + j * kConsumers, sums(j));
+          named_barrier(1 + kWarpgroups, kConsumers);
+          if (thread == 0) {
+            int* const counter = arrivals + ((kHalved ? 2 * work.tile + second_row : work.tile) * kPair + rank) * kPartChunks + begin;
+            if (add_acquire_release(counter, 1) == work.last - work.first) to_add |= ((1 << chunks) - 1) << begin, *counter = 0;
+          }
+          begin = begin + chunks < kPartChunks ? begin + chunks : 0;
+        }
+        if (thread == 0) *arrived = to_add;
+        named_barrier(1 + kWarpgroups, kConsumers);
+        to_add = uniform(*arrived);
+        if (to_add == 0) continue;
+      }
+    if (!kAhead && in_parts) {
       cut = !kHalved && work.start(work.first) < work.tile * work.steps;
       // Leave this part. The last to come adds up all of them, its own from memory as well: so the order does not depend on who it is.
       float4* const mine = part_of(cta);
@@ -879,17 +914,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (token < stored) added[i] = load_eight(residual + (token0 + token) * n + feature, n - feature, aligned);
       }
     };
-    if (kResidual && !by_ring) fetch(0);
     // What happens to a chunk from both loops below. Macros: with a lambda or a function, tiles of up to 128 tokens become other machine code,
     // which was not measured.
-#define LQ_ADD_RESIDUAL \
+#define LQ_ADD_RESIDUAL(NEXT) \
   _Pragma("unroll") \
   for (int i = 0; i < kCopies; ++i) { \
     const int at = thread % 128 + i * 128; \
     *reinterpret_cast<uint4*>(my_staging + at / kParts * kPitch + at % kParts * 16) = added[i]; \
   } \
   named_barrier(1 + warpgroup, 128); \
-  fetch(chunk + 1);
+  fetch(NEXT);
     // Rolled: unrolled, these loops were half of what a tile takes to compile.
 #define LQ_COPY_OUT \
   _Pragma("unroll 1") \
@@ -918,9 +952,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             for (int j = 0; j < kAtOnce; ++j) parts[w][j] = first + w <= work.last ? __ldcg(from + j * kConsumers) : float4{};
           }
         };
-        load(0, work.first);
+        // The next chunk from this one on that the CTA adds up.
+        const auto find = [&](int chunk) {
+          while (chunk * kChunk < stored && (to_add >> chunk & 1) == 0) ++chunk;
+          return chunk;
+        };
+        int next = find(0);
+        if (next * kChunk < stored) {
+          load(next, work.first);
+          if constexpr (kResidual) fetch(next);
+        }
 #pragma unroll 1
-        for (int chunk = 0; chunk * kChunk < stored; ++chunk) {
+        while (next * kChunk < stored) {
+          const int chunk = next;
+          next = find(chunk + 1);
           float4 total[kAtOnce] = {};
 #pragma unroll 1
           for (int worker = work.first;;) {
@@ -933,7 +978,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             if (worker > work.last) break;
             load(chunk, worker);
           }
-          if ((chunk + 1) * kChunk < stored) load(chunk + 1, work.first);
+          if (next * kChunk < stored) load(next, work.first);
           float results[kChunk / 2];
 #pragma unroll
           for (int i = 0; i < kChunk / 2; ++i) {
@@ -942,7 +987,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           }
           named_barrier(1 + warpgroup, 128);
           if constexpr (kResidual) {
-            LQ_ADD_RESIDUAL
+            LQ_ADD_RESIDUAL(next)
           }
 #pragma unroll
           for (int pair = 0; pair < kChunk / 16; ++pair) leave(results + pair * 8, to + pair * pair_bytes);
@@ -951,6 +996,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
         continue;
       }
+    if (kResidual && !by_ring) fetch(0);
 #pragma unroll (kRolled ? 1 : kChunks)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       if (chunk * kChunk >= stored) {
@@ -962,7 +1008,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kRolled) take(rolled, chunk);
       if (!by_ring) named_barrier(1 + warpgroup, 128);
       if (kResidual && !by_ring) {
-        LQ_ADD_RESIDUAL
+        LQ_ADD_RESIDUAL(chunk + 1)
       }
 #pragma unroll
       for (int pair = 0; pair < kChunk / 16; ++pair) {
