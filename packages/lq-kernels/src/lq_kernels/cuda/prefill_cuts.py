@@ -368,11 +368,11 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     launch costs 4,300 clocks, storing a tile 20 a token, or 14.5 in parts of 64 tokens, and 10.5 less where the next tile's
     products run beside it.
     The parts of a tile are written to L2 at 170 bytes a clock and read back, one after the other, at 290; that begins 2,500
-    clocks late and 71 for each token, 40 where equal parts of more than 128 tokens are added up in sections, and later where runs
-    do not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token, and each CTA has half of a tile to
-    store or to leave; so have those that halve tiles. Before there were halved tiles and sections, its first choice took 1.0%
-    (int4) and 2.7% (int8) longer than the fastest of those that the tuner timed, six and what was fastest nearby, on average of
-    778 products of 96 to 8192 tokens (int8 of 16), and a third at worst; for 504 of them it was the fastest.
+    clocks late and 71 for each token, 40 where equal parts of more than 128 tokens are added up in sections, and later where
+    runs do not begin with tiles. Pairs that share K exchange sums in 470 clocks and 9 a token, and each CTA has half of a tile
+    to store or to leave; so have those that halve tiles. Before there were halved tiles and sections, its first choice took
+    1.0% (int4) and 2.7% (int8) longer than the fastest of those that the tuner timed, six and what was fastest nearby, on
+    average of 778 products of 96 to 8192 tokens (int8 of 16), and a third at worst; for 504 of them it was the fastest.
     """
     steps = config.steps(k, bits)
     tiles = math.prod(config.tiles(m, n))
