@@ -72,6 +72,18 @@ PRODUCTS = {
         140, 136, 256, (whole(128, 2),), {"epilogue": "residual", "bits": 8, "group": 64, "scale": FP16, "x": FP16}
     ),
     "256-tokens": Product(40, 264, 328, (whole(256, 2),), {"epilogue": "silu_mul"}),
+    # Parts of tiles of more than 128 tokens: equal ones are added up in sections, and several are loaded ahead.
+    "parts": Product(
+        200, 136, 1024, (shared(192, 3, 1, 3), shared(192, 5, 1, 5), shared(192, 4, 2, 4), shared(192, 5, 3, 5)), {"group": 64}
+    ),
+    "parts-residual": Product(
+        210, 137, 768, (shared(192, 3, 1, 3), shared(192, 4, 2, 4), shared(192, 4, 3, 4)), {"epilogue": "residual"}
+    ),
+    "parts-gated": Product(
+        270, 264, 512, (shared(256, 4, 2, 4), shared(256, 3, 2, 3, multicast=True)),
+        {"epilogue": "silu_mul", "bits": 8, "group": -1, "scale": FP32},
+    ),
+    "parts-176": Product(180, 200, 768, (shared(176, 4, 2, 4, multicast=True), shared(176, 3, 1, 3)), {"bias": False}),
     "tall": Product(66, 384, 384, (whole(64, 1, rows=TALL, multicast=True),), {}),
     "int8": Product(19, 140, 328, (whole(16, 2), shared(16, 3, 1, 2)), {"bits": 8, "group": -1, "scale": FP32}),
     "int8-wide": Product(

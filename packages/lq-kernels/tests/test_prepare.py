@@ -299,8 +299,21 @@ def test_the_longest_compilation_starts_first():
     tokens = [dict(define.split("=") for define in unit.defines).get("LQ_TOKENS") for unit in started]
     assert tokens[0] == "256"
     assert started[-1].source == "dequantize_fragment"
-    alone = [int(each) for each, unit in zip(tokens, started, strict=True) if each and "LQ_SPLIT=1" not in unit.defines]
+    halves = [unit for unit in started if "LQ_SPLIT=1" in unit.defines and "LQ_MULTICAST=1" not in unit.defines]
+    alone = [int(each) for each, unit in zip(tokens, started, strict=True) if each and unit not in halves]
     assert alone == sorted(alone, reverse=True)
+    assert halves
+
+
+def test_tiles_that_are_halved_compile_as_long_as_others():
+    whole = Unit("prefill_a16", ("LQ_TOKENS=256", "LQ_MULTICAST=1"))
+    halved = Unit("prefill_a16", (*whole.defines, "LQ_SPLIT=1"))
+    split = Unit("prefill_a16", ("LQ_TOKENS=128", "LQ_SPLIT=1"))
+    smaller = Unit("prefill_a16", ("LQ_TOKENS=192", "LQ_MULTICAST=1"))
+    started = []
+    assert compile_units([split, smaller, halved, whole], started.append, threads=1) == 4
+    assert set(started[:2]) == {whole, halved}
+    assert started[2:] == [smaller, split]
 
 
 def test_into_cache_compiles_for_another_gpu(monkeypatch):

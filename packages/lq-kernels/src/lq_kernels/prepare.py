@@ -255,7 +255,8 @@ def _processors() -> int:
 def _seconds(unit: Unit) -> float:
     """Return about how long a unit compiles on a server's core: large tiles have long code, pairs that share K half of it."""
     values = dict(define.removeprefix("LQ_").split("=", 1) for define in unit.defines)
-    tokens = int(values.get("TOKENS", 0)) / (2 if "SPLIT" in values else 1)
+    half = "SPLIT" in values and "MULTICAST" not in values
+    tokens = int(values.get("TOKENS", 0)) / (2 if half else 1)
     return _SECONDS.get(unit.source, 0.1) + _SECONDS_A_TOKEN * tokens
 
 
