@@ -11,7 +11,9 @@
 //   groups of wgmmas are in flight.
 // - Stream-K: the first `shared_tiles` tiles are cut into K steps and these into equal runs, one for each of the first `workers` CTAs, so
 //   that all end at once whatever the shape. The CTAs that have a part of a tile leave their sums in a workspace; the last to come
-//   adds them up, in the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA.
+//   adds them up, in the order of K. Nobody waits, so nothing can deadlock. The other tiles are taken whole, CTA after CTA. Of tiles of
+//   more than 128 tokens, parts are loaded ahead of those that are stored, and where all have equally many parts, which come at once,
+//   each section of a tile is added up by the one that comes last to it.
 // - LQ_MULTICAST: two CTAs with neighbouring row tiles have the same tokens, and each loads half of them for both: L2 delivers 28 bytes a
 //   clock and multiprocessor, and a step of 64 with 256 tokens is 40 KB of int8 weights and tokens in 1,024 clocks of products. A stage is
 //   free when the consumers of both have released it. Pairs of CTAs walk as one, and a tile is a pair of row tiles.
@@ -26,8 +28,8 @@
 //   batch-invariant mode.
 // - LQ_ASIDE: a tile's results go to a stage of the ring, which the producers pass over, and from there to memory by warp 2, in bulk and
 //   in parts, while the rest is written and the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows, and of 64
-//   half of them, so that two stages are passed over. What is added to the results was loaded there. Tiles that were shared, and y that the copy engine cannot take, leave
-//   through staging.
+//   half of them, so that two stages are passed over. What is added to the results was loaded there. Tiles that were shared, and y that
+//   the copy engine cannot take, leave through staging.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
