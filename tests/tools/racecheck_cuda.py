@@ -171,12 +171,9 @@ def _prefill() -> Launches:
             f"prefill-halved-{tokens}-{epilogue}-variant{i}",
             functools.partial(_run_prefill, VARIANTS[i], epilogue, each),
         )
-    for i, epilogue, ctas in (
-        (0, "none", 3),
-        (0, "residual", 2),
-        (6, "none", 2),
-    ):  # parts that are unequal, and equal ones
-        each = prefill_cuts.PrefillConfig(256, ctas, 1, 2 if ctas == 3 else 1, ctas)
+    # Two tiles in unequal parts, and one in equal ones.
+    for i, epilogue, tiles, workers in ((0, "none", 2, 3), (0, "residual", 1, 2), (6, "none", 1, 2)):
+        each = prefill_cuts.PrefillConfig(256, workers, 1, tiles, workers)
         yield f"prefill-shared-256-{epilogue}-variant{i}", functools.partial(_run_prefill, VARIANTS[i], epilogue, each)
     for i, tokens in ((0, 128), (6, 256)):
         each = prefill_cuts.PrefillConfig(tokens, 4, 1, 1, 4, multicast=True, split=True)

@@ -136,32 +136,30 @@ def test_halved_tiles_compile_without_spills_and_wait_for_the_memory_only_where_
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "left"),
+    ("m", "n", "k", "both", "int8"),  # tokens, pairs of tiles that are left over, and parts of their row tiles
     [
-        (1024, 5120, 8192, {128: 28, 256: 14}),
-        (512, 10240, 5120, {128: 28, 256: 14}),
-        (512, 10240, 8192, {128: 28, 256: 14}),
-        (512, 14336, 4096, {128: 26}),
-        (384, 12288, 4096, {128: 12, 192: 30}),
-        (2048, 5120, 8192, {192: 22, 256: 28}),
-        (1024, 4096, 4096, {192: 30}),  # of 128 and 256 tokens 62 pairs of tiles are left over
-        (512, 4096, 4096, {}),  # too few tiles
-        (1024, 5120, 8200, {}),  # an odd number of steps
+        (1024, 5120, 8192, [(128, 28, 1)], [(256, 14, 1), (256, 14, 2)]),
+        (512, 10240, 5120, [(128, 28, 1)], [(256, 14, 1), (256, 14, 2)]),
+        (512, 14336, 4096, [(128, 26, 1)], []),
+        (384, 12288, 4096, [(192, 30, 1)], []),
+        (2048, 5120, 8192, [(192, 22, 1)], [(256, 28, 1)]),
+        (1024, 4096, 4096, [], []),  # of 128 and 256 tokens 62 pairs of tiles are left over
+        (512, 4096, 4096, [], []),  # too few tiles
+        (1024, 5120, 8200, [], []),  # an odd number of steps
     ],
 )
-def test_tiles_that_are_left_over_are_halved_where_that_pays(m, n, k, left, bits):
+def test_tiles_that_are_left_over_are_halved_where_that_pays(m, n, k, both, int8, bits):
     sizes = (n, k, bits, 32 if bits == 4 else 0, H200)
     found = [config for config in candidates(m, *sizes) if config.halved]
-    assert found or not left or (m, n) in {(1024, 4096), (2048, 5120)}
+    assert sorted((config.tokens, config.shared_tiles, config.parts) for config in found) == both + int8 * (bits == 8)
     for config in found:
         assert fits(config, bits, sizes[3])
-        shared = left[config.tokens]
-        assert (config.shared_tiles, config.workers, config.ctas) == (shared, 2 * config.parts * shared, 66)
+        assert (config.workers, config.ctas) == (2 * config.parts * config.shared_tiles, 66)
         assert config.workers <= 66
     known = {config.defines for config in forms(*sizes)}
     for config in found:
         assert (config.pair, config.sharers, config.runs, config.aside(bits)) == (2, 2, 1, True)
-        assert math.prod(config.tiles(m, n)) % 66 == left[config.tokens]
+        assert math.prod(config.tiles(m, n)) % 66 == config.shared_tiles
         assert config.defines in known
         assert {"LQ_MULTICAST=1", "LQ_SPLIT=1"} <= set(config.defines)
         whole = PrefillConfig(config.tokens, 66, config.raster, 0, 0, multicast=True, wide=config.wide)

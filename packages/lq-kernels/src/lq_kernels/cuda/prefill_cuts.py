@@ -5,7 +5,7 @@ What a cut means to the kernel, the header of ``src/prefill_a16.cu`` says.
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lq_formats import ShapeError
@@ -318,18 +318,19 @@ def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mappi
     sensible = () if n % (2 * TALL) else _TALL_TOKENS
     full = sorted({m for tokens in sensible for m in range(tokens, _PAYING_TOKENS + 1, tokens)})
     ways = ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN), (_halved, _BATCHES, _HALVED_GAIN))
+    before: list[Callable[..., Iterator[PrefillConfig]]] = []
     for others, batches, gain in ways:
         for m in batches:
             times = {cut: cost(cut, m, n, k, bits, sm_count) for cut in others(m, *sizes)}
             if times:
                 best = min(times, key=times.__getitem__)
-                before = () if others is _tall else (_tall,) if others is _between else (_tall, _between)
                 known = [cut for each in before for cut in each(m, *sizes) if cut.defines in found]
                 usual = min(cost(cut, m, n, k, bits, sm_count) for cut in (*_usual(m, *sizes), *known))
                 near = _TALL_NEAR * times[best] if others is _tall else times[best]
                 for cut in sorted(times, key=times.__getitem__):
                     if times[cut] < gain * usual and times[cut] <= near:
                         found.setdefault(cut.defines, cut)
+        before.append(others)
     return found
 
 
