@@ -342,34 +342,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-  // What has to be done before the first copies is not hidden: a CTA starts when its predecessor has left. So warps that have time
-  // initialise the barriers, and those that copy find out what.
-  if (warp == 2) {
-    if (elect_one()) {
-      mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
-      mbarrier_init_fence();
-    }
-    __syncwarp();
-  } else if (warp == 3) {
-    if (elect_one()) {
-      if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
-      if constexpr (kExchanges) mbarriers_init<kConsumerWarps>(received, 1);
-      if constexpr (kSplit) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
-#if LQ_ASIDE
-      mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
-#endif
-      mbarrier_init_fence();
-    }
-    __syncwarp();
-  } else if (warp == 1) {
-    if (elect_one()) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
-    __syncwarp();
-  }
   const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;  // among CTAs that share tokens
   const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
   Work work LQ_WORK(cta, static_cast<int>(gridDim.x) / kPair);
-  work.start_with(cta);
   [[maybe_unused]] bool alone = false, second_row = false;  // of a tile that is shared: a row tile by itself, and which
   const auto advance = [&] {
     if (!work.advance()) return false;
@@ -397,22 +373,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return kAside && aligned && work.first == work.last && !halved();
   };
 
-  bool more = advance();
-  __syncthreads();
-  if (warp != 0) {
+  const auto begin = [&] {
+    work.start_with(cta);
+    return advance();
+  };
+  // Behind which the barriers are initialised.
+  const auto join = [&] {
+    __syncthreads();
     if constexpr (kPair > 1) barriers_initialised();
-    let_next_kernel_start();
-  }
+  };
 
+  // What has to be done before the first copies is not hidden: a CTA starts when its predecessor has left, and those that start last end
+  // last. So warps find out what to copy while others, that copy nothing, initialise the barriers, and nothing else comes before a copy.
   if (warp < 4) {
-    decrease_registers<24>();
+    decrease_registers<kWarpgroups == 3 ? 32 : 40>();
     int stage = 0;
     u32 parity = 1;
     if (warp == 0) {
+      bool more = begin();
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
       const int steps_per_group = static_cast<int>(group_size / kStep);
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
+      __syncthreads();
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int block = (work.row * kSharers + (halved() ? second_row : rank)) * kBlocks, left = blocks - block;
@@ -459,9 +442,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     } else if (warp == 1) {
+      if (elect_one()) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
+      __syncwarp();
+      bool more = begin();
       // Few tokens are read again and again while weights stream through L2: 0 to 15% for up to 256 tokens.
       const bool few = m * k <= 4 << 20;
       const u64 policy = work.rows == 1 ? policy_evict_first() : few ? policy_evict_last() : policy_evict_normal();
+      join();
       wait_for_previous_kernel();
       if constexpr (kMulticast) wait_for_barriers_of_cluster();
       for (; more; more = advance()) {
@@ -525,11 +512,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           mbarrier_wait(empty + stage, parity);
           if (++stage == stages) stage = 0, parity ^= 1;
         }
-    }
+    } else if (warp == 2) {
+      if (elect_one()) {
+        mbarriers_init_ring(full, 2, empty, kSharers * kConsumerWarps * kArrivingLanes, stages);
+        mbarrier_init_fence();
+      }
+      __syncwarp();
+      join();
 #if LQ_ASIDE
-    else if (warp == 2 && is_whole()) {
+      if (!is_whole()) return;
       wait_for_previous_kernel();
-      for (; more; more = advance()) {
+      for (bool more = begin(); more; more = advance()) {
         stage = (stage + work.end - work.begin) % stages;
         if (!aside()) continue;
         const int feature = (work.row * kSharers + rank) * (kRows / kFeatureRows);
@@ -551,12 +544,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         Results::free<kSharers, kSharers * kConsumerWarps * kArrivingLanes>(empty, stage, stages, lane);
         if (lane == 0) mbarrier_arrive(taken);
       }
-    }
 #endif
+    } else {
+      if (elect_one()) {
+        if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
+        if constexpr (kExchanges) mbarriers_init<kConsumerWarps>(received, 1);
+        if constexpr (kSplit) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
+#if LQ_ASIDE
+        mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
+#endif
+        mbarrier_init_fence();
+      }
+      __syncwarp();
+      join();
+      let_next_kernel_start();
+    }
     return;
   }
 
   increase_registers<kWarpgroups == 3 ? 160 : 232>();
+  bool more = begin();
   const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
   const bool whole = is_whole();
   u8* const my_staging = staging + warpgroup * (kExchanges ? kBox / kWarpgroups : kChunk * kPitch);
@@ -603,7 +610,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     if (lane < kArrivingLanes) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
   };
-  if constexpr (kExchanges) wait_for_barriers_of_cluster();
+  [[maybe_unused]] bool cluster_known = false;  // that the other CTA's barriers are initialised
+  join();
 
   for (; more; more = advance()) {
     const i64 row0 = static_cast<i64>(work.row * kSharers + (halved() ? second_row : rank)) * kRows;
@@ -611,12 +619,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const i64 token0 = static_cast<i64>(work.token) * kTokens + (halved() ? rank : k_half) * own_tokens;  // of those that are stored
     // The inbox is free when it has been read or, where results pass through it and another tile follows, when the tile is stored.
     const bool keep_inbox = kSplit && !kTransposed && (work.unit < work.end_unit || work.whole < work.rows * work.tokens);
-    float row_scale[2] = {kUnit, kUnit};
+    [[maybe_unused]] ScaleBits scale_of_row[2] = {};  // which nobody waits for before the tile is done
     if constexpr (kPerRow) {
       if (row0 / 16 + block < blocks) {
         const i64 at = row0 + block * 16 + 2 * g;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) row_scale[r] *= to_float(Scale{}, reinterpret_cast<const ScaleBits*>(scales)[at + r]);
+        for (int r = 0; r < 2; ++r) scale_of_row[r] = reinterpret_cast<const ScaleBits*>(scales)[at + r];
         if constexpr (kZero) {
           const float2 zero = load_two(zeros + at * static_cast<int>(sizeof(ScaleBits)));
           spread(weights.offset[0], fragment_offset(X{}, zero, float2{1.0f, 1.0f}));
@@ -701,9 +709,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = total[i];
     release(last);
+    float row_scale[2] = {kUnit, kUnit};
+    if constexpr (kPerRow)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_scale[r] *= to_float(Scale{}, scale_of_row[r]);
 
     if constexpr (kExchanges) {
       if (kSplit || halved()) {
+        if (!cluster_known) wait_for_barriers_of_cluster();
+        cluster_known = true;
         if (k_half + rank == 0)
           exchange(Int<0>{}, acc);
         else
