@@ -5,6 +5,7 @@ import lq_kernels
 import pytest
 import torch
 from lq_eval.bench.shapes import Shape
+from lq_eval.bench.timing import Steady
 from lq_eval.bench.variants import VARIANTS, run_variants
 
 CPU = torch.device("cpu")
@@ -52,6 +53,21 @@ def test_every_variant_is_timed_beside_the_usual_form(timed, monkeypatch):
     assert [row.ratio for row in int4] == list(range(1, 10))
     assert int4[-1].batch_invariant
     assert [row.op for row in rows[18:]] == ["int8"] * 6
+
+
+def test_with_many_tokens_every_variant_runs_by_itself(timed, monkeypatch):
+    seen = []
+
+    def steady(competitors, device, **effort):
+        seen.append((len(competitors), effort["min_calls"]))
+        return [Steady(float(i + 1), 0.1) for i in range(len(competitors))]
+
+    monkeypatch.setattr("lq_eval.bench.timing.steady_times_us", steady)
+    monkeypatch.setattr(lq_kernels, "batch_invariant", no_mode, raising=False)
+    rows = list(run_variants(SHAPE, (255, 256), CPU, cold_bytes=1))
+    assert timed == [9, 3]
+    assert seen == [(9, 16), (3, 16)]
+    assert [row.us for row in rows if row.op == "int8" and row.m == 256] == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.usefixtures("timed")

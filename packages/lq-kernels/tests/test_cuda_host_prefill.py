@@ -55,6 +55,10 @@ PRODUCTS = {
     "split": Product(
         40, 150, 648, (whole(32, 2, split=True), shared(32, 4, 2, 4, split=True)), {"epilogue": "residual"}
     ),
+    "split-int8": Product(
+        200, 150, 768, (whole(128, 2, split=True, wide=True), whole(128, 2, split=True)),
+        {"bits": 8, "group": -1, "scale": FP32},
+    ),
     "split-transposed": Product(45, 40, 384, (whole(32, 1, split=True),), {"epilogue": "transposed", "bias": False}),
     "runs": Product(50, 136, 640, (PrefillConfig(64, 2, 2, 0, 3),), {"group": 32, "zero": "zeros", "x": FP16, "scale": FP16}),
     "runs-multicast": Product(70, 264, 512, (PrefillConfig(64, 2, 2, 0, 2, multicast=True),), {"epilogue": "silu_mul"}),
@@ -85,6 +89,10 @@ PRODUCTS = {
     ),
     "parts-176": Product(180, 200, 768, (shared(176, 4, 2, 4, multicast=True), shared(176, 3, 1, 3)), {"bias": False}),
     "tall": Product(66, 384, 384, (whole(64, 1, rows=TALL, multicast=True),), {}),
+    "tall-int8": Product(
+        130, 384, 256, (whole(128, 1, rows=TALL, split=True), whole(128, 1, rows=TALL, multicast=True)),
+        {"bits": 8, "group": -1, "scale": FP32},
+    ),
     "int8": Product(19, 140, 328, (whole(16, 2), shared(16, 3, 1, 2)), {"bits": 8, "group": -1, "scale": FP32}),
     "int8-wide": Product(
         35, 140, 328, (whole(32, 2, wide=True), shared(32, 3, 2, 3, wide=True)), {"bits": 8, "group": -1, "scale": FP32}

@@ -9,11 +9,13 @@ from lq_kernels.cuda.prefill_cuts import (
     ROWS,
     TALL,
     TOKENS,
+    PrefillConfig,
     candidates,
     cost,
     forms,
     prefill_config,
     ring,
+    ring_of,
 )
 
 SIZES = sorted((*TOKENS, *BETWEEN))
@@ -31,6 +33,23 @@ def test_shared_memory_fits_and_the_ring_is_deep_enough():
             assert shared <= 232448
             # One that is multiplied, one that is read ahead, one in flight; the largest tile is not used with wide scales.
             assert stages >= (2 if tokens == 256 and scale_bytes > 64 else 3), (tokens, bits, scale_bytes)
+
+
+def test_rings_are_shorter_where_weights_come_from_l2():
+    for tokens, m, expected in (
+        (32, 32, 5),
+        (32, 1000, 5),
+        (64, 64, 5),
+        (64, 65, 4),
+        (96, 97, 4),
+        (256, 256, 5),
+        (256, 300, 4),
+    ):
+        config = PrefillConfig(tokens, 1, 1, 0, 0, multicast=True)
+        stages, shared = ring_of(config, 8, 0, m)
+        assert stages == expected
+        assert shared == ring(tokens, 8, 0, most=expected)[1]
+    assert ring_of(PrefillConfig(256, 1, 1, 0, 0), 4, 32, 300)[0] == 3, "as many as there is room for"
 
 
 def split_pieces(config, m, n, k, bits):
@@ -57,7 +76,10 @@ def test_every_cut_covers_every_step_of_every_tile_once(m, n, k, bits, scale_byt
     sizes = (m, n, k, bits, scale_bytes, 132)
     for config in candidates(*sizes):
         assert config.tokens in SIZES
-        assert config.wide == (bits == 8 and scale_bytes == 0 and config.tokens <= 128)
+        narrow = (
+            k <= 2048 and config.tokens == 128 and (config.rows == TALL or (config.pair == 2 and not config.multicast))
+        )
+        assert config.wide == (bits == 8 and scale_bytes == 0 and config.tokens <= 128 and not narrow)
         steps = -(-k // 64) if bits == 8 and not config.wide else -(-k // 128)
         assert 1 <= config.workers <= config.ctas <= 132 or config.workers == 0 < config.ctas <= 132
         seen = {}

@@ -103,7 +103,10 @@ _WGMMA = re.compile(
 )
 _TYPES = {"bf16": "kBf16", "f16": "kF16", "s8": "kS8", "e4m3": "kE4m3"}
 _ASM = re.compile(r"\basm\b\s*(?:volatile)?\s*\(")
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*(\w+)\(([^)]*)\)\s*\{')
+_KERNEL = re.compile(
+    r'extern "C" __global__ void __launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*(?:__cluster_dims__\([^()]*\)\s*)?'
+    r"(\w+)\(([^)]*)\)\s*\{"
+)
 
 
 def translate(text: str) -> str:

@@ -1,14 +1,15 @@
 """Variants of one format beside its usual form: other dtypes, groups and zeros, and results that do not depend on the batch.
 
-All variants of a weight are replayed in turn at each M, so that a ratio compares like with like. The usual form is bf16,
-symmetric, groups of 128 (int4) or one scale a row (int8).
+All variants of a weight are replayed in turn at each M, so that a ratio compares like with like; with many tokens, where a GPU
+is at the limit of its power, each runs by itself, as in the sweep. The usual form is bf16, symmetric, groups of 128 (int4) or
+one scale a row (int8).
 """
 
 import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,8 @@ from lq_formats import LQError, UnsupportedError
 
 from lq_eval.bench.products import Product
 from lq_eval.bench.shapes import Shape, check_tokens
-from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, times_or_reasons
+from lq_eval.bench.sweep import STEADY_FROM, calls_per_graph
+from lq_eval.bench.timing import COLD_BYTES, Call, Steady, check_replays, steady_or_reasons, times_or_reasons
 from lq_eval.errors import last_line
 
 
@@ -68,7 +70,7 @@ class VariantRow:
         group_size: In features per scale; 0 for per row int8.
         symmetric: Whether there are no zeros.
         batch_invariant: Whether in the batch-invariant mode.
-        us: Median microseconds; None if it could not run.
+        us: Median microseconds, with many tokens when the clock has settled; None if it could not run.
         usual_us: Those of the usual form.
         ratio: ``us`` over ``usual_us``.
         note: Why it could not run.
@@ -110,7 +112,7 @@ def run_variants(
         ms: Numbers of tokens.
         device: Where to run.
         ops: Formats, of ``VARIANTS``.
-        replays: Replays of each graph, of which the median counts.
+        replays: Replays of each graph, of which the median counts, with fewer than ``sweep.STEADY_FROM`` tokens.
         seconds: Stop starting new points after this time.
         cold_bytes: Bytes of weights in a round.
 
@@ -138,10 +140,18 @@ def run_variants(
                 variant: [functools.partial(_run, variant, call) for call in operand.calls(x.to(variant.dtype), "")]
                 for variant, operand in operands.items()
             }
-            found = reasons | times_or_reasons(calls, device, replays=replays)
+            found = reasons | (
+                _settled(steady_or_reasons(calls, device, min_calls=calls_per_graph(m, shape.n, shape.k)))
+                if m >= STEADY_FROM
+                else times_or_reasons(calls, device, replays=replays)
+            )
             usual = found[VARIANTS[op][0]]
             for variant in VARIANTS[op]:
                 yield _row(variant, shape, m, found[variant], usual)
+
+
+def _settled(times: Mapping[Variant, Steady | str]) -> dict[Variant, float | str]:
+    return {variant: time if isinstance(time, str) else time.us for variant, time in times.items()}
 
 
 def _row(variant: Variant, shape: Shape, m: int, found: float | str, usual: float | str) -> VariantRow:

@@ -33,11 +33,17 @@ RUNS_TOKENS = (64, 96, 128)
 """Tokens of a tile whose K a CTA may multiply in runs: sums are twice in registers, and few tokens share K."""
 _SHARED = 232448
 _BARRIERS = 3 * 16 * 8
-_STAGES = 5
-"""Of a ring, at most. With more, all multiprocessors ask for so many weights at once that x waits behind them: int4, 16 and 32
-tokens, 5.5 and 4% on average, and up to 10%, that all of shared memory took longer."""
+_STAGES, _LATER_STAGES = 5, 4
+"""Of a ring, at most; the latter where weights are read for more than one tile of 64 tokens or more, so come from L2 mostly.
+With more, all multiprocessors ask for so many weights at once that x waits behind them: int4, 16 and 32 tokens, 5.5 and 4% on
+average, and up to 10%, that all of shared memory took longer; 64 and 96 tokens 1 to 3% with five stages instead of four, where
+K is 2048 or 4096. Weights that come from memory, int8 of 14336x4096 with 64 tokens, took 7% longer with four."""
 _MAX_TILES = 1 << 30
 _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
+_NARROW_K = 2048
+"""In features up to which pairs that share K, and tall tiles, take int8 in steps of 64 with 128 tokens. The first products
+begin 300 to 1,000 clocks earlier, of 15,000 to 20,000, than with steps twice as large, of which three or four stages have
+room: 1 to 4% less for K of 2048, as often more for 4096."""
 SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
 """Fields of a cut that a table's must have; the rest is order."""
 _TALL_TOKENS = (64, 96, 128)
@@ -80,7 +86,8 @@ class PrefillConfig:
             ``ctas`` and ``workers`` then count pairs, tokens are one of ``SPLIT_TOKENS``, shared tiles have equally many parts,
             and a part has two K steps at least.
         rows: Out features of a tile, ``ROWS`` or ``TALL``.
-        wide: int8 with one scale a row is taken in K steps of 128 in features, not 64; up to 128 tokens.
+        wide: int8 with one scale a row is taken in K steps of 128 in features, not 64; up to 128 tokens, where pairs that share
+            K and tall tiles have fewer or K is more than 2048.
     """
 
     tokens: int
@@ -160,7 +167,13 @@ class PrefillConfig:
 
 
 def ring(
-    tokens: int, bits: int, scale_bytes: int, split: bool = False, rows: int = ROWS, wide: bool = False
+    tokens: int,
+    bits: int,
+    scale_bytes: int,
+    split: bool = False,
+    rows: int = ROWS,
+    wide: bool = False,
+    most: int = _STAGES,
 ) -> tuple[int, int]:
     """Return the stages of a CTA's ring and the bytes of its shared memory.
 
@@ -171,19 +184,21 @@ def ring(
         split: Whether a pair shares K, and sums of half a tile come in from the other CTA.
         rows: Out features of a tile.
         wide: Whether a K step of int8 is 128 in features.
+        most: Stages at most.
     """
     blocks, step = rows // BLOCK_ROWS, 128 if wide else 512 // bits
     stage = tokens * step * 2 + blocks * (BLOCK_BYTES * step * bits // 512 + scale_bytes)
     # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag and two
     # barriers.
     fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 24
-    stages = min(_STAGES, (_SHARED - fixed - _BARRIERS) // stage)
+    stages = min(most, (_SHARED - fixed - _BARRIERS) // stage)
     return stages, fixed + _BARRIERS + stages * stage
 
 
-def ring_of(config: PrefillConfig, bits: int, scale_bytes: int) -> tuple[int, int]:
-    """Return :func:`ring` of a cut."""
-    return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide)
+def ring_of(config: PrefillConfig, bits: int, scale_bytes: int, m: int = 1) -> tuple[int, int]:
+    """Return :func:`ring` of a cut of ``m`` tokens."""
+    most = _LATER_STAGES if 64 <= config.tokens < m else _STAGES
+    return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide, most)
 
 
 def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
@@ -230,7 +245,7 @@ def _usual(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -
     for tokens in TOKENS:
         yield from _of_tokens(tokens, m, n, k, bits, scale_bytes, sm_count)
         if tokens in SPLIT_TOKENS and _makes_sense(tokens, m, bits, scale_bytes):
-            form = PrefillConfig(tokens, 0, 0, 0, 0, split=True, wide=_is_wide(tokens, bits, scale_bytes))
+            form = PrefillConfig(tokens, 0, 0, 0, 0, split=True, wide=_is_wide_pair(tokens, k, bits, scale_bytes))
             yield from _split(m, n, k, form, bits, scale_bytes, sm_count)
 
 
@@ -275,6 +290,11 @@ def _is_wide(tokens: int, bits: int, scale_bytes: int) -> bool:
     return bits == 8 and scale_bytes == 0 and tokens <= _WIDE_TOKENS
 
 
+def _is_wide_pair(tokens: int, k: int, bits: int, scale_bytes: int) -> bool:
+    """Return the same for pairs that share K, and for tall tiles."""
+    return _is_wide(tokens, bits, scale_bytes) and (tokens < 128 or k > _NARROW_K)
+
+
 def _split(
     m: int, n: int, k: int, form: PrefillConfig, bits: int, scale_bytes: int, sm_count: int
 ) -> Iterator[PrefillConfig]:
@@ -301,7 +321,7 @@ def _tall(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) ->
     for tokens in _TALL_TOKENS:
         if 2 * m <= tokens:
             continue
-        wide = _is_wide(tokens, bits, scale_bytes)
+        wide = _is_wide_pair(tokens, k, bits, scale_bytes)
         form = PrefillConfig(tokens, 0, 0, 0, 0, multicast=True, rows=TALL, wide=wide)
         tiles = math.prod(form.tiles(m, n))
         if tiles <= _TALL_WAVES * pairs and ring_of(form, bits, scale_bytes)[0] >= 3:
@@ -380,7 +400,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     tall, ctas = config.rows / ROWS, min(config.ctas * config.pair, sm_count)
     products = _PRODUCTS[config.tokens] * tall
     if bits == 8 and config.tokens <= 128:
-        products *= _WIDE if config.wide else _NARROW
+        early = config.tokens == 128 and (config.split or tall > 1)  # what they lose in the loop they gain before it
+        products *= _WIDE if config.wide or early else _NARROW
     stored = 20.0 * config.tokens * tall
     if config.split and not config.halved:
         steps, stored = -(-steps // 2), stored / 2 + (470 + 9 * config.tokens) * tall

@@ -47,6 +47,15 @@
 // - Tiles of 64 rows, two CTAs a multiprocessor, were slower from 64 tokens on: x comes twice from L2, which gives 28 bytes a clock
 //   and multiprocessor.
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
+// - 128 CTAs that fill their rings at once wait for L2: the first products begin 1,000 to 2,500 clocks after x may be read, and what is
+//   asked for ahead is in the way. So rings are short (prefill_cuts.py). The CTAs that start last, where the kernel before ended last,
+//   take longest; they had asked for weights after 1,450 clocks and for x after 2,250, and ask for x after 1,800 since what comes before
+//   is done by several warps at once. Weights of two stages before x, and the rest when x may be read: 2% slower (median of 84 products),
+//   as all weights asked for in L2 beforehand: 2%, 27% at worst.
+// - Two CTAs a multiprocessor, which up to 64 tokens have registers enough: up to 1.6 times as long. The CTAs of a pair come to the same
+//   one, and those of the next kernel come in twos where one is idle.
+// - Without moving registers (up to 128 tokens 168 are enough), or with one copy for all warps of what is before the first barrier, 32 to
+//   96 tokens of int8 take 2 to 4% longer: the loop becomes other code.
 //
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
@@ -117,6 +126,12 @@ static_assert(!kHalved || (kTokens % 64 == 0 && kTokens >= 128 && kRows == 128),
 static_assert(!kRuns || (!kExchanges && kTokens >= 64 && kTokens <= 128 && LQ_ROWS == 128),
               "runs: of many tokens, with sums twice in registers");
 constexpr int kPair = kMulticast || kSplit ? 2 : 1;  // CTAs of a cluster
+// Known to the compiler: otherwise the kernel looks, wherever it comes to a barrier of its cluster, whether it has one.
+#if LQ_MULTICAST || LQ_SPLIT
+#define LQ_PAIRS __cluster_dims__(2, 1, 1)
+#else
+#define LQ_PAIRS
+#endif
 constexpr int kSharers = kMulticast ? 2 : 1;      // CTAs that have the same tokens
 constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
 static_assert(kBits == 4 || !kZero, "8 bits: symmetric");
@@ -317,7 +332,7 @@ __device__ __forceinline__ uint4 load_eight(const u16* from, i64 left, bool whol
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     prefill_a16(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap tail_map, const u8* packed, const u8* scales,
                 const u8* zeros, const u16* bias, const u16* residual, u16* y, float4* partials, int* arrivals,
 #if LQ_ASIDE
@@ -341,7 +356,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-
   const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
   const int rank = kMulticast ? static_cast<int>(cluster_rank()) : 0;  // among CTAs that share tokens
   const int k_half = kSplit ? static_cast<int>(cluster_rank()) : 0;
@@ -395,6 +409,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
       const int steps_per_group = static_cast<int>(group_size / kStep);
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
+      bool again = false;  // the ring has been filled once: what comes next takes the place of what was read
       __syncthreads();
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
@@ -404,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
-          fence_async_proxy();
+          if (again) fence_async_proxy();
           if (elect_one()) {
             if constexpr (kPieces == 1) {
               mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
@@ -432,18 +447,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           __syncwarp();
           if (kPair > 1 && !said) barriers_initialised();
           said = true;
-          if (++stage == stages) stage = 0, parity ^= 1;
+          if (++stage == stages) stage = 0, parity ^= 1, again = true;
         }
         for (int i = 0; i < Results::kStages && aside(); ++i) {
           mbarrier_wait(empty + stage, parity);
           if (elect_one()) mbarrier_arrive(full + stage);
           __syncwarp();
-          if (++stage == stages) stage = 0, parity ^= 1;
+          if (++stage == stages) stage = 0, parity ^= 1, again = true;
         }
       }
     } else if (warp == 1) {
-      if (elect_one()) prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
-      __syncwarp();
       bool more = begin();
       // Few tokens are read again and again while weights stream through L2: 0 to 15% for up to 256 tokens.
       const bool few = m * k <= 4 << 20;
@@ -547,6 +560,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #endif
     } else {
       if (elect_one()) {
+        prefetch_tensor_map(&x_map), prefetch_tensor_map(&tail_map);
         if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
         if constexpr (kExchanges) mbarriers_init<kConsumerWarps>(received, 1);
         if constexpr (kSplit) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
