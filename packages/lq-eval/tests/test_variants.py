@@ -36,7 +36,7 @@ def no_mode():
 def test_every_variant_is_timed_beside_the_usual_form(timed, monkeypatch):
     monkeypatch.setattr(lq_kernels, "batch_invariant", no_mode, raising=False)
     rows = list(run_variants(SHAPE, (1, 3), CPU, cold_bytes=1))
-    assert timed == [9, 9, 3, 3]
+    assert timed == [9, 9, 3, 3, 2, 2]
     assert len(rows) == sum(timed)
     int4 = rows[:9]
     assert [(row.group_size, row.symmetric, row.dtype) for row in int4] == [
@@ -52,7 +52,11 @@ def test_every_variant_is_timed_beside_the_usual_form(timed, monkeypatch):
     ]
     assert [row.ratio for row in int4] == list(range(1, 10))
     assert int4[-1].batch_invariant
-    assert [row.op for row in rows[18:]] == ["int8"] * 6
+    assert [row.op for row in rows[18:]] == ["int8"] * 6 + ["dense"] * 4
+    assert [(row.dtype, row.ratio, row.group_size, row.symmetric) for row in rows[-2:]] == [
+        ("bfloat16", 1.0, 0, True),
+        ("float16", 2.0, 0, True),
+    ]
 
 
 def test_with_many_tokens_every_variant_runs_by_itself(timed, monkeypatch):
@@ -65,8 +69,8 @@ def test_with_many_tokens_every_variant_runs_by_itself(timed, monkeypatch):
     monkeypatch.setattr("lq_eval.bench.timing.steady_times_us", steady)
     monkeypatch.setattr(lq_kernels, "batch_invariant", no_mode, raising=False)
     rows = list(run_variants(SHAPE, (255, 256), CPU, cold_bytes=1))
-    assert timed == [9, 3]
-    assert seen == [(9, 16), (3, 16)]
+    assert timed == [9, 3, 2]
+    assert seen == [(9, 16), (3, 16), (2, 16)]
     assert [row.us for row in rows if row.op == "int8" and row.m == 256] == [1.0, 2.0, 3.0]
 
 
@@ -91,11 +95,13 @@ def test_the_batch_invariant_mode_is_on_while_its_variant_runs(monkeypatch):
 def test_what_cannot_run_says_why(monkeypatch):
     monkeypatch.delattr(lq_kernels, "batch_invariant", raising=False)
     rows = list(run_variants(Shape("64x96", 64, 96), (1,), CPU, cold_bytes=1))
-    by_variant = dict(zip([*VARIANTS["int4"], *VARIANTS["int8"]], rows, strict=True))
+    every = [(op, variant) for op, variants in VARIANTS.items() for variant in variants]
+    assert [row.op for row in rows] == [op for op, _ in every]
+    by_variant = dict(zip((variant for _, variant in every), rows, strict=True))
     for variant, row in by_variant.items():
         if variant.batch_invariant:
             assert "batch_invariant" in row.note or "128" in row.note
-        elif variant.product.op == "int4" and variant.product.group_size in (64, 128, 256):
+        elif variant.product and variant.product.op == "int4" and variant.product.group_size in (64, 128, 256):
             assert str(variant.product.group_size) in row.note
         else:
             assert row.us

@@ -138,10 +138,12 @@ def _least(row: SweepSummary) -> float:
 def variants_table(rows: Iterable[VariantRow], title: str) -> Table:
     """Return the table of ``lq-eval bench variants``."""
     columns = ("variant", "weight", "M", "us", "usual us", "ratio")
-    caption = "usual: bf16, symmetric, groups of 128 (int4) or one scale a row (int8); ratio = us / usual us"
+    caption = (
+        "usual: bf16, symmetric, groups of 128 (int4), one scale a row (int8) or none (dense); ratio = us / usual us"
+    )
     table = _table(title, columns, caption, left=2)
     for row in rows:
-        group = "row" if row.group_size in (0, row.k) else f"g{row.group_size}"
+        group = "" if row.op == "dense" else "row" if row.group_size in (0, row.k) else f"g{row.group_size}"
         parts = (row.op, group, "" if row.symmetric else "asym", _SHORT.get(row.dtype, row.dtype))
         name = " ".join(filter(None, (*parts, "batch-invariant" if row.batch_invariant else "")))
         table.add_row(

@@ -174,13 +174,16 @@ def bench_sweep(
 def bench_variants(
     shapes: Annotated[str | None, typer.Option(help="As for gemm.")] = None,
     ms: Annotated[str | None, typer.Option(help="Numbers of tokens.")] = None,
-    ops: Annotated[str, typer.Option(help="int4, int8.")] = "int4,int8",
+    ops: Annotated[str, typer.Option(help="int4, int8, dense.")] = "int4,int8,dense",
     replays: Annotated[int, typer.Option(help="Replays of each graph; the median counts.")] = 7,
     device: Device = None,
     seconds: Seconds = None,
     json: Json = None,
 ) -> None:
-    """Other dtypes, group sizes and zeros, and the batch-invariant mode, each beside the usual form of int4 and int8."""
+    """Other dtypes, group sizes and zeros, and the batch-invariant mode, each beside the usual form of int4 and int8.
+
+    Dense products too, as fp16 takes the GPU more power than bf16.
+    """
     from lq_eval.bench.shapes import parse_shapes
     from lq_eval.bench.timing import COLD_BYTES
     from lq_eval.bench.variants import VARIANTS, run_variants

@@ -2,14 +2,15 @@
 
 All variants of a weight are replayed in turn at each M, so that a ratio compares like with like; with many tokens, where a GPU
 is at the limit of its power, each runs by itself, as in the sweep. The usual form is bf16, symmetric, groups of 128 (int4) or
-one scale a row (int8).
+one scale a row (int8). The dense product in fp16, beside bf16, says how much of what fp16 costs is the GPU's: it multiplies 11
+bits instead of 8, which takes more power.
 """
 
 import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import lq_kernels
 import torch
 from lq_formats import LQError, UnsupportedError
+from torch import Tensor
 
+from lq_eval.bench.gemm import dense_calls
 from lq_eval.bench.products import Product
 from lq_eval.bench.shapes import Shape, check_tokens
 from lq_eval.bench.sweep import STEADY_FROM, calls_per_graph
@@ -30,14 +33,27 @@ class Variant:
     """One form of a format.
 
     Attributes:
-        product: What is multiplied.
+        product: What is multiplied; None for a dense weight.
         dtype: dtype of x.
         batch_invariant: Whether under ``lq_kernels.batch_invariant()``.
     """
 
-    product: Product
+    product: Product | None
     dtype: torch.dtype = torch.bfloat16
     batch_invariant: bool = False
+
+    def calls(self, shape: Shape, device: torch.device, cold_bytes: int) -> Callable[[Tensor], Sequence[Call]]:
+        """Return a function from x ``(M, K)`` to products with enough copies of a weight.
+
+        Raises:
+            LQError: If this lq has no such product, or a weight of this shape cannot be quantized so.
+        """
+        _mode(self)
+        if self.product is None:
+            return dense_calls(shape, self.dtype, device, cold_bytes)
+        self.product.check(shape)
+        operand = self.product.operand(shape, self.dtype, device, cold_bytes)
+        return lambda x: [functools.partial(_run, self, call) for call in operand.calls(x, "")]
 
 
 _INT4, _INT8 = Product("int4"), Product("int8")
@@ -51,6 +67,7 @@ VARIANTS = MappingProxyType(
             Variant(_INT4, batch_invariant=True),
         ),
         "int8": (Variant(_INT8), Variant(_INT8, torch.float16), Variant(_INT8, batch_invariant=True)),
+        "dense": (Variant(None), Variant(None, torch.float16)),
     }
 )
 """By format, the usual form first."""
@@ -61,13 +78,13 @@ class VariantRow:
     """One variant at one number of tokens.
 
     Attributes:
-        op: The product.
+        op: The product, or ``"dense"``.
         shape: Label of the weight.
         n: Out features.
         k: In features.
         m: Tokens.
         dtype: dtype of x.
-        group_size: In features per scale; 0 for per row int8.
+        group_size: In features per scale; 0 for per row int8 and dense weights.
         symmetric: Whether there are no zeros.
         batch_invariant: Whether in the batch-invariant mode.
         us: Median microseconds, with many tokens when the clock has settled; None if it could not run.
@@ -124,22 +141,17 @@ def run_variants(
     deadline = time.monotonic() + seconds
     for op in ops:
         reasons: dict[Variant, float | str] = {}
-        operands = {}
+        products = {}
         for variant in VARIANTS[op]:
             try:
-                variant.product.check(shape)
-                _mode(variant)
-                operands[variant] = variant.product.operand(shape, variant.dtype, device, cold_bytes)
+                products[variant] = variant.calls(shape, device, cold_bytes)
             except (LQError, RuntimeError, ImportError) as error:
                 reasons[variant] = last_line(error)
         for m in ms:
             if time.monotonic() > deadline:
                 return
             x = torch.randn(m, shape.k, device=device)
-            calls = {
-                variant: [functools.partial(_run, variant, call) for call in operand.calls(x.to(variant.dtype), "")]
-                for variant, operand in operands.items()
-            }
+            calls = {variant: product(x.to(variant.dtype)) for variant, product in products.items()}
             found = reasons | (
                 _settled(steady_or_reasons(calls, device, min_calls=calls_per_graph(m, shape.n, shape.k)))
                 if m >= STEADY_FROM
@@ -147,24 +159,24 @@ def run_variants(
             )
             usual = found[VARIANTS[op][0]]
             for variant in VARIANTS[op]:
-                yield _row(variant, shape, m, found[variant], usual)
+                yield _row(op, variant, shape, m, found[variant], usual)
 
 
 def _settled(times: Mapping[Variant, Steady | str]) -> dict[Variant, float | str]:
     return {variant: time if isinstance(time, str) else time.us for variant, time in times.items()}
 
 
-def _row(variant: Variant, shape: Shape, m: int, found: float | str, usual: float | str) -> VariantRow:
+def _row(op: str, variant: Variant, shape: Shape, m: int, found: float | str, usual: float | str) -> VariantRow:
     us, usual_us = (value if isinstance(value, float) else None for value in (found, usual))
     return VariantRow(
-        op=variant.product.op,
+        op=op,
         shape=shape.label,
         n=shape.n,
         k=shape.k,
         m=m,
         dtype=str(variant.dtype).removeprefix("torch."),
-        group_size=variant.product.group(shape),
-        symmetric=variant.product.symmetric,
+        group_size=0 if variant.product is None else variant.product.group(shape),
+        symmetric=variant.product is None or variant.product.symmetric,
         batch_invariant=variant.batch_invariant,
         us=us,
         usual_us=usual_us,
