@@ -102,8 +102,21 @@ PRODUCTS = {
     "rows-zeros": Product(9, 72, 264, (whole(16, 1),), {"group": -1, "zero": "zeros", "scale": FP32}),
     "gated": Product(18, 104, 384, (whole(16, 2), shared(16, 3, 3, 3)), {"epilogue": "silu_mul", "group": 256}),
 }  # fmt: skip
+SELDOM = (
+    "halved-transposed",
+    "halved-192",
+    "parts-176",
+    "parts-residual",
+    "aside-96",
+    "aside-112",
+    "aside-residual",
+    "aside-128-residual",
+    "minima",
+)
+"""What others have parts of: run with all cases."""
 
 
+@pytest.mark.exhaustive(where=lambda product: any(product is PRODUCTS[name] for name in SELDOM))
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_products(host, product):
     case = Case(product.m, product.n, product.k, rounded=True, **product.options).guard(host.guard)

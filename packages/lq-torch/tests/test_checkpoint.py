@@ -244,6 +244,7 @@ def test_mutated_headers_load_or_are_refused_by_name(saved, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+@pytest.mark.exhaustive(where=lambda config: getattr(config, "int4_packing_format", "") == "gemlite")
 @pytest.mark.parametrize(
     "config",
     [
