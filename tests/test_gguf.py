@@ -32,6 +32,7 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return found
 
 
+@pytest.mark.exhaustive(where=lambda name: name == "iq4_nl")
 @pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q4_k"])
 def test_a_trained_model_comes_back_to_the_bit(name: str, tokens: Tensor, tmp_path: Path) -> None:
     model = trained()

@@ -38,7 +38,7 @@ def log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 # Measured over 4096 tokens: q4_0 0.075 and 0.058, q4_k 0.050 and 0.032, iq4_nl 0.047 and 0.037, q6_k 0.0028 and 0.0021.
-@pytest.mark.exhaustive(where=lambda ggml_type: ggml_type in ("iq4_nl", "q6_k"))
+@pytest.mark.exhaustive(where=lambda ggml_type: ggml_type in ("q4_k", "iq4_nl", "q6_k"))
 @pytest.mark.parametrize(
     ("ggml_type", "share"), [("q4_0", 0.9), ("q4_k", 0.8), ("iq4_nl", 0.9), ("q6_k", 0.9)], ids=lambda value: str(value)
 )

@@ -35,7 +35,7 @@ def case_id(case):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.exhaustive(where=lambda case: CASES.index(case) % 3)
+@pytest.mark.exhaustive(where=lambda case: CASES.index(case) % 4)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_kernel_compiles_to_wgmma_from_registers_without_spills(case, disassemble):
     variant, tokens = case
