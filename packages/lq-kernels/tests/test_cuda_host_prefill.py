@@ -109,9 +109,7 @@ SELDOM = (
     "parts-residual",
     "aside-96",
     "aside-112",
-    "aside-residual",
     "aside-128-residual",
-    "minima",
 )
 """What others have parts of: run with all cases."""
 

@@ -22,15 +22,13 @@ from lq_eval.bench.gemm import GemmRow, dense_calls
 from lq_eval.bench.operands import Operand
 from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, check_tokens, parse_shapes
-from lq_eval.bench.timing import COLD_BYTES, Call, Steady, check_replays, steady_or_reasons, times_or_reasons
+from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, settled_or_reasons
 from lq_eval.errors import BenchError, last_line
 from lq_eval.results import Record, check_keys
 
 SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 FIRST_ROUND = (1, 16, 64, 256, 1024, 4096)
 MONOTONE_UP_TO = 512
-STEADY_FROM = 256
-"""Tokens from which points are timed by :func:`lq_eval.bench.timing.steady_times_us`."""
 TOLERANCE = 0.08
 DENSE = "dense"
 _ROW_KEYS = ("op", "shape", "n", "k", "m", "dtype", "group_size", "ran", "us", "speedup")
@@ -235,7 +233,7 @@ def _run_shape(
             if isinstance(operand, Operand):
                 calls[product] = operand.calls(x, "")
         repeat = calls_per_graph(m, shape.n, shape.k)
-        found = _times(calls, m, repeat, options)
+        found = settled_or_reasons(calls, options.device, m, replays=options.replays, min_calls=repeat)
         dense_time = found[DENSE]
         if isinstance(dense_time, str):
             raise BenchError(f"the dense product of {shape.label} failed for {m} tokens: {dense_time}")
@@ -260,15 +258,6 @@ def _run_shape(
                     dense_burst_us=dense_time.burst_us,
                 ),
             )
-
-
-def _times(
-    calls: Mapping[Product | str, Sequence[Call]], m: int, min_calls: int, options: SweepOptions
-) -> dict[Product | str, Steady | str]:
-    if m >= STEADY_FROM:
-        return steady_or_reasons(calls, options.device, min_calls=min_calls)
-    found = times_or_reasons(calls, options.device, replays=options.replays, min_calls=min_calls)
-    return {name: Steady(us, None) if isinstance(us, float) else us for name, us in found.items()}
 
 
 def calls_per_graph(m: int, n: int, k: int) -> int:

@@ -37,6 +37,8 @@ STEADY_S = 0.18
 """That a graph is replayed then, all in all."""
 _TAIL_S = 0.08
 """The last part of that, whose time counts."""
+STEADY_FROM = 256
+"""Tokens from which products take a GPU to the limit of its power, and are timed so."""
 _BURST_MS = 10.0
 """The first part, in which the clock is up."""
 _MUCH_LONGER = 4
@@ -158,6 +160,25 @@ def steady_or_reasons(
         return steady_times_us(calls, device, min_calls=min_calls)
 
     return _or_reasons(competitors, measure)
+
+
+def settled_or_reasons(
+    competitors: Mapping[_Name, Sequence[Call]],
+    device: torch.device | str,
+    m: int,
+    *,
+    replays: int = 7,
+    min_calls: int = 16,
+) -> dict[_Name, Steady | str]:
+    """Return what :func:`steady_or_reasons` does for ``STEADY_FROM`` tokens or more, :func:`times_or_reasons` for fewer.
+
+    Raises:
+        SpecError: If there are no replays.
+    """
+    if m >= STEADY_FROM:
+        return steady_or_reasons(competitors, device, min_calls=min_calls)
+    found = times_or_reasons(competitors, device, replays=replays, min_calls=min_calls)
+    return {name: us if isinstance(us, str) else Steady(us, None) for name, us in found.items()}
 
 
 def _or_reasons(

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +23,8 @@ from torch import Tensor
 from lq_eval.bench.gemm import dense_calls
 from lq_eval.bench.products import Product
 from lq_eval.bench.shapes import Shape, check_tokens
-from lq_eval.bench.sweep import STEADY_FROM, calls_per_graph
-from lq_eval.bench.timing import COLD_BYTES, Call, Steady, check_replays, steady_or_reasons, times_or_reasons
+from lq_eval.bench.sweep import calls_per_graph
+from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, settled_or_reasons
 from lq_eval.errors import last_line
 
 
@@ -129,7 +129,7 @@ def run_variants(
         ms: Numbers of tokens.
         device: Where to run.
         ops: Formats, of ``VARIANTS``.
-        replays: Replays of each graph, of which the median counts, with fewer than ``sweep.STEADY_FROM`` tokens.
+        replays: Replays of each graph, of which the median counts, with fewer than ``timing.STEADY_FROM`` tokens.
         seconds: Stop starting new points after this time.
         cold_bytes: Bytes of weights in a round.
 
@@ -152,18 +152,12 @@ def run_variants(
                 return
             x = torch.randn(m, shape.k, device=device)
             calls = {variant: product(x.to(variant.dtype)) for variant, product in products.items()}
-            found = reasons | (
-                _settled(steady_or_reasons(calls, device, min_calls=calls_per_graph(m, shape.n, shape.k)))
-                if m >= STEADY_FROM
-                else times_or_reasons(calls, device, replays=replays)
-            )
+            repeat = calls_per_graph(m, shape.n, shape.k)
+            times = settled_or_reasons(calls, device, m, replays=replays, min_calls=repeat)
+            found = reasons | {variant: each if isinstance(each, str) else each.us for variant, each in times.items()}
             usual = found[VARIANTS[op][0]]
             for variant in VARIANTS[op]:
                 yield _row(op, variant, shape, m, found[variant], usual)
-
-
-def _settled(times: Mapping[Variant, Steady | str]) -> dict[Variant, float | str]:
-    return {variant: time if isinstance(time, str) else time.us for variant, time in times.items()}
 
 
 def _row(op: str, variant: Variant, shape: Shape, m: int, found: float | str, usual: float | str) -> VariantRow:

@@ -292,7 +292,7 @@ def _is_wide(tokens: int, bits: int, scale_bytes: int) -> bool:
 
 def _is_wide_pair(tokens: int, k: int, bits: int, scale_bytes: int) -> bool:
     """Return the same for pairs that share K, and for tall tiles."""
-    return _is_wide(tokens, bits, scale_bytes) and (tokens < 128 or k > _NARROW_K)
+    return _is_wide(tokens, bits, scale_bytes) and (tokens < _WIDE_TOKENS or k > _NARROW_K)
 
 
 def _split(
