@@ -42,7 +42,7 @@ _MAX_TILES = 1 << 30
 _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
 _NARROW_K = 2048
 """In features up to which pairs that share K, and tall tiles, take int8 in steps of 64 with 128 tokens. The first products
-begin 300 to 1,000 clocks earlier, of 15,000 to 20,000, than with steps twice as large, of which three or four stages have
+begin 250 to 1,000 clocks earlier, of 15,000 to 20,000, than with steps twice as large, of which three or four stages have
 room: 1 to 4% less for K of 2048, as often more for 4096."""
 SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
 """Fields of a cut that a table's must have; the rest is order."""

@@ -47,15 +47,16 @@
 // - Tiles of 64 rows, two CTAs a multiprocessor, were slower from 64 tokens on: x comes twice from L2, which gives 28 bytes a clock
 //   and multiprocessor.
 // - Clusters that share K through distributed shared memory (2 CTAs: 66 at once, 4: 30 of 132) left up to half of the machine idle.
-// - 128 CTAs that fill their rings at once wait for L2: the first products begin 1,000 to 2,500 clocks after x may be read, and what is
+// - 128 CTAs that fill their rings at once wait for L2: the first products begin 900 to 2,500 clocks after x may be read, and what is
 //   asked for ahead is in the way. So rings are short (prefill_cuts.py). The CTAs that start last, where the kernel before ended last,
-//   take longest; they asked for x 2,300 clocks after they began, and 1,800 since what comes before is done by several warps at once.
+//   take longest; they asked for x 2,000 to 3,100 clocks after they began, and after 1,500 to 1,900 since what comes before is done by
+//   several warps at once.
 //   Weights of two stages before x, and the rest when x may be read: 1.6% slower (median of 84 products). All weights asked for in L2
 //   beforehand: 1.7%, and 27% at worst.
-// - Two CTAs a multiprocessor, which up to 64 tokens have registers enough: up to 1.6 times as long. The CTAs of a pair come to the same
+// - Two CTAs a multiprocessor, which up to 64 tokens have registers enough: up to 1.7 times as long. The CTAs of a pair come to the same
 //   one, and those of the next kernel come in twos where one is idle.
 // - Without moving registers (up to 128 tokens 168 are enough), or with one copy for all warps of what is before the first barrier, 32 to
-//   96 tokens of int8 take 2 to 4% longer: the loop becomes other code.
+//   96 tokens of int8 take 1 to 5% longer: the loop becomes other code.
 //
 // It is long on purpose: one CTA's life from its first copy to its last store, whose parts share sizes and registers.
 //
