@@ -202,6 +202,9 @@ constexpr bool kRest = kTokens == 256 && kBits == 4;
 constexpr int kOutBoxes = 2 / kFeatureRows;  // of y, of 64 out features, each where x of 64 in features was
 constexpr int kStageBoxes = kStep / 64;
 using Results = Leaving<kTokens, kOutBoxes, kStageBoxes, kConsumers>;
+// Named barriers, behind which mbarriers are initialised; those of warpgroups and of parts of results have smaller numbers.
+constexpr int kWeightsJoin = 13, kTokensJoin = 14, kConsumersJoin = 15;
+static_assert(Results::kBarrier + Results::kParts <= kWeightsJoin, "each named barrier has a number of its own");
 static_assert(!kAside || kRows == 128, "a tile's results are two boxes, or one");
 // Whether the second piece of a stage's codes is read when the first product of the first is on its way: with all four reads at once the
 // first unpacking waited for the last of them, in kernels that store in bulk, which ptxas gives a scoreboard less for loads.
@@ -392,9 +395,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     work.start_with(cta);
     return advance();
   };
-  // Behind which the barriers are initialised.
-  const auto join = [&] {
-    __syncthreads();
+  // Warps 2 and 3 initialise mbarriers and say so; others wait for that alone. Each place that waits has a barrier of its own, as synccheck
+  // reports warps that wait for one, __syncthreads or a named one, at several.
+  const auto initialised = [&] {
+    named_barrier_arrive(kWeightsJoin, 96);
+    named_barrier_arrive(kTokensJoin, 96);
+    named_barrier_arrive(kConsumersJoin, 64 + kConsumers);
+  };
+  const auto tell_cluster = [&] {
     if constexpr (kPair > 1) barriers_initialised();
   };
 
@@ -411,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       const int steps_per_group = static_cast<int>(group_size / kStep);
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
       bool again = false;  // the ring has been filled once: what comes next takes the place of what was read
-      __syncthreads();
+      named_barrier(kWeightsJoin, 96);
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int block = (work.row * kSharers + (halved() ? second_row : rank)) * kBlocks, left = blocks - block;
@@ -446,7 +454,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
             }
           }
           __syncwarp();
-          if (kPair > 1 && !said) barriers_initialised();
+          if (!said) tell_cluster();
           said = true;
           if (++stage == stages) stage = 0, parity ^= 1, again = true;
         }
@@ -462,7 +470,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       // Few tokens are read again and again while weights stream through L2: 0 to 15% for up to 256 tokens.
       const bool few = m * k <= 4 << 20;
       const u64 policy = work.rows == 1 ? policy_evict_first() : few ? policy_evict_last() : policy_evict_normal();
-      join();
+      named_barrier(kTokensJoin, 96);
+      tell_cluster();
       wait_for_previous_kernel();
       if constexpr (kMulticast) wait_for_barriers_of_cluster();
       for (; more; more = advance()) {
@@ -532,7 +541,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
         mbarrier_init_fence();
       }
       __syncwarp();
-      join();
+      initialised();
+      tell_cluster();
 #if LQ_ASIDE
       if (!is_whole()) return;
       wait_for_previous_kernel();
@@ -571,7 +581,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
         mbarrier_init_fence();
       }
       __syncwarp();
-      join();
+      initialised();
+      tell_cluster();
       let_next_kernel_start();
     }
     return;
@@ -626,7 +637,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     if (lane < kArrivingLanes) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
   };
   [[maybe_unused]] bool cluster_known = false;  // that the other CTA's barriers are initialised
-  join();
+  named_barrier(kConsumersJoin, 64 + kConsumers);
+  tell_cluster();
 
   for (; more; more = advance()) {
     const i64 row0 = static_cast<i64>(work.row * kSharers + (halved() ? second_row : rank)) * kRows;
