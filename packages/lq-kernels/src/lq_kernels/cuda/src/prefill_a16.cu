@@ -182,6 +182,8 @@ constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows
 constexpr bool kRolled = kTokens > 128 || (kRuns && !kResidual);
 static_assert(!kRolled || kChunk == 8 * kAtOnce, "a chunk is added up at once");
 constexpr int kChunks = kOwnTokens / kChunk;
+// Results that leave by the ring do so without a loop; not those of gates, of runs, and where registers do not suffice.
+constexpr bool kStraight = kAside && !kGated && !kRuns && !(kHalved && kTokens == 256 && kBits == 4);
 // Where parts are added up a chunk ahead: how many are on their way at once.
 constexpr bool kAhead = kRolled && !kRuns && !kTransposed;
 constexpr int kPartsAtOnce = kResidual ? 1 : 3;
@@ -945,6 +947,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       to = ring_address + at * kStage + (kGated || Results::kStages > 1 ? 0 : warpgroup * kBoxBytes) + my_token() * 128 + column * 16;
       pair_bytes = 16 * 128, chunk_bytes = kChunk * 128;
     }
+    const auto pass_results = [&] {
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < Results::kStages; ++i)
+        if (++stage == stages) stage = 0, parity ^= 1;
+    };
     // The residual comes in through shared memory as the results go out, a chunk ahead.
     constexpr int kCopies = kChunk * 8 / 128;  // of 8 results, by a thread
     const bool aligned = whole && (!kResidual || reinterpret_cast<u64>(residual) % 16 == 0);
@@ -1039,6 +1047,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
         }
         continue;
       }
+    if constexpr (kStraight)
+      if (by_ring) {
+        // Nothing is asked for each chunk: those past the last token hold sums of zeros, and the copy engine leaves them out.
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+          for (int pair = 0; pair < kChunk / 16; ++pair) {
+            float results[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              const float sum = acc[(chunk * kChunk + pair * 16) / 2 + i];
+              results[i] = kRolled ? fmaf(sum, row_scale[i / 2 % 2], offset[i / 2 % 2]) : sum;
+            }
+            leave(results, to + chunk * (kChunk * 128) + pair * (16 * 128));
+          }
+          Results::leave<kChunk>(chunk);
+        }
+        pass_results();
+        continue;
+      }
     if (kResidual && !by_ring) fetch(0);
 #pragma unroll (kRolled ? 1 : kChunks)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -1065,12 +1093,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       named_barrier(1 + warpgroup, 128);
       LQ_COPY_OUT
     }
-    if (by_ring) {
-      turn ^= 1;
-#pragma unroll
-      for (int i = 0; i < Results::kStages; ++i)
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
+    if (by_ring) pass_results();
     if (keep_inbox) {
       fence_async_proxy();
       acknowledge();
