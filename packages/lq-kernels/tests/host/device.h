@@ -211,6 +211,7 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 inline unsigned __cvta_generic_to_shared(const void* pointer) { return host::shared_address(pointer); }
 inline float4 __ldcg(const float4* from) { return *from; }
 inline void __stcg(float4* to, float4 value) { *to = value; }
+inline void __stcg(uint4* to, uint4 value) { *to = value; }
 using std::max;
 using std::min;
 inline unsigned min(unsigned a, int b) { return std::min(a, static_cast<unsigned>(b)); }

@@ -975,20 +975,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
   } \
   named_barrier(1 + warpgroup, 128); \
   fetch(NEXT);
-    // Rolled: unrolled, these loops were half of what a tile takes to compile.
+    // All that a thread copies is read before it is stored, so that it waits once; rolled where results lie anywhere, and of tiles that need
+    // their registers.
+    constexpr int kOutTokens = 128 / kParts;  // that a warpgroup copies at once
+    const int out_token = thread % 128 / kParts;
+    const i64 out_feature = first_feature + thread % 128 % kParts * 8;
+    u16* const my_y = y + (token0 + out_token) * n + out_feature;
+    const u8* const my_results = my_staging + out_token * kPitch + thread % 128 % kParts * 16;
 #define LQ_COPY_OUT \
-  _Pragma("unroll 1") \
-  for (int i = thread % 128; i < kChunk * kParts; i += 128) { \
-    const int token = i / kParts, part = i % kParts; \
-    const i64 feature = first_feature + part * 8; \
-    if (chunk * kChunk + token >= stored) continue; \
-    u16* const to = y + (token0 + chunk * kChunk + token) * n + feature; \
-    const u8* const from = my_staging + token * kPitch + part * 16; \
-    if (whole) { \
-      if (feature < n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); \
-    } else { \
-      _Pragma("unroll 1") \
-      for (int j = 0; j < 8 && feature + j < n; ++j) to[j] = reinterpret_cast<const u16*>(from)[j]; \
+  if (!kRolled && whole) { \
+    const int left = out_feature < n ? stored - chunk * kChunk - out_token : 0; \
+    uint4 out[(kChunk + kOutTokens - 1) / kOutTokens]; \
+    _Pragma("unroll") \
+    for (int i = 0; i < kChunk; i += kOutTokens) \
+      if (kChunk % kOutTokens == 0 || i + out_token < kChunk) \
+        out[i / kOutTokens] = *reinterpret_cast<const uint4*>(my_results + i * kPitch); \
+    _Pragma("unroll") \
+    for (int i = 0; i < kChunk; i += kOutTokens) \
+      if (i < left && (kChunk % kOutTokens == 0 || i + out_token < kChunk)) \
+        __stcg(reinterpret_cast<uint4*>(my_y + (chunk * kChunk + i) * n), out[i / kOutTokens]); \
+  } else { \
+    _Pragma("unroll 1") \
+    for (int i = thread % 128; i < kChunk * kParts; i += 128) { \
+      const int token = i / kParts, part = i % kParts; \
+      const i64 feature = first_feature + part * 8; \
+      if (chunk * kChunk + token >= stored) continue; \
+      u16* const to = y + (token0 + chunk * kChunk + token) * n + feature; \
+      const u8* const from = my_staging + token * kPitch + part * 16; \
+      if (whole) { \
+        if (feature < n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); \
+      } else { \
+        _Pragma("unroll 1") \
+        for (int j = 0; j < 8 && feature + j < n; ++j) to[j] = reinterpret_cast<const u16*>(from)[j]; \
+      } \
     } \
   }
     if constexpr (kAhead)
