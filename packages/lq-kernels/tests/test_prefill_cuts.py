@@ -124,7 +124,8 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
         clocks = {cut: cost(cut, m, *sizes[:3], 132) for cut in candidates(m, *sizes)}
         nearly |= {cut.defines for cut in clocks if clocks[cut] < 1.04 * min(clocks.values())}
     assert tall <= nearly
-    # For some number of tokens it gains 5%: nothing is compiled for less. Many tokens fill the machine with any tile.
+    # For some number of tokens it gains 5%, or 2 where no pair shares K: nothing is compiled for less. Many tokens fill the machine with
+    # any tile.
     gains = dict.fromkeys(tall, 1.0)
     for m in {m for step in (64, 96) for m in range(step, 2049, step)}:
         times = {}
@@ -132,7 +133,7 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
             times[cut.defines] = min(times.get(cut.defines, math.inf), cost(cut, m, n, k, bits, 132))
         usual = min(us for form, us in times.items() if form not in tall | between | halved)
         gains |= {form: min(gains[form], times[form] / usual) for form in tall & times.keys()}
-    assert all(gain < 0.95 for gain in gains.values())
+    assert all(gain < (0.95 if "LQ_SPLIT=1" in form else 0.98) for form, gain in gains.items())
     assert not {cut.defines for cut in candidates(2049, *sizes)} & tall
 
 
