@@ -50,6 +50,9 @@ def test_rings_are_shorter_where_weights_come_from_l2():
         assert stages == expected
         assert shared == ring(tokens, 8, 0, most=expected)[1]
     assert ring_of(PrefillConfig(256, 1, 1, 0, 0), 4, 32, 300)[0] == 3, "as many as there is room for"
+    two_tiles = PrefillConfig(96, 66, 1, 0, 0, multicast=True, wide=True)
+    stages = {(m, n): ring_of(two_tiles, 8, 0, m, n * 4096)[0] for m in (192, 256) for n in (4096, 8192)}
+    assert stages == {(192, 4096): 4, (192, 8192): 5, (256, 4096): 4, (256, 8192): 4}, "many weights come from memory"
 
 
 def split_pieces(config, m, n, k, bits):
@@ -124,8 +127,8 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
         clocks = {cut: cost(cut, m, *sizes[:3], 132) for cut in candidates(m, *sizes)}
         nearly |= {cut.defines for cut in clocks if clocks[cut] < 1.04 * min(clocks.values())}
     assert tall <= nearly
-    # For some number of tokens it gains 5%, or 2 where no pair shares K: nothing is compiled for less. Many tokens fill the machine with
-    # any tile.
+    # For some number of tokens it gains 5%, or 2 where no pair shares K: nothing is compiled for less. Many tokens fill the
+    # machine with any tile.
     gains = dict.fromkeys(tall, 1.0)
     for m in {m for step in (64, 96) for m in range(step, 2049, step)}:
         times = {}

@@ -53,6 +53,8 @@
 //   several warps at once.
 //   Weights of two stages before x, and the rest when x may be read: 1.6% slower (median of 84 products). All weights asked for in L2
 //   beforehand: 1.7%, and 27% at worst.
+// - Results that left by the ring in a loop, with branches around the sums of other chunks: 1% longer, 2 to 4% for K of 2048 and many tokens.
+//   Copied out of staging by reads that are waited for one by one: 1.3% longer where pairs share K.
 // - Two CTAs a multiprocessor, which up to 64 tokens have registers enough: up to 1.7 times as long. The CTAs of a pair come to the same
 //   one, and those of the next kernel come in twos where one is idle.
 // - Without moving registers (up to 128 tokens 168 are enough), or with one copy for all warps of what is before the first barrier, 32 to
