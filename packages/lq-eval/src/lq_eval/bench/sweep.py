@@ -4,8 +4,8 @@ Every distinct layer of the models of :mod:`lq_eval.bench.shapes` at every M fro
 choice against the dense product. The graphs of one point are replayed in turn, so that a ratio compares like with like; from
 256 tokens on, where a GPU is at the limit of its power, each by itself, for long and right after a pause.
 Copies of a weight are made once a shape and round; the first round takes a few M of every shape, the second the rest: a
-run that is cut short has seen everything once. A third, on a GPU, measures again where time drops as M grows: products of 2
-us take 5% more in some captures of a graph than in others.
+run that is cut short has seen everything once. At last, on a GPU, points between which time drops as M grows are measured
+twice more, and the median counts: products of 2 us take 5% more in some captures of a graph than in others.
 """
 
 import math
@@ -30,6 +30,8 @@ SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 FIRST_ROUND = (1, 16, 64, 256, 1024, 4096)
 MONOTONE_UP_TO = 512
 TOLERANCE = 0.08
+AGAIN = 2
+"""How often points are measured again, where that is asked for."""
 DENSE = "dense"
 _ROW_KEYS = ("op", "shape", "n", "k", "m", "dtype", "group_size", "ran", "us", "speedup")
 
@@ -52,7 +54,7 @@ class SweepOptions:
         replays: Replays of each graph, of which the median counts.
         cold_bytes: Bytes of weights in a round, see :mod:`lq_eval.bench.timing`.
         done: Points to leave out.
-        again: Whether points where time drops are measured again (:func:`suspects`); of both the last counts.
+        again: Whether points between which time drops are measured again (:func:`suspects`), ``AGAIN`` times.
     """
 
     shapes: tuple[Shape, ...]
@@ -170,22 +172,37 @@ def points(options: SweepOptions) -> int:
 
 
 def run_sweep(options: SweepOptions) -> Iterator[GemmRow]:
-    """Measure every point that is not done yet, until the time is up; some come twice, where that is asked for."""
+    """Measure every point that is not done yet, until the time is up.
+
+    Of a point that is measured again every row comes, the one with the median time last: of repeated points the last counts.
+    """
     deadline = time.monotonic() + options.seconds
-    times: dict[tuple[Shape, Product], dict[int, float]] = {}
+    measured: dict[tuple[Shape, Product], dict[int, list[GemmRow]]] = {}
     for ms in rounds(options.ms):
         for shape in options.shapes:
             for product, row in _run_shape(shape, [(m, _missing(shape, m, options)) for m in ms], options, deadline):
                 if row.us is not None:
-                    times.setdefault((shape, product), {})[row.m] = row.us
+                    measured.setdefault((shape, product), {})[row.m] = [row]
                 yield row
             _free(options.device)
     for shape in options.shapes if options.again else ():
-        found = {product: suspects(times.get((shape, product), {})) for product in options.products}
+        rows = {product: measured.get((shape, product), {}) for product in options.products}
+        found = {product: suspects({m: _us(row) for m, (row,) in rows[product].items()}) for product in rows}
         todo = [(m, [each for each in options.products if m in found[each]]) for m in sorted(set(options.ms))]
-        for _, row in _run_shape(shape, todo, options, deadline):
-            yield row
+        for _ in range(AGAIN):
+            for product, row in _run_shape(shape, todo, options, deadline):
+                if row.us is not None:
+                    rows[product][row.m].append(row)
+                yield row
+        for same in (of_product[m] for of_product in rows.values() for m in sorted(of_product)):
+            median = sorted(same, key=_us)[len(same) // 2]
+            if median is not same[-1]:
+                yield median
         _free(options.device)
+
+
+def _us(row: GemmRow) -> float:
+    return math.inf if row.us is None else row.us
 
 
 def _free(device: torch.device) -> None:
@@ -195,18 +212,20 @@ def _free(device: torch.device) -> None:
 
 
 def suspects(times: Mapping[int, float], last: int = MONOTONE_UP_TO) -> list[int]:
-    """Return the numbers of tokens up to ``last`` that take longer than some larger one, by more than half the tolerance.
+    """Return the numbers of tokens that take longer than some larger one, by more than half the tolerance, and these.
 
     Args:
         times: Microseconds by M.
         last: Larger M are left out.
     """
-    found, least = [], math.inf
+    found: set[int] = set()
+    fast: int | None = None
     for m in sorted((m for m in times if m <= last), reverse=True):
-        if times[m] > least * (1 + TOLERANCE / 2):
-            found.append(m)
-        least = min(least, times[m])
-    return found[::-1]
+        if fast is not None and times[m] > times[fast] * (1 + TOLERANCE / 2):
+            found |= {m, fast}
+        if fast is None or times[m] < times[fast]:
+            fast = m
+    return sorted(found)
 
 
 def _run_shape(
