@@ -50,9 +50,6 @@ def test_rings_are_shorter_where_weights_come_from_l2():
         assert stages == expected
         assert shared == ring(tokens, 8, 0, most=expected)[1]
     assert ring_of(PrefillConfig(256, 1, 1, 0, 0), 4, 32, 300)[0] == 3, "as many as there is room for"
-    two_tiles = PrefillConfig(96, 66, 1, 0, 0, multicast=True, wide=True)
-    stages = {(m, n): ring_of(two_tiles, 8, 0, m, n * 4096)[0] for m in (192, 256) for n in (4096, 8192)}
-    assert stages == {(192, 4096): 4, (192, 8192): 5, (256, 4096): 4, (256, 8192): 4}, "many weights come from memory"
 
 
 def split_pieces(config, m, n, k, bits):

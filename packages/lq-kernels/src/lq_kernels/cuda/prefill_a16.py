@@ -203,7 +203,7 @@ def _prepare(
         )
     if config.runs > steps:
         raise ShapeError(f"K={k}: {config.runs} runs are more than there are steps; pass another config")
-    stages, shared = ring_of(config, variant.bits, variant.scale_bytes, m, rows * k)
+    stages, shared = ring_of(config, variant.bits, variant.scale_bytes, m)
     # As the source has it, by a macro.
     aside = config.aside(variant.bits) and epilogue != "transposed" and not (config.runs > 1 and epilogue == "residual")
     boxes = ((min(config.out_tokens, m),) + (min(config.tokens, m),) * (epilogue == "residual")) if aside else ()

@@ -38,10 +38,6 @@ _STAGES, _LATER_STAGES = 5, 4
 With more, all multiprocessors ask for so many weights at once that x waits behind them: int4, 16 and 32 tokens, 5.5 and 4% on
 average, and up to 10%, that all of shared memory took longer; 64 and 96 tokens 1 to 3% with five stages instead of four, where
 K is 2048 or 4096. Weights that come from memory, int8 of 14336x4096 with 64 tokens, took 7% longer with four."""
-_LATER_BYTES, _LATER_TOKENS = 18 << 20, 256
-"""Bytes of codes, at most, or tokens, at least, for rings of the latter. 17 products of larger weights with 192 tokens, in
-tiles of 96 but for one, took 2% longer in the median with four stages, and up to 13% (int4 8192x8192); 50 with more tokens did
-not."""
 _MAX_TILES = 1 << 30
 _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
 _NARROW_K = 2048
@@ -200,10 +196,9 @@ def ring(
     return stages, fixed + _BARRIERS + stages * stage
 
 
-def ring_of(config: PrefillConfig, bits: int, scale_bytes: int, m: int = 1, weights: int = 0) -> tuple[int, int]:
-    """Return :func:`ring` of a cut of ``m`` tokens and so many weights."""
-    later = 64 <= config.tokens < m and (m >= _LATER_TOKENS or weights * bits // 8 <= _LATER_BYTES)
-    most = _LATER_STAGES if later else _STAGES
+def ring_of(config: PrefillConfig, bits: int, scale_bytes: int, m: int = 1) -> tuple[int, int]:
+    """Return :func:`ring` of a cut of ``m`` tokens."""
+    most = _LATER_STAGES if 64 <= config.tokens < m else _STAGES
     return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide, most)
 
 
