@@ -1070,7 +1070,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       }
     if constexpr (kStraight)
       if (by_ring) {
-        // Nothing is asked for each chunk: those past the last token hold sums of zeros, and the copy engine leaves them out.
+        // Nothing is asked for each chunk: what it has of tokens past the last is of what was in the ring, and the copy engine leaves it out.
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
