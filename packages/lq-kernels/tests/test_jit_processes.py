@@ -73,6 +73,22 @@ def test_processes_compile_to_the_same_bytes_and_end(here, started):
 
 
 @pytest.mark.nvrtc
+def test_processes_see_no_gpu_whose_driver_nvrtc_would_initialise(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("LQ_OF_THIS_PROCESS", "kept")
+    real, found = subprocess.Popen, []
+
+    def popen(*arguments, **options):
+        found.append(options["env"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    compile_all()
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == [""] * processes._PROCESSES
+    assert {each["LQ_OF_THIS_PROCESS"] for each in found} == {"kept"}
+
+
+@pytest.mark.nvrtc
 def test_threads_use_both_processes_at_once(here, started):
     with processes.helped(9), ThreadPoolExecutor(9) as pool:
         found = list(pool.map(lambda text: processes.compile_program(text, "kernel.cu", OPTIONS), TEXTS * 3))
