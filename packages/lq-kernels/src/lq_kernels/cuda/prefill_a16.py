@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lq_kernels.cuda.prefill_cuts import CLOCKS_A_US, SAME, PrefillConfig, candidates, cost, prefill_config, ring_of
 from lq_kernels.cuda.variant import EPILOGUES, Variant
-from lq_kernels.cuda.work import in_measured_order, work
+from lq_kernels.cuda.work import divisor, in_measured_order, work
 from lq_kernels.jit.launcher import Launch
 from lq_kernels.jit.tensor_map import tensor_map
 from lq_kernels.jit.workspace import workspace
@@ -210,6 +210,7 @@ def _prepare(
     maps = len(boxes)
     tiles = config.tiles(m, BLOCK_ROWS * blocks)
     shares = work(*tiles, steps, config.raster, config.shared_tiles, config.workers)
+    steps_of_group = divisor(max(1, group_size // (512 // variant.bits)))
     launch = Launch(
         index,
         "prefill_a16",
@@ -218,7 +219,7 @@ def _prepare(
         config.threads,
         shared,
         10 + maps,
-        (m, n, k, blocks, group_size, stages, *shares),
+        (m, n, k, blocks, steps_of_group, stages, *shares),
         cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),

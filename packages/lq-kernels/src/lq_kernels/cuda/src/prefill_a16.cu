@@ -55,6 +55,9 @@
 //   beforehand: 1.7%, and 27% at worst.
 // - Results that left by the ring in a loop, with branches around the sums of other chunks: 1% longer, 2 to 4% for K of 2048 and many tokens.
 //   Copied out of staging by reads that are waited for one by one: 1.3% longer where pairs share K.
+// - A division for each step of groups of 256 and more, between the copies of codes and of scales: 9 to 12% longer where weights come from
+//   memory (14336x4096, 64 tokens). Everything that copies take found out before the wait for a stage, or copies without the proxy fence
+//   that comes after it: nothing. Scales copied by the warp that copies x: 1 to 8% longer.
 // - Two CTAs a multiprocessor, which up to 64 tokens have registers enough: up to 1.7 times as long. The CTAs of a pair come to the same
 //   one, and those of the next kernel come in twos where one is idle.
 // - Without moving registers (up to 128 tokens 168 are enough), or with one copy for all warps of what is before the first barrier, 32 to
@@ -350,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
 #endif
 #endif
                 i64 m, i64 n, i64 k,
-                i64 all_blocks, i64 group_size, i64 ring_stages, LQ_WORK_PARAMETERS) {
+                i64 all_blocks, i64 steps_of_group, i64 ring_stages, LQ_WORK_PARAMETERS) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -420,7 +423,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       bool more = begin();
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
-      const int steps_per_group = static_cast<int>(group_size / kStep);
+      const Divisor by_group(steps_of_group);
+      const bool one_step = divides_by_one(steps_of_group);
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
       bool again = false;  // the ring has been filled once: what comes next takes the place of what was read
       named_barrier(kWeightsJoin, 96);
@@ -450,7 +454,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
                             full + stage, policy);
             }
             if (!kPerRow && (!kMulticast || here > 0)) {
-              const int group = kGroups > 1 || steps_per_group == 1 ? step : step / steps_per_group;  // or all of a step
+              const int group = kGroups > 1 || one_step ? step : by_group(step);  // or all of a step
               const i64 from = (static_cast<i64>(group) * blocks + block) * kStepScales;
               u8* const to = scale_ring + stage * kScaleStage;
               bulk_copy(to, scales + from, here * kStepScales, full + stage, policy);

@@ -23,6 +23,9 @@ struct Divisor {
   }
 };
 
+// Whether what a kernel was given for a Divisor divides by 1.
+__device__ __forceinline__ bool divides_by_one(i64 packed) { return packed >> 32 == 31; }
+
 // What a CTA (a pair of them where they share tokens) does, one piece after the other: K steps [begin, end) of a tile.
 struct Work {
   int rows, tokens, raster, steps;  // row tiles (or pairs), token tiles, ...
