@@ -58,6 +58,17 @@ def test_q4_k_beats_q4_0_and_iq4_nl_at_the_same_size() -> None:
     assert errors["q4_k"] < 0.98 * errors["iq4_nl"] < 0.75 * errors["q4_0"]
 
 
+@pytest.mark.parametrize("name", ["iq4_nl", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_small_weights_are_not_lost_where_scales_are_below_fp16s(name: str, counted: bool) -> None:
+    form, x = GGML_FORMATS[name], torch.randn(16, 512, generator=torch.Generator().manual_seed(7))
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(8)) if counted else None
+    for size, least in ((3e-5, 0.1), (3e-6, 0.12), (1e-6, 0.3), (1e-8, 1.0), (1e-12, 1.0)):
+        small = x * size
+        off = (form.dequantize(form.quantize(small, importance)) - small) * (1.0 if importance is None else importance.sqrt())
+        assert off.norm() <= least * (small * (1.0 if importance is None else importance.sqrt())).norm(), size
+
+
 def test_q4_0_is_within_a_percent_of_the_best_scale() -> None:
     """Every fp16 scale within a factor of two of the extreme's, in float64: no search can do better."""
     x, importance = heavy_tailed(5, 1, 256)

@@ -3,15 +3,20 @@ import math
 import pytest
 import torch
 from lq_formats import (
+    DeviceError,
     DTypeError,
     NonFiniteError,
     ShapeError,
     SizeOverflowError,
     SpecError,
+    UnsupportedError,
     check_elements,
     check_finite,
     check_float,
     check_matrix,
+    quantize_i4_pack8,
+    quantize_q4_0,
+    quantize_weight_per_channel,
 )
 from lq_formats.validation import check_codes, check_scale
 
@@ -32,6 +37,14 @@ def test_the_largest_numbers_are_finite():
         info = torch.finfo(dtype)
         check_finite(torch.tensor([[info.max, info.min, info.tiny, -0.0]], dtype=dtype))
     check_finite(torch.empty(0, 4))
+
+
+def test_what_has_no_values_or_strides_is_named():
+    for quantize in (check_finite, lambda w: quantize_i4_pack8(w, 32), quantize_weight_per_channel, quantize_q4_0):
+        with pytest.raises(DeviceError, match=r"on meta .* load the weights first"):
+            quantize(torch.ones(8, 64, device="meta"))
+        with pytest.raises(UnsupportedError, match=r"layout torch\.sparse_coo.*to_dense"):
+            quantize(torch.ones(8, 64).to_sparse())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)

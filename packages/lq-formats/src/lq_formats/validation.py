@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from lq_formats.errors import DeviceError, DTypeError, NonFiniteError, ShapeError, SizeOverflowError, SpecError
+from lq_formats.errors import (
+    DeviceError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    SizeOverflowError,
+    SpecError,
+    UnsupportedError,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_ELEMENTS = 2**63 - 1
@@ -44,8 +52,18 @@ def check_matrix(tensor: Tensor, name: str = "weight") -> tuple[int, int]:
 
 
 def check_finite(tensor: Tensor, name: str = "weight") -> None:
-    """Raise NonFiniteError, naming the tensor and the first bad element, if it holds NaN or infinity."""
+    """Raise NonFiniteError, naming the tensor and the first bad element, if it holds NaN or infinity.
+
+    Raises:
+        DeviceError: If it is on meta, and holds nothing.
+        UnsupportedError: If it is sparse, or otherwise has no strides.
+        DTypeError: If it is no tensor.
+    """
     check_tensor(tensor, name)
+    if tensor.device.type == "meta":
+        raise DeviceError(f"{name} is on meta and has no values; load the weights first")
+    if tensor.layout is not torch.strided:
+        raise UnsupportedError(f"{name} has the layout {tensor.layout}: expected torch.strided; make it so with .to_dense()")
     if tensor.numel() == 0:
         return
     # min and max see every NaN and infinity without a temporary of the tensor's size.

@@ -9,6 +9,7 @@ from lq_formats.errors import DTypeError, ShapeError
 from lq_formats.validation import FLOAT_DTYPES, check_finite, check_float, check_tensor
 
 BLOCK_SIZE: Final = 32
+_LEAST_HALF = 2.0**-24
 
 
 def split_blocks(x: Tensor, name: str, check: bool = True, block_size: int = BLOCK_SIZE) -> Tensor:
@@ -50,6 +51,15 @@ def merge_blocks(values: Tensor, dtype: torch.dtype) -> Tensor:
 def half_bytes(value: Tensor) -> Tensor:
     """Round float32 ``(..., blocks, 1)`` to fp16 (nearest even) and return its two bytes ``(..., blocks, 2)``."""
     return value.to(torch.float16).contiguous().view(torch.uint8)
+
+
+def stored_half(value: Tensor) -> Tensor:
+    """Return float32 scales as fp16 fields hold them: the least number that they can in place of 0, infinity beyond.
+
+    With a scale of 0 a block of small weights would be lost, which codes beside a larger one still tell apart.
+    """
+    rounded = value.to(torch.float16).to(torch.float32)
+    return torch.where((rounded == 0) & (value != 0), value.sign() * _LEAST_HALF, rounded)
 
 
 def read_half(data: Tensor, offset: int) -> Tensor:

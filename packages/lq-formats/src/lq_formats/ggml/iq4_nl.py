@@ -25,12 +25,14 @@ from lq_formats.ggml.blocks import (
     pack_nibbles,
     read_half,
     split_blocks,
+    stored_half,
     unpack_nibbles,
 )
-from lq_formats.ggml.importance import by_chunks, finite_reciprocal, search_scale, split_importance
+from lq_formats.ggml.importance import by_chunks, counted, finite_reciprocal, ordered_sum, search_scale, split_importance
 
 _VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _BOUNDS = tuple((low + high) / 2 for low, high in pairwise(_VALUES))
+_NORMAL_HALF = 2.0**-14
 _SHARES = tuple(float(value) for value in (*range(-140, -79, 3), *range(80, 132, 3)))
 
 
@@ -63,7 +65,13 @@ def dequantize_iq4_nl(data: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
     table, bounds = _table(blocks), torch.tensor(_BOUNDS, device=blocks.device)
     d = search_scale(blocks, importance, _SHARES, lambda scaled: table[torch.bucketize(scaled, bounds, right=True)])
+    small = d.abs() < _NORMAL_HALF
+    d = torch.where(small, stored_half(d), d)  # a rounding that the codes should know of
     codes = torch.bucketize(blocks * finite_reciprocal(d), bounds, right=True)
+    # Weights far below the least fp16 number are nearer to 0 than to the values of the table, which has no 0.
+    values, scaled = table[codes], counted(blocks, importance) * finite_reciprocal(d)
+    more = ordered_sum(values * (values - 2 * scaled) * (1.0 if importance is None else importance)) > 0
+    d = torch.where(small & more, 0.0, d)
     return torch.cat((half_bytes(d), pack_nibbles(codes)), dim=-1)
 
 

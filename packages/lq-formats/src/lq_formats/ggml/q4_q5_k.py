@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lq_formats.ggml.blocks import half_bytes, pack_nibbles, reciprocal, split_blocks
+from lq_formats.ggml.blocks import half_bytes, pack_nibbles, reciprocal, split_blocks, stored_half
 from lq_formats.ggml.importance import by_chunks, counted, finite_reciprocal, ordered_sum, split_importance
 from lq_formats.ggml.kquants import SUPER_BLOCK, pack_scale_min
 
@@ -64,7 +64,9 @@ def _search(blocks: Tensor, importance: Tensor | None, max_code: int) -> Tensor:
         found = _fit_block(groups, weight, unit.unsqueeze(-1), scale, low, largest, max_code)
         best = found if best is None else _better(best, found)
     assert best is not None
-    _, codes, d, dmin, s6, m6 = best
+    # Weights far below the least fp16 number are nearer to 0 than to any other offset.
+    none = ordered_sum(_error(groups, weight, torch.zeros_like(groups)).transpose(-1, -2))
+    _, codes, d, dmin, s6, m6 = _better(best, (none, *map(torch.zeros_like, best[1:])))
     codes = codes.to(torch.uint8)
     packed = pack_scale_min(s6.squeeze(-1).to(torch.uint8), m6.squeeze(-1).to(torch.uint8))
     parts = [half_bytes(d.flatten(-2)), half_bytes(dmin.flatten(-2)), packed]
@@ -144,8 +146,8 @@ def _better(best: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def _stored(factor: Tensor) -> Tensor:
-    """Round as it is stored: to fp16, infinity beyond."""
-    return factor.to(torch.float16).to(torch.float32)
+    """Round as it is stored; what is negative, which is not, to 0 where it is small."""
+    return torch.where(factor < 0, factor.to(torch.float16).to(torch.float32), stored_half(factor))
 
 
 def _codes(x: Tensor, max_code: int) -> Tensor:

@@ -10,7 +10,7 @@ its search visits other scales, and the order of its sums is its own.
 import torch
 from torch import Tensor
 
-from lq_formats.ggml.blocks import half_bytes, pack_nibbles, signed_extreme, split_blocks
+from lq_formats.ggml.blocks import half_bytes, pack_nibbles, signed_extreme, split_blocks, stored_half
 from lq_formats.ggml.importance import by_chunks, counted, finite_reciprocal, search_scale, split_importance
 from lq_formats.ggml.kquants import SUPER_BLOCK
 
@@ -41,14 +41,14 @@ def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
     weight = None if importance is None else _groups(importance)
     scales = search_scale(groups, weight, _SHARES, _levels).squeeze(-1)
     largest = signed_extreme(scales)
-    d = (largest / -128 * unit).to(torch.float16)
-    per_unit = d.to(torch.float32) * finite_reciprocal(unit)
+    d = stored_half(largest / -128 * unit)
+    per_unit = d * finite_reciprocal(unit)
     s = (scales * finite_reciprocal(per_unit)).round_().nan_to_num_(0.0, 127.0, -128.0).clamp_(-128, 127)
     codes = (_levels(groups * finite_reciprocal(s * per_unit).unsqueeze(-1)) + 32).to(torch.uint8).flatten(-2)
     low = pack_nibbles((codes & 15).reshape(*codes.shape[:-1], 2, 128)).flatten(-2)
     upper = (codes >> 4).reshape(*codes.shape[:-1], 2, 4, 32)
     high = (upper[..., 0, :] | upper[..., 1, :] << 2 | upper[..., 2, :] << 4 | upper[..., 3, :] << 6).flatten(-2)
-    return torch.cat((low, high, s.to(torch.int8).view(torch.uint8), half_bytes(d.to(torch.float32))), dim=-1)
+    return torch.cat((low, high, s.to(torch.int8).view(torch.uint8), half_bytes(d)), dim=-1)
 
 
 def _levels(x: Tensor) -> Tensor:
