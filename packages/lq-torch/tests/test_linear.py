@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lq_formats import DeviceError, DTypeError, GroupSizeError, NonFiniteError, ShapeError
+from lq_formats import DeviceError, DTypeError, GroupSizeError, NonFiniteError, ShapeError, SpecError, UnsupportedError
 from lq_torch import Int4PackedLinear, Int8Linear, QuantizedLinear, replace_linear_with_int4
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -96,7 +96,7 @@ def test_sizes_are_checked():
 
 @pytest.mark.parametrize("make", [QuantizedLinear.from_linear, Int4PackedLinear.from_linear], ids=["int8", "int4"])
 def test_a_layer_on_meta_has_nothing_to_quantize(make):
-    with pytest.raises(DeviceError, match="weight is on meta"):
+    with pytest.raises(DeviceError, match="weight is on the meta device"):
         make(nn.Linear(256, 8, device="meta"))
 
 
@@ -114,3 +114,56 @@ def test_autocast_casts_x_and_bias_as_for_a_dense_layer(make, bias, device):
             y = layer(x)
             assert y.dtype == dense(x).dtype == torch.bfloat16
         assert relative_error(y, expected) < 1e-2
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, arguments, result: result + 100)
+    return layer
+
+
+def patched(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
+def buffered(layer):
+    layer.register_buffer("shift", torch.ones(1))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (Scaled(64, 64), r"1 is a .*Scaled, not an nn\.Linear"),
+        (hooked(nn.Linear(64, 64)), "1 has hooks"),
+        (patched(nn.Linear(64, 64)), "1 has a forward that was replaced"),
+        (buffered(nn.Linear(64, 64)), "1 holds more than a weight and a bias"),
+        (nn.MultiheadAttention(64, 4), r"1\.out_proj is a .*NonDynamicallyQuantizableLinear"),
+    ],
+    ids=["subclass", "hooks", "forward", "buffer", "attention"],
+)
+def test_replace_linear_with_int4_refuses_what_would_be_lost(layer, why):
+    model = nn.Sequential(nn.Linear(64, 64), layer)
+    before = dict(model.named_modules())
+    with pytest.raises(UnsupportedError, match=rf"{why}.*quantize_ keeps the layer"):
+        replace_linear_with_int4(model, 32)
+    assert dict(model.named_modules()) == before
+    assert type(replace_linear_with_int4(model, 32, lambda module, path: path == "0")[0]) is Int4PackedLinear
+
+
+@pytest.mark.parametrize("cls", [QuantizedLinear, Int4PackedLinear], ids=lambda cls: cls.__name__)
+def test_from_linear_takes_linears_with_a_weight_of_activations_dtypes(cls):
+    with pytest.raises(DTypeError, match="weight has dtype torch.float64"):
+        cls.from_linear(nn.Linear(256, 8).double())
+    with pytest.raises(ShapeError, match="weight has no shape yet"):
+        cls.from_linear(nn.LazyLinear(8))
+    with pytest.raises(UnsupportedError, match="weight is computed"):
+        cls.from_linear(torch.nn.utils.parametrizations.weight_norm(nn.Linear(256, 8)))
+    for other in (None, nn.Embedding(4, 256)):
+        with pytest.raises(SpecError, match=f"linear is of type {type(other).__name__}: expected an nn.Linear"):
+            cls.from_linear(other)

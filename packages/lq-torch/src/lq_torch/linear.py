@@ -13,6 +13,7 @@ from lq_formats import (
     DTypeError,
     GroupSizeError,
     ShapeError,
+    SpecError,
     UnsupportedError,
     check_matrix,
     dequantize_weight_int8,
@@ -22,6 +23,8 @@ from lq_formats import (
 from lq_kernels import int4_dequantize, int8_gemm, matmul_bf16_i4
 from torch import Tensor, nn
 
+from lq_torch.hooks import has_hooks
+from lq_torch.merge.modules import MergedLinear
 from lq_torch.quantize import FilterFn, check_linear, named, select_linears, why_none
 from lq_torch.tensors import LowBitTensor
 from lq_torch.tensors.base import autocast, autocasts
@@ -111,8 +114,11 @@ class QuantizedLinear(Int8Linear):
         """Return the int8 counterpart of ``linear``, on its device; ``linear`` is not changed.
 
         Raises:
-            DTypeError, NonFiniteError: If the weight is not finite floats.
+            DTypeError, NonFiniteError: If the weight is not finite fp16, bf16 or fp32.
+            UnsupportedError, ShapeError: If ``linear`` computes its weight, or has none yet.
+            SpecError: If ``linear`` is no nn.Linear.
         """
+        _check_source(linear)
         w = linear.weight.detach()
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device=w.device, dtype=w.dtype)
         layer.quantize_weights(w)
@@ -167,8 +173,10 @@ class Int4PackedLinear(nn.Module):
         """Return the int4 counterpart of ``linear``, on its device; ``linear`` is not changed.
 
         Raises:
-            GroupSizeError, ShapeError, DTypeError, NonFiniteError: If the weight cannot be quantized so.
+            GroupSizeError, ShapeError, DTypeError, NonFiniteError, UnsupportedError: If the weight cannot be quantized so.
+            SpecError: If ``linear`` is no nn.Linear.
         """
+        _check_source(linear)
         w = linear.weight.detach()
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, group_size, device=w.device, dtype=w.dtype
@@ -226,7 +234,9 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
         filter_fn: Which layers, as for :func:`lq_torch.quantize_`.
 
     Raises:
-        LQError: The named error of the first layer that cannot be quantized, with its path.
+        LQError: The named error of the first layer that cannot be quantized, with its path; UnsupportedError for one that is
+            more than an ``nn.Linear`` (a subclass, hooks, a forward of its own), which would be lost. :func:`lq_torch.quantize_`
+            keeps the layer.
     """
     targets = select_linears(model, filter_fn)
     if not targets:
@@ -234,6 +244,7 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
         return model
     for path, linear in targets:
         check_linear(path, linear)
+        _check_replaced(path or "the model", linear)
         with named(f"{path}.weight" if path else "weight"):
             _resolve_group(linear.in_features, group_size)
     # A module may be registered at several places: each of them gets the one replacement.
@@ -248,6 +259,34 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
         for parent, name in places[id(linear)]:
             parent._modules[name] = layer
     return model
+
+
+def _check_source(linear: nn.Linear) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise SpecError(f"linear is of type {type(linear).__name__}: expected an nn.Linear")
+    if not isinstance(linear._parameters.get("weight"), LowBitTensor):  # which has an error of its own
+        check_linear("", linear)
+
+
+def _check_replaced(name: str, linear: nn.Linear) -> None:
+    """Refuse a layer of which more than its weight and bias would be lost."""
+    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+    reason = (
+        f"is a {kind}, not an nn.Linear"
+        if type(linear) not in (nn.Linear, MergedLinear)
+        else "has a forward that was replaced on the instance"
+        if "forward" in vars(linear)
+        else "has hooks"
+        if has_hooks(linear)
+        else "holds more than a weight and a bias"
+        if set(linear._parameters) != {"weight", "bias"} or linear._buffers or linear._modules
+        else None
+    )
+    if reason is not None:
+        raise UnsupportedError(
+            f"{name} {reason}, which an Int4PackedLinear in its place would not have; quantize_ keeps the layer, or leave it "
+            "out by filter_fn"
+        )
 
 
 def _check_sizes(in_features: int, out_features: int) -> None:

@@ -50,7 +50,7 @@ def merge_blocks(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def half_bytes(value: Tensor) -> Tensor:
     """Round float32 ``(..., blocks, 1)`` to fp16 (nearest even) and return its two bytes ``(..., blocks, 2)``."""
-    return value.to(torch.float16).contiguous().view(torch.uint8)
+    return value.to(torch.float16).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def stored_half(value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lq_formats import SpecError, UnsupportedError
 from torch import Tensor, nn
 
 from lq_torch.arguments import check_module
+from lq_torch.hooks import has_hooks
 from lq_torch.merge.gated import is_plain_silu
 from lq_torch.merge.modules import Group, MergedLinear, MergedPart, MergingModule, cat_bias, merging_class
 from lq_torch.merge.rows import cat_rows, slice_rows, why_not_cat
@@ -25,17 +26,6 @@ DEFAULT_PATTERNS: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Names in LLaMA, Qwen2, Qwen3, Mistral and their kin."""
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def merge_linears(
@@ -236,7 +226,7 @@ def _check_layer(member: str, layer: nn.Module, shared: set[int]) -> None:
     if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
         raise UnsupportedError(f"{member} holds more than a weight and a bias")
     parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
-    if any(getattr(layer, hooks, None) for hooks in _HOOKS) or any(p._backward_hooks for p in parameters):
+    if has_hooks(layer):
         raise UnsupportedError(f"{member} has hooks, which would no longer run; remove them first")
     if any(id(parameter) in shared for parameter in parameters):
         raise UnsupportedError(f"a parameter of {member} is shared with another layer, which would lose it")
