@@ -58,6 +58,35 @@ def test_large_activations_do_not_overflow_float16_on_the_way(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("power", [-12, -15, -18, -21, -23])
+def test_small_scales_do_not_overflow_float16_on_the_way(device, power):
+    """Sums that are as large as float16 lets the results be."""
+    q, scale = torch.full((16, 4096), 127, dtype=torch.int8), torch.linspace(1, 1.9, 16) * 2.0**power
+    x = torch.full((2, 4096), min(2.0 ** (-5 - power), 60000.0), dtype=torch.float16)
+    exact = x.double() @ dequantize_weight_int8(q, scale, torch.float64).t()
+    assert 4096 < exact.max() < 65504
+    for kernel in ("", *kernel_names("int8")):
+        try:
+            y = int8_gemm(x.to(device), q.to(device), scale.to(device), kernel=kernel or None)
+        except NoKernelError:
+            continue
+        assert relative_error(y, exact) < 1.5e-3, kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_scales_of_any_size_are_exact_on_the_cpu(dtype):
+    q, _ = quantize_weight_per_channel(torch.randn(64, 256))
+    powers = torch.linspace(-30, 4, 64) if dtype == torch.float16 else torch.linspace(-100, 60, 64)
+    scale = torch.exp2(powers.double()).float()
+    x = torch.randn(3, 256).to(dtype)
+    exact = x.double() @ dequantize_weight_int8(q, scale, torch.float64).t()
+    y = int8_gemm(x, q, scale, kernel="aten-cpu").double()
+    bound = 2.0 ** (-10 if dtype == torch.float16 else -7 if dtype == torch.bfloat16 else -20)
+    sums = x.double().abs() @ dequantize_weight_int8(q, scale, torch.float64).abs().t()
+    assert ((y - exact).abs() <= bound * sums + (2.0**-24 if dtype == torch.float16 else 0.0)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_gradient_opcheck_and_compile(device):
     q, scale = quantize_weight_per_channel(torch.randn(64, 256))
     dense = dequantize_weight_int8(q, scale, torch.float64)

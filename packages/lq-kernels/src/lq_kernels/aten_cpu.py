@@ -20,6 +20,7 @@ from lq_kernels.derived import derived
 from lq_kernels.problem import Problem
 
 _GROUPS = (32, 64, 128, 256)
+_EXPONENT = 0x7F800000  # of a float32
 
 
 def why_not_int4(problem: Problem) -> str | None:
@@ -83,11 +84,13 @@ def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
 def int8_product(dtype: torch.dtype, qweight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the product of a weight with activations ``(M, K)`` of ``dtype``.
 
-    ATen takes scales in x's dtype. It is given the power of two in each scale, which every dtype holds exactly, and the
-    rest (in [1, 2)) multiplies the result in float32: no scale is rounded, and nothing overflows float16 on the way.
+    ATen takes scales in x's dtype. It is given the power of two in each scale, which the dtype holds exactly, and the
+    rest (in [1, 2)) multiplies the result in float32: no scale is rounded, and nothing overflows float16 on the way. Of
+    scales below ``2**-24`` the rest is less; their sums of fewer than ``2**17`` features do not overflow either.
     """
     wide = scale.to(torch.float32)
-    power = torch.exp2(torch.log2(wide.abs()).floor().clamp(-14, 15))
+    least, most = (2.0**-24, 2.0**15) if dtype == torch.float16 else (2.0**-126, 2.0**127)
+    power = (wide.view(torch.int32) & _EXPONENT).view(torch.float32).clamp(least, most)
     codes, powers, rest = qweight.contiguous(), power.to(dtype), wide / power
 
     def multiply(x: Tensor) -> Tensor:
