@@ -65,7 +65,9 @@ def test_small_weights_are_not_lost_where_scales_are_below_fp16s(name: str, coun
     importance = torch.rand(512, generator=torch.Generator().manual_seed(8)) if counted else None
     for size, least in ((3e-5, 0.1), (3e-6, 0.12), (1e-6, 0.3), (1e-8, 1.0), (1e-12, 1.0)):
         small = x * size
-        off = (form.dequantize(form.quantize(small, importance)) - small) * (1.0 if importance is None else importance.sqrt())
+        off = (form.dequantize(form.quantize(small, importance)) - small) * (
+            1.0 if importance is None else importance.sqrt()
+        )
         assert off.norm() <= least * (small * (1.0 if importance is None else importance.sqrt())).norm(), size
 
 

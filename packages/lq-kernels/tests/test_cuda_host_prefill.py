@@ -101,7 +101,9 @@ PRODUCTS = {
     "minima": Product(18, 72, 288, (whole(16, 2),), {"group": 32, "zero": "minima", "scale": FP16}),
     "rows-zeros": Product(9, 72, 264, (whole(16, 1),), {"group": -1, "zero": "zeros", "scale": FP32}),
     # Groups of three steps, of which parts begin with the second and the third.
-    "long-groups": Product(20, 72, 1152, (whole(16, 1), shared(16, 4, 1, 4), shared(16, 7, 1, 7)), {"group": 384, "zero": "zeros"}),
+    "long-groups": Product(
+        20, 72, 1152, (whole(16, 1), shared(16, 4, 1, 4), shared(16, 7, 1, 7)), {"group": 384, "zero": "zeros"}
+    ),
     "gated": Product(18, 104, 384, (whole(16, 2), shared(16, 3, 3, 3)), {"epilogue": "silu_mul", "group": 256}),
 }  # fmt: skip
 SELDOM = (

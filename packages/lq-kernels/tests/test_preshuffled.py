@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from lq_formats import DTypeError, GroupSizeError, NoKernelError, ShapeError, dequantize_q4_0, pack_int4, quantize_q4_0
+from lq_formats import (
+    DeviceError,
+    DTypeError,
+    GroupSizeError,
+    NoKernelError,
+    OutOfRangeError,
+    ShapeError,
+    dequantize_q4_0,
+    pack_int4,
+    quantize_q4_0,
+)
 from lq_kernels import (
     Arch,
     kernel_names,
@@ -128,6 +138,27 @@ def test_what_is_no_q4_0_is_named():
         restore_q4_0(packed, scale.float(), out_features=16, in_features=128)
     with pytest.raises(ShapeError, match="in_features=120"):
         restore_q4_0(packed, scale, out_features=16, in_features=120)
+
+
+def test_rows_of_q4_0_are_rows_of_the_weight():
+    blocks = quantize_q4_0(torch.randn(20, 64))  # 32 rows in fragment order
+    packed, scale = preshuffle_q4_0(blocks)
+
+    def restore(rows):
+        return restore_q4_0(packed, scale, out_features=20, in_features=64, rows=rows)
+
+    assert torch.equal(restore(torch.tensor([19, 0], dtype=torch.int32)), blocks[[19, 0]])
+    for rows in ([20], [25], [3, -1], [40]):
+        with pytest.raises(OutOfRangeError, match=r"rows from -?\d+ to \d+: this weight has rows 0 to 19"):
+            restore(torch.tensor(rows))
+    for rows, error_, why in (
+        (torch.tensor([1.0]), DTypeError, "rows have dtype torch.float32"),
+        (torch.tensor([[1]]), ShapeError, r"rows have shape \(1, 1\)"),
+        (torch.tensor([1], device="meta"), DeviceError, "rows are on meta"),
+        ([1], DTypeError, "rows is of type list"),
+    ):
+        with pytest.raises(error_, match=why):
+            restore(rows)
 
 
 def test_hopper_with_its_compiler_reads_fragments(monkeypatch):

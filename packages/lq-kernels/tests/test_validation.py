@@ -10,15 +10,19 @@ from lq_kernels import (
     int8_gemm,
     int8_gemm_torch,
     matmul_bf16_i4,
+    minima_linear,
     preshuffle_int4,
     preshuffle_int8,
+    preshuffled_dequantize,
     preshuffled_linear,
     q4_0_linear,
     quantize_activation_q8_1,
     quantize_gemm_q4_0_q8_1,
     quantize_tokens,
     restore_int4,
+    restore_int8,
 )
+from lq_kernels.gated import interleaved_rows
 
 N, K, GROUP = 16, 64, 32
 X = torch.randn(2, K)
@@ -52,7 +56,49 @@ def restore(group_size):
     return restore_int4(*FRAGMENTS, group_size=group_size, out_features=N, in_features=K)
 
 
+MINIMA = (FRAGMENTS[0], FRAGMENTS[1], torch.zeros_like(FRAGMENTS[1]))
+
+
 BAD = {
+    **{
+        f"out-features-{size!r}": (
+            lambda size=size: preshuffled_linear(X, *FRAGMENTS, bits=4, group_size=GROUP, out_features=size),
+            ShapeError,
+            f"out_features={size!r}: expected an integer",
+        )
+        for size in (32.0, "32", None, True, -16)
+    },
+    "in-features-none": (
+        lambda: preshuffle_int4(Q, S, group_size=GROUP, in_features=None),
+        ShapeError,
+        "in_features=None: expected an integer",
+    ),
+    "restore-out-features": (
+        lambda: restore_int4(*FRAGMENTS, group_size=GROUP, out_features=None, in_features=K),
+        ShapeError,
+        "out_features=None",
+    ),
+    "restore-int8-in-features": (
+        lambda: restore_int8(*preshuffle_int8(W8, S8), out_features=N, in_features="64"),
+        ShapeError,
+        "in_features='64'",
+    ),
+    "minima-group": (
+        lambda: minima_linear(X, *MINIMA, group_size="32", out_features=N),
+        GroupSizeError,
+        "group_size='32': expected an integer",
+    ),
+    "interleaved-rows": (lambda: interleaved_rows(1.5), ShapeError, "out_features=1.5: expected an integer"),
+    "dequantize-to-text": (lambda: dense(dtype="float16"), DTypeError, "dtype=float16: expected float16"),
+    "fragments-to-text": (
+        lambda: preshuffled_dequantize(
+            *FRAGMENTS, bits=4, group_size=GROUP, out_features=N, in_features=K, dtype="float16"
+        ),
+        DTypeError,
+        "dtype=float16: expected float16",
+    ),
+    "matmul-none": (lambda: matmul_bf16_i4(X, None, S, GROUP), DTypeError, "packed is of type NoneType"),
+    "matmul-list": (lambda: matmul_bf16_i4([1.0], Q, S, GROUP), DTypeError, "x is of type list"),
     "int4-scale-device": (lambda: i4(s=meta(S)), DeviceError, "scale is on meta and the other tensors on cpu"),
     "int4-zero-device": (lambda: i4(z=meta(Z)), DeviceError, "zero is on meta"),
     "int4-bias-device": (lambda: i4(bias=meta(S8)), DeviceError, "bias is on meta"),
@@ -133,7 +179,7 @@ BAD = {
     "preshuffled-group-48": (lambda: preshuffled(48), GroupSizeError, "group_size=48 does not divide the 64"),
     "preshuffled-group-float": (lambda: preshuffled(32.0), GroupSizeError, "group_size=32.0: expected an integer"),
     "restore-group-zero": (lambda: restore(0), GroupSizeError, "group_size=0 does not divide the 64"),
-    "restore-group-string": (lambda: restore("32"), GroupSizeError, "group_size='32': expected an integer"),
+    "restore-group-string": (lambda: restore("32"), GroupSizeError, "group_size='32': expected"),
     "preshuffle-int8-integer-scale": (lambda: preshuffle_int8(W8, S8.int()), DTypeError, "scale has dtype torch.int32"),
     "preshuffle-int8-double-scale": (
         lambda: preshuffle_int8(W8, S8.double()),

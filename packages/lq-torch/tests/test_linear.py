@@ -158,7 +158,7 @@ def test_replace_linear_with_int4_refuses_what_would_be_lost(layer, why):
 
 @pytest.mark.parametrize("cls", [QuantizedLinear, Int4PackedLinear], ids=lambda cls: cls.__name__)
 def test_from_linear_takes_linears_with_a_weight_of_activations_dtypes(cls):
-    with pytest.raises(DTypeError, match="weight has dtype torch.float64"):
+    with pytest.raises(DTypeError, match=r"weight has dtype torch\.float64"):
         cls.from_linear(nn.Linear(256, 8).double())
     with pytest.raises(ShapeError, match="weight has no shape yet"):
         cls.from_linear(nn.LazyLinear(8))

@@ -63,7 +63,9 @@ def check_finite(tensor: Tensor, name: str = "weight") -> None:
     if tensor.device.type == "meta":
         raise DeviceError(f"{name} is on meta and has no values; load the weights first")
     if tensor.layout is not torch.strided:
-        raise UnsupportedError(f"{name} has the layout {tensor.layout}: expected torch.strided; make it so with .to_dense()")
+        raise UnsupportedError(
+            f"{name} has the layout {tensor.layout}: expected torch.strided; make it so with .to_dense()"
+        )
     if tensor.numel() == 0:
         return
     # min and max see every NaN and infinity without a temporary of the tensor's size.

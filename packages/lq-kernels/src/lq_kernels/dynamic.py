@@ -18,9 +18,11 @@ from lq_kernels.validation import (
     ACTIVATIONS,
     check_activations,
     check_bias,
+    check_dense_dtype,
     check_devices,
     check_group_size,
     check_int4,
+    check_sizes,
 )
 
 
@@ -105,6 +107,7 @@ def pack_int4_dynamic(
         ShapeError, GroupSizeError, DTypeError, SpecError: If the arguments do not fit each other.
     """
     _check_activation(activation)
+    check_sizes(in_features=in_features)
     check_int4(qweight, scale, None, group_size, in_features)
     start_compiler(qweight.device)
     codes = unpack_int4(qweight, in_features)
@@ -192,6 +195,7 @@ def int4_dynamic_dequantize(
     _check_activation(activation)
     _check_packed(packed, scale, group_size, out_features, in_features, activation)
     check_devices(packed, scale=scale)
+    check_dense_dtype(dtype)
     w: Tensor = torch.ops.lq.int4_dynamic_dequantize(
         packed, scale, group_size, out_features, in_features, activation, dtype
     )
@@ -207,6 +211,7 @@ def _check_packed(
     packed: Tensor, scale: Tensor, group_size: int, out_features: int, in_features: int, activation: str
 ) -> None:
     check_tensors(packed=packed, scale=scale)
+    check_sizes(out_features=out_features, in_features=in_features)
     if packed.dtype != torch.int32:
         raise DTypeError(f"packed has dtype {packed.dtype}: expected int32")
     shape = LAYOUTS[activation].packed_shape(out_features, in_features)

@@ -23,12 +23,14 @@ from lq_kernels import cost, dequant_blas, plans
 from lq_kernels.plans import Plan
 from lq_kernels.problem import Problem
 from lq_kernels.reference import preshuffled_dequantize_reference
+from lq_kernels.validation import check_sizes
 
 _HALF = 8
 
 
 def interleaved_rows(out_features: int) -> int:
     """Return how many rows the interleaved weight of so many gates has: whole blocks of 16."""
+    check_sizes(out_features=out_features)
     return -(-out_features // _HALF) * 2 * _HALF
 
 
@@ -63,6 +65,7 @@ def separate_rows(values: Tensor, out_features: int) -> Tensor:
         ShapeError: If ``values`` are not so many rows.
     """
     check_tensors(values=values)
+    check_sizes(out_features=out_features)
     if values.dim() == 0 or values.shape[0] != interleaved_rows(out_features):
         expected = interleaved_rows(out_features)
         raise ShapeError(

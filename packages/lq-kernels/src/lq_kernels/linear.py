@@ -14,7 +14,15 @@ from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.invariance import ask
 from lq_kernels.problem import Q4_0_SPEC
 from lq_kernels.reference import int4_spec, int8_spec
-from lq_kernels.validation import ACTIVATIONS, INTEGERS, check_activations, check_bias, check_devices, check_int4
+from lq_kernels.validation import (
+    ACTIVATIONS,
+    INTEGERS,
+    check_activations,
+    check_bias,
+    check_dense_dtype,
+    check_devices,
+    check_int4,
+)
 
 
 def int4_linear(
@@ -90,6 +98,7 @@ def matmul_bf16_i4(
         ShapeError, GroupSizeError, DTypeError, DeviceError: If the arguments do not fit each other.
         NoKernelError: If the forced kernel cannot run this problem.
     """
+    check_tensors(x=x, packed=packed)
     if packed.dtype == torch.int8:
         if packed.dim() != 2 or packed.shape[1] % 4:
             raise ShapeError(
@@ -164,6 +173,7 @@ def int4_dequantize(
         raise ShapeError(f"in_features={in_features!r}: expected a positive integer")
     check_int4(qweight, scale, zero, group_size, in_features)
     check_devices(qweight, scale=scale, zero=zero)
+    check_dense_dtype(dtype)
     w: Tensor = torch.ops.lq.int4_dequantize(qweight, scale, zero, group_size, in_features, dtype)
     return w
 

@@ -15,7 +15,14 @@ from lq_kernels.eager import invisible, recall, remember
 from lq_kernels.invariance import ask
 from lq_kernels.ops import preshuffled_spec
 from lq_kernels.preshuffled import check_fragments
-from lq_kernels.validation import check_activations, check_bias, check_devices
+from lq_kernels.validation import (
+    check_activations,
+    check_bias,
+    check_dense_dtype,
+    check_devices,
+    check_group_size,
+    check_sizes,
+)
 
 
 def minima_linear(
@@ -87,12 +94,15 @@ def minima_dequantize(
     """
     _check(packed, scale, minimum, group_size, out_features, in_features)
     check_devices(packed, scale=scale, minimum=minimum)
+    check_dense_dtype(dtype)
     sizes = (group_size, out_features, in_features)
     w: Tensor = torch.ops.lq.minima_dequantize(packed, scale, minimum, *sizes, dtype)
     return w
 
 
 def _check(packed: Tensor, scale: Tensor, minimum: Tensor, group_size: int, out_features: int, k: int) -> None:
+    check_sizes(out_features=out_features, in_features=k)
+    check_group_size(group_size, k)
     if group_size >= k:
         raise ShapeError(f"group_size={group_size} with {k} in features: minima are of groups, not of whole rows")
     check_tensors(minimum=minimum)

@@ -5,7 +5,7 @@ A layer that keeps its weight so stores it once, for decoding and prefill alike.
 """
 
 import torch
-from lq_formats import DTypeError, ShapeError, check_tensors, pack_int4, unpack_int4
+from lq_formats import DeviceError, DTypeError, OutOfRangeError, ShapeError, check_tensors, pack_int4, unpack_int4
 from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, INT8, FragmentLayout
 from torch import Tensor
 from torch.nn.functional import linear
@@ -23,9 +23,11 @@ from lq_kernels.validation import (
     ACTIVATIONS,
     check_activations,
     check_bias,
+    check_dense_dtype,
     check_devices,
     check_group_size,
     check_int4,
+    check_sizes,
 )
 
 _LAYOUTS = {4: FRAGMENT_INT4, 8: FRAGMENT_INT8}
@@ -50,6 +52,7 @@ def preshuffle_int4(
     Raises:
         ShapeError, GroupSizeError, DTypeError: If the arguments do not fit each other.
     """
+    check_sizes(in_features=in_features)
     check_int4(qweight, scale, zero, group_size, in_features)
     start_compiler(qweight.device)
     packed = FRAGMENT_INT4.pack(unpack_int4(qweight, in_features))
@@ -113,6 +116,7 @@ def restore_int4(
     Raises:
         ShapeError, GroupSizeError, DTypeError: If the tensors are not those of such a weight.
     """
+    check_sizes(out_features=out_features, in_features=in_features)
     check_group_size(group_size, in_features)
     check_tensors(packed=packed, scale=scale)
     if zero is not None:
@@ -127,6 +131,7 @@ def restore_int4(
 
 def restore_int8(packed: Tensor, scale: Tensor, *, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     """Undo :func:`preshuffle_int8`; scale is ``(N,)``."""
+    check_sizes(out_features=out_features, in_features=in_features)
     check_tensors(packed=packed, scale=scale)
     codes = FRAGMENT_INT8.unpack(packed, out_features, in_features)
     return INT8.pack(codes), FRAGMENT_INT8.restore_scales(scale, out_features, in_features, in_features)[
@@ -144,14 +149,16 @@ def restore_q4_0(
         scale: Likewise.
         out_features: N.
         in_features: K.
-        rows: ``(R,) int64``, 0 to N - 1, for some rows only; the others are not read.
+        rows: ``(R,)`` int32 or int64, 0 to N - 1, for some rows only; the others are not read.
 
     Returns:
         ``(N, K // 32, 18) uint8``, or ``(R, K // 32, 18)``.
 
     Raises:
         ShapeError, DTypeError: If the tensors are not those of such a weight.
+        OutOfRangeError: If there is no such row; a GPU ends the process as for a dense embedding.
     """
+    check_sizes(out_features=out_features, in_features=in_features)
     if in_features % q4_0.BLOCK:
         raise ShapeError(f"in_features={in_features}: Q4_0 needs a multiple of {q4_0.BLOCK}")
     check_tensors(scale=scale)
@@ -159,13 +166,29 @@ def restore_q4_0(
         raise DTypeError(f"scale has dtype {scale.dtype}: Q4_0 has float16 scales")
     check_fragments(packed, scale, None, 4, q4_0.BLOCK, out_features, in_features)
     if rows is not None:
-        check_tensors(rows=rows)
-        return q4_0.unpack_rows(packed, scale, rows, in_features)
+        return q4_0.unpack_rows(packed, scale, _checked_rows(rows, out_features, packed.device), in_features)
     blocks = packed.new_empty((out_features, in_features // q4_0.BLOCK, 18), dtype=torch.uint8)
     every = torch.arange(out_features, device=packed.device)
     for some in q4_0.row_slices(out_features, in_features):
         blocks[some] = q4_0.unpack_rows(packed, scale, every[some], in_features)
     return blocks
+
+
+def _checked_rows(rows: Tensor, out_features: int, device: torch.device) -> Tensor:
+    check_tensors(rows=rows)
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise DTypeError(f"rows have dtype {rows.dtype}: expected int32 or int64")
+    if rows.dim() != 1:
+        raise ShapeError(f"rows have shape {tuple(rows.shape)}: expected (R,)")
+    if rows.device != device:
+        raise DeviceError(f"rows are on {rows.device} and the other tensors on {device}; move one of them")
+    try:
+        # Indexing checks them, which padded rows would hide.
+        return torch.arange(out_features, device=device).index_select(0, rows)
+    except IndexError:
+        raise OutOfRangeError(
+            f"rows from {int(rows.min())} to {int(rows.max())}: this weight has rows 0 to {out_features - 1}"
+        ) from None
 
 
 def reads_fragments(device: torch.device) -> bool:
@@ -347,6 +370,7 @@ def preshuffled_dequantize(
     """
     check_fragments(packed, scale, zero, bits, group_size, out_features, in_features)
     check_devices(packed, scale=scale, zero=zero)
+    check_dense_dtype(dtype)
     w: Tensor = torch.ops.lq.preshuffled_dequantize(
         packed, scale, zero, bits, group_size, out_features, in_features, dtype
     )
@@ -367,6 +391,7 @@ def check_fragments(
     layout: FragmentLayout | None = _LAYOUTS.get(bits)
     if layout is None:
         raise ShapeError(f"bits={bits!r}: expected 4 or 8")
+    check_sizes(out_features=out_features, in_features=k)
     check_tensors(packed=packed, scale=scale)
     if zero is not None:
         check_tensors(**{second: zero})

@@ -55,6 +55,13 @@ def check_int4(qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: 
             raise DTypeError(f"zero has dtype {zero.dtype}: expected uint8 or the scales' {scale.dtype}")
 
 
+def check_sizes(**sizes: object) -> None:
+    """Raise ShapeError, by name, unless these are integers from 0 up."""
+    for name, size in sizes.items():
+        if not isinstance(size, INTEGERS) or isinstance(size, bool) or (isinstance(size, int) and size < 0):
+            raise ShapeError(f"{name}={size!r}: expected an integer from 0 up")
+
+
 def check_group_size(group_size: int, k: int) -> None:
     """Raise GroupSizeError unless the group size divides ``k`` in features."""
     if not isinstance(group_size, INTEGERS):

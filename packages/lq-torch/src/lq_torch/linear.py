@@ -235,8 +235,8 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
 
     Raises:
         LQError: The named error of the first layer that cannot be quantized, with its path; UnsupportedError for one that is
-            more than an ``nn.Linear`` (a subclass, hooks, a forward of its own), which would be lost. :func:`lq_torch.quantize_`
-            keeps the layer.
+            more than an ``nn.Linear`` (a subclass, hooks, a forward of its own), which would be lost;
+            :func:`lq_torch.quantize_` keeps the layer.
     """
     targets = select_linears(model, filter_fn)
     if not targets:

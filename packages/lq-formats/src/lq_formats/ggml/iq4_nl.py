@@ -28,7 +28,14 @@ from lq_formats.ggml.blocks import (
     stored_half,
     unpack_nibbles,
 )
-from lq_formats.ggml.importance import by_chunks, counted, finite_reciprocal, ordered_sum, search_scale, split_importance
+from lq_formats.ggml.importance import (
+    by_chunks,
+    counted,
+    finite_reciprocal,
+    ordered_sum,
+    search_scale,
+    split_importance,
+)
 
 _VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _BOUNDS = tuple((low + high) / 2 for low, high in pairwise(_VALUES))
