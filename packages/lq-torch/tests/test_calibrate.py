@@ -19,6 +19,7 @@ from lq_torch import (
     save_pretrained,
 )
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, awq, awq_gptq, gptq
+from lq_torch.calibrate.blocks import find_blocks, record_stream, split_batches
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -338,6 +339,52 @@ def test_blocks_that_are_no_chain_are_refused(tokens):
 
     with pytest.raises(UnsupportedError, match=r"blocks\.1 does not take the output"):
         gptq(Parallel(), tokens, INT4)
+
+
+class Anchored(nn.Module):
+    """Blocks that take, beside the hidden states, what the tokens are embedded as, and a mask that is always the same."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+        def forward(self, x, anchor, *, scales):
+            return 0.5 * x + anchor["embedded"] * scales[0] + self.down(torch.tanh(self.up(x)))
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 64), nn.Linear(64, VOCABULARY)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, ids):
+        x = embedded = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, {"embedded": embedded}, scales=[torch.ones(64), 2])
+        return self.head(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10])
+def test_every_batch_has_the_arguments_of_its_own_tokens(batch_size, tokens):
+    model, cpu = Anchored(), torch.device("cpu")
+    blocks, batches = find_blocks(model), split_batches(tokens, batch_size)
+    stream = record_stream(model, blocks, batches, cpu, cpu)
+    for number, (path, block) in enumerate(blocks):
+        stream.advance(number, path, block)
+    for batch, hidden in zip(batches, stream.hidden, strict=True):
+        torch.testing.assert_close(model.head(hidden), model(batch))
+    report = gptq(model, tokens, INT4, batch_size=batch_size)
+    assert [layer.error is not None for layer in report.layers] == [True] * 6 + [False]
+
+
+@torch.no_grad()
+def test_arguments_that_batches_share_are_kept_once(tokens):
+    model, cpu = make(), torch.device("cpu")
+    stream = record_stream(model, find_blocks(model), split_batches(tokens, 4), cpu, cpu)
+    for extras in stream.extras:
+        assert len(extras) == 3
+        assert extras[0] is extras[1]
 
 
 @pytest.mark.parametrize("options", [{"damping": 0}, {"damping": float("nan")}, {"sweeps": -1}, {"correct_inputs": 2}])

@@ -2,8 +2,8 @@
 
 Nothing here knows an architecture. The blocks are the modules of that ``nn.ModuleList`` which holds most of the model's
 Linear weights. What a model passes to each block beside the hidden states (rotary embeddings, masks, positions) is
-recorded once per batch size, while every block hands its input on unchanged: the model's own code up to the last block
-runs, the work of the blocks does not.
+recorded for each batch, and kept once where batches share it, while every block hands its input on unchanged: the model's
+own code up to the last block runs, the work of the blocks does not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +30,12 @@ class Stream:
 
     Attributes:
         hidden: What enters the next block, one tensor ``(B, T, ...)`` a batch, where activations are kept.
-        extras: For each block, by batch size: its other arguments ``(args, kwargs)``.
+        extras: For each block, of each batch: its other arguments ``(args, kwargs)``.
         device: Where blocks compute.
     """
 
     hidden: list[Tensor]
-    extras: list[dict[int, Extras]]
+    extras: list[list[Extras]]
     device: torch.device
 
     def copy(self) -> "Stream":
@@ -44,7 +44,7 @@ class Stream:
 
     def runs(self, number: int, block: nn.Module) -> list[Callable[[], Tensor]]:
         """Return one function a batch that runs block ``number`` on it and returns the hidden states behind."""
-        return [partial(self._run, number, block, hidden) for hidden in self.hidden]
+        return [partial(self._run, number, block, i, hidden) for i, hidden in enumerate(self.hidden)]
 
     def advance(self, number: int, path: str, block: nn.Module) -> None:
         """Replace the hidden states by those behind block ``number``, batch by batch.
@@ -53,14 +53,14 @@ class Stream:
             NonFiniteError: If they hold NaN or infinity.
         """
         for i, hidden in enumerate(self.hidden):
-            behind = self._run(number, block, hidden)
+            behind = self._run(number, block, i, hidden)
             if not bool(torch.isfinite(behind).all()):
                 raise NonFiniteError(f"{path}: its outputs for calibration batch {i} hold NaN or infinity")
             self.hidden[i] = behind.to(hidden.device)
 
-    def _run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def _run(self, number: int, block: nn.Module, batch: int, hidden: Tensor) -> Tensor:
         # A copy, because a block may add to its input in place, and will see the same batch again.
-        return _first(_call(block, hidden.to(self.device, copy=True), self.extras[number][hidden.shape[0]]))
+        return _first(_call(block, hidden.to(self.device, copy=True), self.extras[number][batch]))
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -107,7 +107,7 @@ def record_stream(
         SpecError: If a token is beyond the vocabulary.
         UnsupportedError: If a block does not take the output of the one before it.
     """
-    found = Stream([], [{} for _ in blocks], device)
+    found = Stream([], [[] for _ in blocks], device)
     last: list[Tensor] = []
     shape: list[Callable[[Tensor], Any]] = []
 
@@ -123,11 +123,14 @@ def record_stream(
             found.hidden.append(hidden.to(storage))
             last[:] = [hidden]
         rest = {**kwargs, _HIDDEN: None} if named else kwargs
-        found.extras[number].setdefault(hidden.shape[0], (args if named else args[1:], rest))
+        extras = (args if named else args[1:], rest)
+        before = found.extras[number]
+        alike = (each for each in (*before[:1], *before[-1:]) if _same(each, extras))
+        before.append(next(alike, None) or map_tensors(extras, lambda tensor: tensor.to(storage)))
         if number == len(blocks) - 1:
             raise _LastBlock
         if not shape:
-            shape.append(_output_shape(blocks[0][1], hidden.to(device), found.extras[0][hidden.shape[0]]))
+            shape.append(_output_shape(blocks[0][1], hidden.to(device), extras))
         return shape[0](hidden)
 
     options: dict[str, Any] = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
@@ -151,6 +154,22 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(map_tensors(item, function) for item in value)
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether arguments of a block are alike, tensor for tensor."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        one = one.to(other.device)
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool | int | float | str) and one == other
 
 
 @contextmanager
