@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+from lq_kernels import env
 from lq_kernels.jit import cache, launcher
 from lq_kernels.jit.compiler import Compiled
 
@@ -176,6 +177,30 @@ def test_a_folder_that_cannot_be_written_warns_once(compiled, tmp_path, monkeypa
         warnings.simplefilter("error")
         assert launcher.cubin("quantize_q8_1", "sm_90a") == BODY
     assert len(compiled) == 2
+
+
+def test_without_a_home_everything_is_compiled_with_one_warning(compiled, monkeypatch):
+    monkeypatch.setenv("LQ_CACHE_DIR", "~no-such-user-of-lq/cache")
+    monkeypatch.delenv("LQ_DISABLE_CACHE", raising=False)
+    monkeypatch.setattr(env, "_warned", False)
+    with pytest.warns(UserWarning, match="home directory that cannot be found; set LQ_CACHE_DIR") as caught:
+        assert launcher.cubin("quantize_q8_1", "sm_80") == BODY
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.store("entry", BODY)
+        assert cache.load("entry") is None
+        cache.discard("entry")
+        assert cache.is_empty()
+    assert len(compiled) == 1
+
+
+def test_a_folder_that_cannot_be_looked_into_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path / ("long" * 100)))  # which no file system has, whoever asks
+    monkeypatch.delenv("LQ_DISABLE_CACHE", raising=False)
+    assert cache.is_empty()
+    assert cache.load("entry") is None
+    cache.discard("entry")
 
 
 def test_a_full_disk_leaves_no_temporary_file(folder, compiled, monkeypatch):

@@ -241,6 +241,11 @@ def test_shapes_of_models_and_sizes():
     for text in ("", "1,x", "0", "-2"):
         with pytest.raises(SpecError, match="positive integers"):
             shapes.parse_counts(text, "--tokens")
+    assert shapes.parse_counts("-1, 128", "--group-size", or_row=True) == (-1, 128)
+    with pytest.raises(SpecError, match="positive integers, separated"):
+        shapes.parse_counts("-1", "--tokens")
+    with pytest.raises(SpecError, match="positive integers or -1"):
+        shapes.parse_counts("-2", "--group-size", or_row=True)
 
 
 def test_shapes_of_a_transformers_configuration(tmp_path):
@@ -398,6 +403,7 @@ def test_the_command_writes_the_users_table_and_lq_reads_it(tmp_path, monkeypatc
     from lq_kernels.cuda import constraints
 
     monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LQ_DISABLE_CACHE", raising=False)
     monkeypatch.setattr(constraints, "why_not_compile", lambda: None)
     monkeypatch.setattr(lookup, "SHIPPED_FOLDER", tmp_path / "none")
     arguments = ["tune", "--shape", "512x1024", "--tokens", "1,128", "--candidates", "3"]
@@ -436,6 +442,59 @@ def test_the_command_keeps_to_its_budget_and_to_the_device_of_a_preset(tmp_path,
     assert "this GPU is NVIDIA H200" in capsys.readouterr().err
 
 
+def test_a_budget_of_nothing_measures_nothing(tmp_path, capsys, compiled):
+    path = tmp_path / "out.json"
+    cli.main(
+        ["tune", "--shape", "64x128", "--tokens", "1", "--candidates", "1", "--budget", "0", "--output", str(path)]
+    )
+    assert "0 products measured" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def no_worker():
+    pytest.fail("a worker was started")
+
+
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--shape", "64x128", "--tokens", "1", *arguments])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "WorkerTimer", no_worker)
+    monkeypatch.delenv("LQ_DISABLE_CACHE", raising=False)
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    assert "it is a folder; give another file" in refused(["--output", str(tmp_path)], capsys)
+    assert "is no folder; give another file" in refused(["--output", str(file / "t.json")], capsys)
+    monkeypatch.setenv("LQ_CACHE_DIR", str(file))
+    assert "is no folder; give another file" in refused([], capsys)
+    monkeypatch.setenv("LQ_CACHE_DIR", "~no-such-user-of-lq/cache")
+    assert "set LQ_CACHE_DIR to an absolute folder" in refused([], capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "may not be written; give another" in refused(["--output", str(tmp_path / "new" / "t.json")], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_table_that_nobody_would_read_is_not_measured(tmp_path, capsys, monkeypatch, compiled):
+    monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LQ_DISABLE_CACHE", "1")
+    path = tmp_path / "new" / "out.json"
+    cli.main(["tune", "--shape", "64x128", "--tokens", "1", "--candidates", "1", "--output", str(path)])
+    assert read(path).points
+    monkeypatch.setattr(cli, "WorkerTimer", no_worker)
+    assert "LQ_DISABLE_CACHE=1: lq would not read the user's table; pass --output" in refused([], capsys)
+
+
+def test_a_disk_that_fills_up_is_a_named_error(tmp_path, capsys, monkeypatch, compiled):
+    monkeypatch.setattr(run, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    path = tmp_path / "out.json"
+    error = refused(["--candidates", "1", "--output", str(path)], capsys)
+    assert f"SpecError: cannot write {str(path)!r}: No space left on device; give another file" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -443,7 +502,16 @@ def test_the_command_keeps_to_its_budget_and_to_the_device_of_a_preset(tmp_path,
         (["--shape", "17"], "unknown shape"),
         (["--shape", "64x64", "--bits", "5"], "no kernel to tune for int5"),
         (["--shape", "64x128", "--candidates", "0"], "at least 1"),
-        (["--shape", "64x64", "--device-preset", "h200"], "leave out"),
+        (["--shape", "64x64", "--device-preset", "h200"], "leave out --shape\n"),
+        (["--device-preset", "h200", "--bits", "4"], "leave out --bits\n"),
+        (["--device-preset", "h200", "--group-size", "32", "--zeros", "no"], "leave out --group-size, --zeros\n"),
+        (["--device-preset", "h200", "--activation", "int8", "--tokens", "1"], "leave out --activation, --tokens\n"),
+        (["--shape", "64x128", "--tokens=-1"], "--tokens='-1': expected positive integers"),
+        (["--shape", "64x128", "--tokens="], "--tokens='': expected positive integers"),
+        (["--shape", "64x128", "--bits=-1"], "--bits='-1': expected positive integers"),
+        (["--shape", "64x128", "--budget", "nan"], "--budget nan: expected a finite number"),
+        (["--shape", "64x128", "--budget", "inf"], "--budget inf: expected a finite number"),
+        (["--shape", "64x128", "--budget=-1"], "--budget -1: expected a finite number"),
         (["--model", "nowhere.json"], "cannot be read"),
         (["--shape", "64x128", "--activation", "int3"], "no kernel to tune"),
     ],
@@ -457,8 +525,10 @@ def test_wrong_usage_is_one_line_and_exit_status_2(arguments, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_without_a_gpu_the_command_says_so(capsys, monkeypatch, start):
+def test_without_a_gpu_the_command_says_so(tmp_path, capsys, monkeypatch, start):
     monkeypatch.setattr(cli, "WorkerTimer", lambda: start("no-gpu"))
+    monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LQ_DISABLE_CACHE", raising=False)
     with pytest.raises(SystemExit) as caught:
         cli.main(["tune", "--shape", "64x128"])
     assert caught.value.code == 2

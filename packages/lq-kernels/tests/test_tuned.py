@@ -9,7 +9,7 @@ import pytest
 import torch
 from lq_formats import FormatError, QuantSpec, SpecError
 from lq_formats.errors import UnknownVersionError
-from lq_kernels import Arch, Problem, cost, explain, plans, select
+from lq_kernels import Arch, Problem, cost, env, explain, plans, select
 from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16
 from lq_kernels.tuned import lookup, table
 from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, weight
@@ -127,6 +127,7 @@ HOSTILE = {
     "huge-integer": b'{"format": ' + b"9" * 10_000 + b"}",
     "nan": broken().replace(b"5.25", b"NaN"),
     "infinite-time": broken().replace(b"5.25", b"1e999"),
+    "time-beyond-floats": broken(us=[10**400, 6.0]),
     "no-time": broken(us=[0, 1.0]),
     "text-for-time": broken(us=["5", 6.0]),
     "boolean-for-time": broken(us=[True, 6.0]),
@@ -137,12 +138,15 @@ HOSTILE = {
     "float-tokens": broken(m=[1.0, 2]),
     "no-points": broken(m=[], us=[], cut={}),
     "unknown-kernel": broken(kernel="rm_rf"),
+    "list-for-kernel": broken(kernel=["decode_a16"]),
+    "object-for-kernel": broken(kernel={}),
     "negative-size": broken(n=-16),
     "odd-size": broken(n=4097),
     "huge-size": broken(k=2**40),
     "text-for-size": broken(k="4096"),
     "text-for-zero": broken(zero="no"),
     "three-bits": broken(bits=3),
+    "deep-bits": broken(bits="DEEP").replace(b'"DEEP"', b"[" * 800 + b"]" * 800),
     "more-keys": broken(more=1),
     "negative-cut": broken(cut={"tokens": [-1, 1]}),
     "ragged-cut": broken(cut={"tokens": [1]}),
@@ -232,6 +236,44 @@ def test_the_cache_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("LQ_DISABLE_CACHE", "1")
     lookup.forget()
     assert explain(problem(16)).source == "model"
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("~no-such-user-of-lq/cache", "home directory that cannot be found"),
+        ("/" + "long" * 100, "cannot be looked for"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_costs_a_warning_and_the_users_table(folders, monkeypatch, folder, message):
+    ship(folders, "h200", table_of(("decode_a16", W4, Point(16, 6.5, cuts("decode_a16", 16)[2]))))
+    monkeypatch.setenv("LQ_CACHE_DIR", folder)
+    monkeypatch.setattr(env, "_warned", False)
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert explain(problem(16)).source == "h200.json"
+    assert len(caught) == 1
+    assert "LQ_CACHE_DIR" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select(problem(1)).name == "cuda-decode"
+        monkeypatch.setattr(env, "_warned", False)
+        monkeypatch.setenv("LQ_DISABLE_CACHE", "1")
+        lookup.forget()
+        assert explain(problem(16)).source == "h200.json"
+
+
+def test_a_folder_that_may_not_be_searched_costs_a_warning(monkeypatch):
+    before = Path.stat
+
+    def refused(path, **options):
+        if path.name == "nvidia-h200.json":
+            raise PermissionError(13, "Permission denied")
+        return before(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.warns(UserWarning, match=r"cannot be looked for in .*tuned \(Permission denied\)") as caught:
+        assert explain(problem(16)).source == "model"
+    assert len(caught) == 1
 
 
 def test_a_table_of_a_related_gpu_gives_cuts_but_no_times(folders):

@@ -6,6 +6,7 @@ error.
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 
 from lq_formats import CompileError, DeviceError, LQError, SpecError
 
+from lq_kernels import env
 from lq_kernels.prepare import Unit, compile_units, into_cache
 from lq_kernels.problem import Arch
 from lq_kernels.tuned import run
 from lq_kernels.tuned.lookup import shipped, user_path
 from lq_kernels.tuned.search import CANDIDATES
 from lq_kernels.tuned.shapes import model_shapes, parse_counts, parse_shapes
+from lq_kernels.tuned.table import check_target
 from lq_kernels.tuned.worker import WorkerTimer
 
 _DESCRIPTION = """\
@@ -37,6 +40,15 @@ interrupted, or ran out of its budget, goes on when the same command is given ag
 sources of a kernel are dropped. Cuts run in a process of their own: one that fails, hangs or gives other results than the
 rest is reported and left out.
 """
+
+_FORMS = {
+    "bits": "4",
+    "group_size": "128",
+    "zeros": "no",
+    "activation": "none",
+    "tokens": ",".join(map(str, run.TOKENS)),
+}
+"""Options that say in which forms shapes are measured, and what holds where they are not given."""
 
 _BROKEN_PIPE = 128 + 13
 """What a shell reports of a command that SIGPIPE ended."""
@@ -74,12 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--shape", action="append", default=[], metavar="NxK,...", help="sizes (out x in features), names of models")
     add("--model", action="append", default=[], type=Path, metavar="PATH", help="a model's folder or config.json")
     add("--device-preset", choices=("h200", "h100"), help="the shapes and forms of the table that ships for this class")
-    add("--bits", default="4", metavar="LIST", help="of the weights: 4, 8 or both (default: 4)")
-    add("--group-size", default="128", metavar="LIST", help="of 4-bit weights; -1: one scale a row (default: 128)")
-    add("--zeros", choices=("no", "yes", "both"), default="no", help="4-bit weights with zero points (default: no)")
+    add("--bits", metavar="LIST", help="of the weights: 4, 8 or both (default: 4)")
+    add("--group-size", metavar="LIST", help="of 4-bit weights; -1: one scale a row (default: 128)")
+    add("--zeros", choices=("no", "yes", "both"), help="4-bit weights with zero points (default: no)")
     add(
         "--activation",
-        default="none",
         metavar="LIST",
         help="what tokens are quantized to: none, int8, fp8, q8_1 (default: none)",
     )
@@ -98,9 +109,16 @@ def _tune(options: argparse.Namespace) -> None:
     tasks = _tasks(options)
     if options.candidates < 1:
         raise SpecError(f"--candidates {options.candidates}: expected at least 1")
+    if options.budget is not None and not (math.isfinite(options.budget) and options.budget >= 0):
+        raise SpecError(f"--budget {options.budget:g}: expected a finite number of seconds, at least 0")
     if options.list:
         sys.stdout.writelines(f"{weight} M={m}\n" for weight, m in tasks)
         return
+    if options.output is None and env.cache_disabled():
+        raise SpecError(
+            "LQ_DISABLE_CACHE=1: lq would not read the user's table; pass --output, or unset LQ_DISABLE_CACHE"
+        )
+    check_target(options.output or user_path("this GPU"))  # whose name the worker finds out
     with WorkerTimer() as timer:
         device = timer.device
         if options.device_preset and shipped(device.name)[:1] != (options.device_preset,):
@@ -112,7 +130,7 @@ def _tune(options: argparse.Namespace) -> None:
         _say(f"{device.name}, {device.sm_count} multiprocessors; {len(tasks)} products to measure, into {path.name}")
         if not tasks:
             return
-        deadline = started + options.budget if options.budget else float("inf")
+        deadline = started + options.budget if options.budget is not None else float("inf")
         stamp = run.stamp(device.name, device.sm_count, device.torch, device.driver)
         job = run.Run(table, path, stamp, timer, options.candidates, options.again)
         units = run.compilations(tasks, device.sm_count, options.candidates, job.kernels)
@@ -141,20 +159,23 @@ def _tune(options: argparse.Namespace) -> None:
 
 def _tasks(options: argparse.Namespace) -> list[run.Task]:
     if options.device_preset:
-        if options.shape or options.model:
-            raise SpecError("--device-preset says what is measured; leave out --shape and --model")
+        given = [name for name in ("shape", "model", *_FORMS) if getattr(options, name) not in (None, [])]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise SpecError(f"--device-preset says what is measured; leave out {names}")
         return run.device_preset()
     shapes = [shape for text in options.shape for shape in parse_shapes(text)]
     shapes += [shape for path in options.model for shape in model_shapes(path)]
     if not shapes:
         raise SpecError("nothing to tune; give --shape, --model or --device-preset")
-    activations = ["" if each == "none" else each for each in options.activation.split(",")]
+    form = {name: usual if (given := getattr(options, name)) is None else given for name, usual in _FORMS.items()}
+    activations = ["" if each == "none" else each for each in form["activation"].split(",")]
     tasks, skipped = run.requested(
         tuple(dict.fromkeys(shapes)),
-        parse_counts(options.tokens, "--tokens") if options.tokens else run.TOKENS,
-        bits=parse_counts(options.bits, "--bits"),
-        group_sizes=parse_counts(options.group_size, "--group-size"),
-        symmetric={"no": (True,), "yes": (False,), "both": (True, False)}[options.zeros],
+        parse_counts(form["tokens"], "--tokens"),
+        bits=parse_counts(form["bits"], "--bits"),
+        group_sizes=parse_counts(form["group_size"], "--group-size", or_row=True),
+        symmetric={"no": (True,), "yes": (False,), "both": (True, False)}[form["zeros"]],
         activations=activations,
     )
     for reason in skipped:

@@ -3,7 +3,8 @@
 An entry is one file named by a SHA-256 over the source, every header, the options, the architecture, the compiler's and
 lq's version. Its first 32 bytes are the SHA-256 of the rest. A file that is truncated, corrupted or foreign fails that
 check, is deleted and compiled again. Writes go to a temporary file that replaces the entry in one step, so readers never
-see half a file and concurrent writers do not harm each other. A folder that cannot be written costs a warning, once.
+see half a file and concurrent writers do not harm each other. A folder that cannot be written, or is below a
+home directory that cannot be found, costs a warning, once.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ def key(*parts: str) -> str:
 
 def load(name: str) -> bytes | None:
     """Return an entry's bytes, or None if there is none that is whole."""
-    if env.cache_disabled():
-        return None
     path = _path(name)
+    if path is None:
+        return None
     try:
         data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
     except OSError:
@@ -49,9 +50,9 @@ def load(name: str) -> bytes | None:
 def store(name: str, body: bytes) -> None:
     """Write an entry in one step; a folder that cannot be written costs a warning, once a process."""
     global _warned
-    if env.cache_disabled():
-        return
     path = _path(name)
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".lq-")
@@ -76,14 +77,20 @@ def store(name: str, body: bytes) -> None:
 def is_empty() -> bool:
     """Return whether :func:`load` can find nothing, whatever the name; entries are not read."""
     pattern = _path("*")
-    return env.cache_disabled() or not any(pattern.parent.glob(pattern.name))
+    try:
+        return pattern is None or not any(pattern.parent.glob(pattern.name))
+    except OSError:
+        return True
 
 
 def discard(name: str) -> None:
     """Delete an entry, if it is there and can be."""
-    with contextlib.suppress(OSError):
-        _path(name).unlink()
+    path = _path(name)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
-def _path(name: str) -> Path:
-    return env.cache_dir() / "cubin" / f"{name}.bin"
+def _path(name: str) -> Path | None:
+    folder = env.usable_cache_dir()
+    return None if folder is None else folder / "cubin" / f"{name}.bin"

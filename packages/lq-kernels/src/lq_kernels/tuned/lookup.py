@@ -6,6 +6,7 @@ of its own cuts, so that a table cannot make it run another.
 
 import functools
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -120,8 +121,8 @@ def tables(device: str, sm_count: int) -> tuple[tuple[Table, str, bool], ...]:
 
 def _loaded(device: str, sm_count: int) -> tuple[tuple[Table, str, bool], ...]:
     found: list[tuple[Table, str, bool]] = []
-    user = user_path(device)
-    if not env.cache_disabled() and user.is_file():
+    user = _users(device)
+    if user is not None:
         table = _fresh(read(user), user.name)
         if (table.stamp.device, table.stamp.sm_count) == (device, sm_count):
             found.append((table, user.name, True))
@@ -140,13 +141,35 @@ def _loaded(device: str, sm_count: int) -> tuple[tuple[Table, str, bool], ...]:
     return tuple(found)
 
 
+def _users(device: str) -> Path | None:
+    """Return where the user's table of a device is; None if there is none, or, with a warning, if that cannot be told."""
+    if env.usable_cache_dir() is None:
+        return None
+    path = user_path(device)
+    try:
+        return path if stat.S_ISREG(path.stat().st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        warnings.warn(
+            f"tables of `lq-kernels tune` cannot be looked for in {path.parent} ({error.strerror or error}) and are not "
+            "used. Set LQ_CACHE_DIR to a folder that can be read, or LQ_DISABLE_CACHE=1",
+            stacklevel=2,
+        )
+        return None
+
+
 def shipped(device: str) -> tuple[str, ...]:
     """Return the names of the shipped tables that serve a device, its own class first."""
     return next((names for pattern, names in _CLASSES if re.search(pattern, device)), ())
 
 
 def user_path(device: str) -> Path:
-    """Return where the user's table of a device is, or would be."""
+    """Return where the user's table of a device is, or would be.
+
+    Raises:
+        SpecError: If the cache is below a home directory that cannot be found.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")[:80]
     return env.cache_dir() / "tuned" / f"{slug}.json"
 

@@ -200,14 +200,18 @@ class Run:
     def measure(
         self, tasks: Sequence[Task], deadline: float, now: Callable[[], float] = time.monotonic
     ) -> Iterator[tuple[int, Task, list[Found]]]:
-        """Measure tasks until ``now()`` passes the deadline; yield how many are done, which it was and what was found."""
+        """Measure tasks until ``now()`` passes the deadline; yield how many are done, which it was and what was found.
+
+        Raises:
+            SpecError: If the file cannot be written; :func:`~lq_kernels.tuned.table.check_target` says so before.
+        """
         digests, last = source_digests(), None
         try:
             for done, (each, m) in enumerate(tasks, 1):
                 if now() > deadline:
                     break
                 if last is not None and last != each:
-                    write(self.table, self.path)
+                    self._save()
                 last = each
                 kernels = self.kernels((each, m))
                 found, failed = search(
@@ -225,7 +229,15 @@ class Run:
                 yield done, (each, m), found
         finally:
             if self.table.points:
-                write(self.table, self.path)
+                self._save()
+
+    def _save(self) -> None:
+        try:
+            write(self.table, self.path)
+        except OSError as error:
+            raise SpecError(
+                f"cannot write {str(self.path)!r}: {error.strerror or error}; give another file with --output"
+            ) from error
 
     def _near(self, kernel: str, each: Weight, m: int) -> list[Cut]:
         """Return the cuts of the next numbers of tokens: two that are larger, and one that is smaller."""

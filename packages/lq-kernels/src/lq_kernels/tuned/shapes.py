@@ -116,13 +116,20 @@ def _size(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
     return value
 
 
-def parse_counts(text: str, what: str) -> tuple[int, ...]:
-    """Read a comma-separated list of positive integers (-1 too, for group sizes), in its order, without repetition.
+def parse_counts(text: str, what: str, *, or_row: bool = False) -> tuple[int, ...]:
+    """Read a comma-separated list of positive integers, in its order, without repetition.
+
+    Args:
+        text: The list.
+        what: The option that it was given for.
+        or_row: Whether -1 is allowed too, which is a whole row among group sizes.
 
     Raises:
         SpecError: If an item is something else.
     """
     items = [part.strip() for part in text.split(",") if part.strip()]
-    if not items or not all(item == "-1" or (item.isdecimal() and 0 < int(item) <= _MAX_SIZE) for item in items):
-        raise SpecError(f"{what}={text!r}: expected positive integers, separated by commas")
+    counts = [item for item in items if not (or_row and item == "-1")]
+    if not items or not all(item.isdecimal() and 0 < int(item) <= _MAX_SIZE for item in counts):
+        expected = "positive integers or -1" if or_row else "positive integers"
+        raise SpecError(f"{what}={text!r}: expected {expected}, separated by commas")
     return tuple(dict.fromkeys(int(item) for item in items))

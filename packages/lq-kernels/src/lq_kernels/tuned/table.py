@@ -15,7 +15,6 @@ untrusted: their size, and every value, is checked before it is used.
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -231,6 +230,28 @@ def write(table: Table, path: Path) -> None:
         raise
 
 
+def check_target(path: Path) -> None:
+    """Raise SpecError unless :func:`write` can write a table at ``path``: before a measurement, not after it.
+
+    Nothing is created. Folders that are missing are no reason; the first one that is there decides.
+    """
+    try:
+        reason = _why_not_write(path)
+    except OSError as error:  # a name that is too long, or a folder that cannot be searched
+        reason = error.strerror or str(error)
+    if reason:
+        raise SpecError(f"cannot write {str(path)!r}: {reason}; give another file with --output")
+
+
+def _why_not_write(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder"
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        return f"{str(folder)!r} is no folder"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"the folder {str(folder)!r} may not be written"
+
+
 def dump(table: Table) -> str:
     """Return a table as the text of its file."""
     lines = []
@@ -295,11 +316,11 @@ def _stamp(found: Any) -> Stamp:
 
 def _entry(found: Any) -> tuple[tuple[str, Weight], _Columns]:
     _keys(found, "kernel", *_WEIGHT, "m", "us", "cut")
-    if found["kernel"] not in SOURCES:
+    if not _is_text(found["kernel"]) or found["kernel"] not in SOURCES:
         _refuse(f"no kernel is called {str(found['kernel'])[:40]!r}")
     try:
         weight = Weight(**{name: found[name] for name in _WEIGHT})
-    except (SpecError, TypeError):
+    except (SpecError, TypeError, RecursionError):
         _refuse("an entry's weight is none")
     ms, times, cut = found["m"], found["us"], found["cut"]
     if not isinstance(ms, list) or not 0 < len(ms) <= MAX_POINTS or not _are_integers(ms, 1):
@@ -330,7 +351,7 @@ def _are_integers(values: list[Any], least: int) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 < value < _MAX_US
+    return type(value) in (int, float) and 0 < value < _MAX_US
 
 
 def _refuse(what: str) -> NoReturn:
