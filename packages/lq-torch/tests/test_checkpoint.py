@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from lq_formats import DeviceError, FormatError, LQError, ShapeError, SpecError, UnknownVersionError
+from lq_formats import DeviceError, FormatError, LQError, ShapeError, SpecError, UnknownVersionError, UnsupportedError
 from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4WeightOnlyConfig,
@@ -22,6 +22,7 @@ from lq_torch import (
     quantize_,
     save_pretrained,
 )
+from lq_torch.safetensors_header import DTYPES
 from safetensors.torch import load_file
 from torch import nn
 
@@ -91,6 +92,31 @@ def test_files_hold_the_same_canonical_bits_for_every_library(symmetric, tmp_pat
         assert all(
             torch.equal(other[name], tensor) and other[name].dtype == tensor.dtype for name, tensor in plain.items()
         )
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_every_dtype_that_is_saved_is_loaded(persistent, tmp_path):
+    def made() -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 64))
+        turns = torch.polar(torch.ones(4), torch.arange(4.0))
+        model.register_buffer("freqs_cis", turns, persistent=persistent)
+        for number, dtype in enumerate(DTYPES.values()):
+            if not dtype.is_complex:
+                model.register_buffer(f"of_{number}", torch.arange(3).to(dtype))
+        return model
+
+    model, other = made(), made()
+    quantize_(model, Int8WeightOnlyConfig())
+    save_pretrained(model, tmp_path)
+    other.freqs_cis.zero_()
+    load(tmp_path, other)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer.view(torch.uint8), other.get_buffer(name).view(torch.uint8)), name
+        assert buffer.dtype == other.get_buffer(name).dtype
+    model.register_buffer("wide", torch.ones(2, dtype=torch.complex128))
+    with pytest.raises(UnsupportedError, match=r"'wide' has dtype torch\.complex128, which safetensors files do not hold"):
+        save_pretrained(model, tmp_path)
+    load(tmp_path, made())
 
 
 def test_saving_again_leaves_no_stale_files(saved):

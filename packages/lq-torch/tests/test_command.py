@@ -79,7 +79,8 @@ def low_bit(model):
     ids=["rtn", "mse-asym", "hqq-fp32", "int3-asym", "int8"],
 )
 def test_without_data(lq, folder, tmp_path, arguments, kind, bits):
-    status, out, err = lq("quantize", folder, tmp_path, "--group-size", 32, "--device", "cpu", *arguments)
+    group = () if kind is Int8Tensor else ("--group-size", 32)
+    status, out, err = lq("quantize", folder, tmp_path, *group, "--device", "cpu", *arguments)
     assert (status, err) == (0, "")
     found = low_bit(load(tmp_path))
     assert {type(weight) for weight in found.values()} == {kind}
@@ -108,6 +109,32 @@ def test_with_a_calibration_text(lq, folder, text, tmp_path, algorithm):
     # The context of the model is 32 tokens: 15 windows of the text's 500.
     assert {layer["tokens"] for layer in report["layers"]} == {480}
     assert (tmp_path / "state" / "block-00001").is_dir()
+
+
+@pytest.mark.parametrize("option", [("--group-size", 64), ("--scale-dtype", "float16")], ids=lambda option: option[0])
+def test_int8_refuses_what_it_has_no_use_for(lq, folder, tmp_path, option):
+    status, out, err = lq("quantize", folder, tmp_path / "out", "--scheme", "int8", "--device", "cpu", *option)
+    assert (status, out) == (1, "")
+    assert "--scheme int8 has one scale a row, in float32: leave out --group-size and --scale-dtype" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_calibration_are_named_where_there_is_none(lq, folder, tmp_path):
+    common = ("quantize", folder, tmp_path, "--algorithm", "rtn", "--group-size", 32, "--device", "cpu")
+    status, _, err = lq(*common, "--windows", 4, "--batch-size", 2, "--offload", "--resume", tmp_path / "state")
+    assert status == 0
+    assert "lq: --windows, --batch-size, --offload, --resume are not used: rtn needs no data" in err
+    assert "lq: --window-length is not used: rtn" in lq(*common, "--window-length", 8)[2]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_work(lq, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lq_torch.cli_quantize.load_dense", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / ("x" * 300)):
+        status, _, err = lq("quantize", folder, out, "--device", "cpu")
+        assert status == 1
+        assert "cannot write to" in err
+        assert "name another folder to write" in err
 
 
 @pytest.mark.parametrize("ggml_type", ["q4_0", "q5_1", "iq4_nl"])

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from lq_torch.arguments import check_module, parse_device
 from lq_torch.checkpoint_index import FORMAT_VERSION, INDEX_NAME, SEPARATOR, VERSION_KEY, CheckpointIndex, read_index
 from lq_torch.merge import refuse_merged
-from lq_torch.safetensors_header import read_tensor
-from lq_torch.staging import refuse_holding, replacing
+from lq_torch.safetensors_header import DTYPES, read_tensor
+from lq_torch.staging import check_folder, refuse_holding, replacing
 from lq_torch.tensors import LowBitTensor
 from lq_torch.tensors.base import SCALE_DTYPES
 
@@ -77,6 +77,7 @@ def save_pretrained(
 
 def check_target(folder: Path) -> None:
     """Raise SpecError unless :func:`save_pretrained` may write to a folder."""
+    check_folder(folder)
     refuse_holding(folder, FOREIGN_NAMES, "a checkpoint that lq_torch.save_pretrained did not write")
 
 
@@ -172,7 +173,7 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     values = dict(model.state_dict(keep_vars=True))
     for path, buffer in model.named_buffers():
         # Not in the state dict, yet part of the function: a model converted to bf16 has bf16 rotary frequencies.
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() or buffer.is_complex():
             values.setdefault(path, buffer)
     for path, value in values.items():
         if SEPARATOR in path:
@@ -181,6 +182,8 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise UnsupportedError(f"{path!r} of the state dict is a {type(value).__name__}: only tensors are saved")
         if value.device.type == "meta":
             raise UnsupportedError(f"{path!r} is on the meta device and has no values to save")
+        if value.dtype not in DTYPES.values():
+            raise UnsupportedError(f"{path!r} has dtype {value.dtype}, which safetensors files do not hold; convert it")
         if id(value) in seen:
             aliases[path] = seen[id(value)]
         else:

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--windows", type=int, metavar="N", help="calibration windows (default: 128, or as many as the text has)")
     add("--window-length", type=int, metavar="T", help="tokens in each (default: 2048, or the model's context)")
-    add("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
+    add("--batch-size", type=int, metavar="N", help="windows at a time (default: 8)")
     add("--exclude", metavar="REGEX", help="leave out layers whose path has a match")
     add("--scale-dtype", choices=tuple(DTYPES), help="of scales and zeros (default: the weights')")
     add("--dtype", choices=tuple(DTYPES), help="load and compute in this dtype (default: the one it was saved in)")

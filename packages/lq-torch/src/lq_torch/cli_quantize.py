@@ -31,6 +31,9 @@ GGML_TYPES = tuple(name for name, form in GGML_FORMATS.items() if form.quantizer
 SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", *GGML_TYPES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "calibration.json"
+_BATCH_SIZE = 8
+_OF_CALIBRATION = ("calibration", "windows", "window_length", "batch_size", "offload", "resume")
+"""Options that say nothing where there is none."""
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -99,6 +102,8 @@ def _config(options: argparse.Namespace) -> WeightConfig:
     if bits == 8:
         if options.algorithm not in (None, "rtn") or options.asymmetric:
             raise SpecError("--scheme int8 is symmetric and rounds to nearest: there is no --algorithm but rtn for it")
+        if options.group_size not in (None, -1) or options.scale_dtype is not None:
+            raise SpecError("--scheme int8 has one scale a row, in float32: leave out --group-size and --scale-dtype")
         return Int8WeightOnlyConfig()
     return IntxWeightOnlyConfig(bits=bits, **common, choose_qparams_algorithm=algorithm)
 
@@ -133,7 +138,7 @@ def _mixed(
             symmetric=not options.asymmetric,
             scale_dtype=DTYPES.get(options.scale_dtype),
             filter_fn=lambda _, path: path in chosen,
-            batch_size=options.batch_size,
+            batch_size=_BATCH_SIZE if options.batch_size is None else options.batch_size,
             resume=options.resume,
             progress=lambda done, total: advance(done, total, ""),
         )
@@ -178,9 +183,10 @@ def _chosen(model: nn.Module, exclude: re.Pattern[str] | None) -> set[str]:
 def _text(options: argparse.Namespace) -> str | None:
     """Return the calibration text, or None where none is used."""
     if options.algorithm not in CALIBRATED and options.target_bits is None and not _weighted(options):
-        if options.calibration is not None:
+        given = [f"--{name.replace('_', '-')}" for name in _OF_CALIBRATION if getattr(options, name) not in (None, False)]
+        if given:
             user = options.algorithm or options.scheme or "this scheme"
-            sys.stderr.write(f"lq: --calibration is not used: {user} needs no data\n")
+            sys.stderr.write(f"lq: {', '.join(given)} {'is' if len(given) == 1 else 'are'} not used: {user} needs no data\n")
         return None
     if options.calibration is None:
         user = "--target-bits" if options.target_bits is not None else f"--algorithm {options.algorithm}"
@@ -213,7 +219,7 @@ def _calibrated(
             configs,
             gptq=GPTQOptions() if "gptq" in (options.algorithm or "") else None,
             awq=AWQOptions() if "awq" in (options.algorithm or "") else None,
-            batch_size=options.batch_size,
+            batch_size=_BATCH_SIZE if options.batch_size is None else options.batch_size,
             device=device,
             offload=options.offload,
             resume=options.resume,
@@ -235,5 +241,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def _summary(model: nn.Module) -> str:
     weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
-    bits = sum(w.saved_nbytes for w in weights) * 8 / max(sum(w.numel() for w in weights), 1)
-    return f"{len(weights)} layers of {sum(w.numel() for w in weights):,} weights in {bits:.3f} bits each"
+    count, total = sum(w.numel() for w in weights), sum(p.numel() for p in model.parameters())
+    bits = sum(w.saved_nbytes for w in weights) * 8 / max(count, 1)
+    dense = f", {1 - count / total:.0%} of the model's as they were" if total >= 2 * count else ""
+    return f"{len(weights)} layers of {count:,} weights in {bits:.3f} bits each{dense}"

@@ -16,7 +16,7 @@ from lq_torch.interop.folder import OLD_CONFIGS
 from lq_torch.interop.weights import to_affine
 from lq_torch.merge import refuse_merged
 from lq_torch.quantize import named
-from lq_torch.staging import refuse_holding, replacing
+from lq_torch.staging import check_folder, refuse_holding, replacing
 from lq_torch.tensors import LowBitTensor
 
 # Of an earlier checkpoint: readers would take its configuration for that of the new files, or its index.
@@ -49,6 +49,7 @@ def export_pretrained(
     form = export_format(format)
     refuse_merged(model, "export_pretrained")
     folder = Path(directory)
+    check_folder(folder)
     refuse_holding(folder, [INDEX_NAME], "a checkpoint of lq, which lq_torch.load would go on reading")
     values = _values(model)
     parts = split_shards(values, max_shard_bytes)
