@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -116,6 +117,68 @@ def test_warnings_say_why_nothing_was_quantized():
     quantize_(model, Int8WeightOnlyConfig())
     with pytest.warns(UserWarning, match="all 2 are quantized already"):
         quantize_(model, Int8WeightOnlyConfig())
+
+
+class Experts(nn.Module):
+    """As many models hold their experts: stacked, without an nn.Linear."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(count, 64, 32))
+        self.down = nn.Parameter(torch.randn(count, 32, 64))
+        self.again = self.up
+
+
+def said(model, filter_fn=None):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn)
+    return [(str(warning.message), warning.filename) for warning in caught]
+
+
+def test_stacked_experts_that_stay_dense_are_named_with_their_share():
+    model = nn.ModuleDict({"attn": nn.Linear(64, 64, bias=False), "a": Experts(2), "b": Experts(1)})
+    stacked = {name: value.clone() for name, value in model.named_parameters() if "attn" not in name}
+    # 3 * 2 * 64 * 32 of the weights are stacked, and 64 * 64 are not.
+    message = (
+        "quantize_ quantizes nn.Linear layers only: 75% of the weights stay dense, in parameters of 3 or more dimensions such "
+        "as 'a.up', 'a.down', 'b.up'"
+    )
+    assert said(model) == [(message, __file__)]
+    assert quantized(model) == ["attn.weight"]
+    for name, value in stacked.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Experts(1),
+        lambda: nn.ModuleList([nn.Conv1d(64, 64, 9), nn.Bilinear(32, 32, 32)]),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3)),
+        lambda: type("Convolution", (nn.Conv1d,), {})(64, 64, 9),
+        lambda: nn.LazyConv2d(64, 3),
+        lambda: nn.ParameterList([torch.randn(256, 64)]),
+    ],
+    ids=["little", "conv", "parametrized", "subclass", "lazy", "matrices"],
+)
+def test_other_parameters_that_stay_dense_are_not_spoken_of(other):
+    model = nn.ModuleDict({"mlp": nn.Linear(256, 64), "other": other()})
+    assert said(model) == []
+    assert quantized(model) == ["mlp.weight"]
+
+
+def test_a_list_of_stacked_parameters_is_named():
+    model = nn.ModuleDict({"mlp": nn.Linear(64, 64), "experts": nn.ParameterList([torch.randn(4, 64, 64)])})
+    ((message, _),) = said(model)
+    assert "80% of the weights stay dense" in message
+    assert message.endswith("such as 'experts.0'")
+
+
+def test_a_filter_chose_what_stays_dense():
+    model = nn.ModuleDict({"attn": nn.Linear(64, 64), "experts": Experts(8)})
+    assert said(model, lambda module, path: True) == []
+    assert quantized(model) == ["attn.weight"]
 
 
 def test_a_second_pass_quantizes_the_rest():

@@ -223,6 +223,64 @@ def test_what_cannot_be_rotated_is_named_and_left_as_it_was(model, options, matc
     assert unchanged(model, before)
 
 
+class Narrow(nn.Module):
+    """Runs in the dtypes that its kernel has."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        if x.dtype is torch.float64:
+            raise RuntimeError("Expected mat_a to be Float32, got Double\nException raised from grouped_mm")
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "post_attention_layernorm"])
+def test_a_block_that_does_not_run_in_float64_is_named_and_left_as_it_was(name):
+    model = make()
+    block = model.model.layers[1]
+    setattr(block, name, Narrow(block.get_submodule(name)))
+    before = state(model)
+    reason = r"^model\.layers\.1: rotations are tried in float64, .*\(RuntimeError: Expected mat_a .*, got Double\); "
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        rotate_(model)
+    assert "grouped_mm" not in str(caught.value)
+    assert unchanged(model, before)
+
+
+def test_a_block_that_fails_goes_back_to_its_device(monkeypatch):
+    model = make()
+    block, moves = model.model.layers[1], []
+    block.mlp = Narrow(block.mlp)
+    monkeypatch.setattr(block, "to", lambda device: moves.append(device.type))
+    with pytest.raises(UnsupportedError):
+        rotate_(model)
+    assert moves == ["cpu", "cpu"]  # to where blocks are tried, and back
+
+
+class NarrowNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        if x.dtype is torch.float64:
+            raise NotImplementedError
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight)
+
+
+def test_a_norm_that_does_not_run_in_float64_is_named():
+    model = make()
+    model.model.norm = NarrowNorm(64)
+    before = state(model)
+    with pytest.raises(
+        UnsupportedError, match=r"^model\.norm: rotations are tried in float64, .*\(NotImplementedError\)"
+    ):
+        rotate_(model)
+    assert unchanged(model, before)
+
+
 def test_layers_in_one_and_odd_sizes_have_their_option(tokens):
     for model, options in (
         (make("Phi3"), {"heads": False}),

@@ -22,6 +22,7 @@ from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.integrations.causal_lm import load_dense, token_windows
 from lq_torch.quantize import quantize_, select_linears
 from lq_torch.rotation import rotate_
+from lq_torch.staging import check_folder
 from lq_torch.tensors import LowBitTensor
 
 DATA_FREE = ("rtn", "mse", "hqq")
@@ -46,6 +47,7 @@ def quantize(options: argparse.Namespace) -> None:
     device = _device(options.device)
     exclude = _pattern(options.exclude)
     text = _text(options)
+    check_folder(options.out)
     if options.out.exists() and Path(options.model).exists() and options.out.samefile(options.model):
         raise SpecError(f"{options.out} is the model itself; name another folder to write")
     check_target(options.out)

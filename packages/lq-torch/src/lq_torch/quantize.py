@@ -22,6 +22,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 _HEADS = ("lm_head", "output", "embed_out")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FP16_MAX = torch.finfo(torch.float16).max
+_MUCH = 0.25  # of a model's weights, to warn where they stay dense
 
 
 def quantize_(
@@ -34,7 +35,8 @@ def quantize_(
     """Replace the weights of a model's Linear layers by quantized ones, in place, layer by layer.
 
     Everything is validated first: on any error the model is as it was. Layers that are already quantized are left
-    alone. Where there is nothing to quantize, a warning says why.
+    alone. Where there is nothing to quantize, a warning says why. Another one says what stays dense without being asked to,
+    if it is a quarter of the weights or more: parameters of three dimensions, such as the experts of many models.
 
     Args:
         model: Any module. Weights are quantized on the device they are on.
@@ -71,6 +73,8 @@ def quantize_(
                 quantized = config.quantize(layer.weight.detach())
             layer.weight = nn.Parameter(quantized, requires_grad=False)
             bar.advance(task)
+    if filter_fn is None and (left := what_stayed(model)):
+        warnings.warn(f"quantize_ quantizes nn.Linear layers only: {left}", stacklevel=2)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -168,6 +172,35 @@ def why_none(model: nn.Module) -> str:
     if not dense:
         return f"all {len(linears)} are quantized already"
     return f"filter_fn took none of {len(dense)}, among them {', '.join(repr(path) for path in dense[:3])}"
+
+
+def what_stayed(model: nn.Module) -> str | None:
+    """Say which parameters of three or more dimensions are dense and a quarter of the weights or more, or return None.
+
+    Those of torch.nn's own modules (convolutions) are what they are; others are often a Linear layer for each expert.
+    """
+    total = 0
+    seen: set[int] = set()
+    stacked: dict[str, int] = {}
+    for path, module in model.named_modules():
+        for name, value in module.named_parameters(path, recurse=False):
+            if id(value) in seen or isinstance(value, UninitializedParameter) or not value.is_floating_point():
+                continue
+            seen.add(id(value))
+            total += value.numel()
+            if value.dim() > 2 and not isinstance(value, LowBitTensor) and not _is_of_torch(module):
+                stacked[name] = value.numel()
+    dense = sum(stacked.values())
+    if dense == 0 or dense < _MUCH * total:
+        return None
+    paths = ", ".join(repr(path) for path in list(stacked)[:3])
+    return f"{dense / total:.0%} of the weights stay dense, in parameters of 3 or more dimensions such as {paths}"
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Return whether a module is one of torch.nn's, or derived from one; containers do not count."""
+    classes = [cls.__module__ for cls in type(module).__mro__ if cls is not nn.Module]
+    return any(name.startswith("torch.nn.") and name != "torch.nn.modules.container" for name in classes)
 
 
 def _largest(w: Tensor) -> float:

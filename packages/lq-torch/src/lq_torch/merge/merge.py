@@ -37,7 +37,8 @@ def merge_linears(
     names of the separate layers; :func:`unmerge_linears` restores them. Groups that cannot be merged are left as they
     are, and one warning names each with the reason.
 
-    Weights move into new parameters: make optimizers afterwards.
+    Weights move into new parameters: make optimizers afterwards. What a sibling returns is a slice of the product, so it is
+    not contiguous: a forward that makes one dimension of its last and another one must do so by ``reshape``, not ``view``.
 
     Args:
         model: Any module; quantized (int4, int8 with a scale a row, ggml) or dense weights.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from lq_formats import UnsupportedError
+from lq_formats import LQError, UnsupportedError
 from torch import Tensor, nn
 
 from lq_torch.calibrate.blocks import Stream, map_tensors
@@ -110,8 +110,15 @@ def plan_block(
         head_rotation: Of each head's values, or None to leave them.
 
     Raises:
-        UnsupportedError: If the block cannot take a rotated stream, or has no values to rotate.
+        UnsupportedError: If the block cannot take a rotated stream, has no values to rotate, or does not run in float64.
     """
+    with _trial(path):
+        return _plan(path, block, stream, number, rotation, head_rotation)
+
+
+def _plan(
+    path: str, block: nn.Module, stream: Stream, number: int, rotation: Tensor, head_rotation: Tensor | None
+) -> BlockPlan:
     trial, entering = _widened(block, stream)
     (run,) = entering.runs(number, trial)
     width = rotation.shape[0]
@@ -149,7 +156,8 @@ def find_folds(path: str, modules: Mapping[str, nn.Module], width: int, run: Cal
         run: Runs them once.
 
     Raises:
-        UnsupportedError: If such a norm does more than divide by the root mean square and multiply by a weight.
+        UnsupportedError: If such a norm does more than divide by the root mean square and multiply by a weight, or does not
+            run in float64.
     """
     made: list[tuple[str, Tensor]] = []
     taken: list[tuple[str, Tensor]] = []
@@ -179,6 +187,11 @@ def find_folds(path: str, modules: Mapping[str, nn.Module], width: int, run: Cal
 
 def _offset(path: str, norm: nn.Module, width: int) -> float:
     """Return what an RMS norm adds to its weight, 0 or 1, having tried that it commutes with rotations."""
+    with _trial(path):
+        return _try_norm(path, norm, width)
+
+
+def _try_norm(path: str, norm: nn.Module, width: int) -> float:
     trial = copy.deepcopy(norm).double()
     weight = trial.weight
     assert isinstance(weight, Tensor)
@@ -229,6 +242,20 @@ def _find_heads(
         f"{path}: no pair of layers makes and mixes values in heads of {size} (q, k and v in one layer?); rotate the residual "
         "stream only: heads=False, or lq quantize --rotate-stream"
     )
+
+
+@contextmanager
+def _trial(path: str) -> Iterator[None]:
+    """Give whatever fails inside, but for want of memory, the name of what was tried."""
+    try:
+        yield
+    except (LQError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+        raise UnsupportedError(
+            f"{path}: rotations are tried in float64, where it fails ({reason}); quantize without rotating"
+        ) from error
 
 
 @contextmanager

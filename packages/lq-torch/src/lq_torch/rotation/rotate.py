@@ -65,8 +65,8 @@ def rotate_(
 
     Raises:
         UnsupportedError: If the architecture does not allow it (norms that subtract a mean or have a bias or whose output no
-            Linear layer takes, learned positions, shared weights, tied embeddings without ``untie``), or the model is
-            quantized.
+            Linear layer takes, learned positions, shared weights, tied embeddings without ``untie``, a block that does not
+            run in float64), or the model is quantized.
         SpecError: If there is no Hadamard matrix of a size, or ``model`` is no module.
         LQError: The named error of a weight that is not a finite matrix.
     """
@@ -173,10 +173,12 @@ class _Rotating:
         for number, (path, block) in enumerate(self._blocks):
             home = next(block.parameters()).device
             block.to(where)
-            plans.append(plan_block(path, block, stream, number, rotation, head_rotation))
-            if number < len(self._blocks) - 1:
-                stream.advance(number, path, block)
-            block.to(home)
+            try:
+                plans.append(plan_block(path, block, stream, number, rotation, head_rotation))
+                if number < len(self._blocks) - 1:
+                    stream.advance(number, path, block)
+            finally:
+                block.to(home)
         return plans
 
     def _rotated_embedding(self) -> Tensor:
