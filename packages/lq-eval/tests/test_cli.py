@@ -147,6 +147,60 @@ def test_ppl_refuses_a_baseline_of_another_vocabulary(lq_eval, tiny, tmp_path):
         assert reason in result.stderr
 
 
+@pytest.fixture(scope="module")
+def short(tiny, tmp_path_factory):
+    """A random OPT of 128 positions: of more it has no embedding."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    folder = tmp_path_factory.mktemp("short")
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "vocab_size": tiny.model.config.vocab_size}
+    config = OPTConfig(num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128, **sizes)
+    OPTForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "--seq-len 256: {} reads at most 128 tokens at once by its configuration; give --seq-len 128 or less"),
+        (("--seq-len", 128, "--protocol", "windows-bos"), "--seq-len 128 and the BOS token of 'windows-bos': {} reads"),
+        (("--seq-len", 128, "--decode-tokens", 64), "--decode-tokens 64, one more and a prompt of 64: {} reads"),
+        (("--seq-len", 32, "--decode-tokens", 96), "--decode-tokens 96, one more and a prompt of 32: {} reads"),
+    ],
+    ids=["default", "bos", "decode", "short-prompt"],
+)
+def test_ppl_refuses_windows_that_a_model_was_not_made_for(lq_eval, short, options, reason):
+    result = lq_eval("ppl", short, "--tokens", 256, "--device", "cpu", *options)
+    assert result.exit_code == 1
+    assert f"lq-eval: SpecError: {reason.format(f'the model {str(short)!r}')}" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seq-len", 128),
+        ("--seq-len", 127, "--protocol", "windows-bos"),
+        ("--seq-len", 32, "--decode-tokens", 95),
+    ],
+    ids=["windows", "bos", "decode"],
+)
+def test_ppl_takes_windows_as_long_as_the_context(lq_eval, short, options):
+    result = lq_eval("ppl", short, "--tokens", 256, "--device", "cpu", "--scheme", "int8", "--no-kl", *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_ppl_refuses_windows_that_a_models_rotary_embeddings_or_its_baselines_do_not_reach(lq_eval, short):
+    longer = ("--tokens", 1025, "--seq-len", 1025, "--device", "cpu")
+    result = lq_eval("ppl", tiny_llama_path(), *longer)
+    assert result.exit_code == 1
+    assert f"--seq-len 1025: the model {str(tiny_llama_path())!r} reads at most 1024 tokens" in result.stderr
+    result = lq_eval("ppl", tiny_llama_path(), "--baseline", short, "--tokens", 256, "--device", "cpu")
+    assert result.exit_code == 1
+    assert f"--seq-len 256: the model {str(short)!r} reads at most 128 tokens" in result.stderr
+
+
 def test_ppl_prints_one_json_document_last(lq_eval, tiny, tmp_path):
     """The document of a saved folder beside its float model has the figures of the scheme that it was saved in."""
     folder, record = tmp_path / "quantized", tmp_path / "ppl.jsonl"
@@ -270,6 +324,28 @@ def test_bench_ggml_records_layers_of_every_type(lq_eval, tmp_path):
     assert "SpecError" in refused.output
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("gemm", "--shapes", "128x128", "--ops", "int8"),
+        ("variants", "--shapes", "128x128"),
+        ("fused", "--models", "128x128x128"),
+        ("ggml", "--n", 32, "--k", 64),
+        ("ggml", "--n", 32, "--k", 64, "--types", "q8_0"),
+    ],
+    ids=["gemm", "variants", "fused", "ggml", "ggml-types"],
+)
+def test_a_table_without_rows_says_that_the_time_was_up(lq_eval, command):
+    common = ("bench", *command, "--ms", 1, "--device", "cpu", "--seconds")
+    note = "(the time was up; give --seconds for more)"
+    nothing = lq_eval(*common, 0)
+    assert nothing.exit_code == 0, nothing.output
+    assert note in " ".join(nothing.output.split())
+    everything = lq_eval(*common, 600)
+    assert everything.exit_code == 0, everything.output
+    assert note not in " ".join(everything.output.split())
+
+
 def test_bench_record_runs_every_step(lq_eval, tmp_path, monkeypatch):
     """Without the fresh processes of ``cold``, which its own test starts."""
 
@@ -346,6 +422,8 @@ def test_bench_record_has_a_step_for_every_benchmark_but_ggml():
         (("ppl", "x", "--protocol", "sliding"), "SpecError"),
         (("ppl", "x", "--baseline", "y", "--scheme", "int8"), "SpecError"),
         (("ppl", "x", "--scale-dtype", "int4"), "SpecError"),
+        (("ppl", "x", "--decode-tokens", "1"), "SpecError"),
+        (("ppl", "x", "--decode-tokens", "-4"), "SpecError"),
         (("ppl", "x", "--device", "cuda:99"), "SpecError"),
         (("ppl", "x", "--device", "mps"), "SpecError"),
         (("bench", "ggml", "--device", "meta"), "SpecError"),
@@ -411,6 +489,14 @@ def test_a_record_that_cannot_be_written_is_refused_before_the_measurement(lq_ev
         result = lq_eval(*command, target)
         assert result.exit_code == 1
         assert result.stderr.startswith(f"lq-eval: SpecError: cannot write '{target}")
+
+
+@pytest.mark.parametrize("tokens", [1, -1])
+def test_ppl_refuses_steps_without_a_median_before_loading(lq_eval, monkeypatch, tokens):
+    monkeypatch.setattr("lq_eval.models.load_model", None)
+    result = lq_eval("ppl", tiny_llama_path(), "--decode-tokens", tokens)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"lq-eval: SpecError: --decode-tokens {tokens}: expected at least 2")
 
 
 def test_debug_raises(lq_eval):

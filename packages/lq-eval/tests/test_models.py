@@ -1,12 +1,13 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lq_eval.data import tiny_llama_path
 from lq_eval.errors import ModelLoadError
 from lq_eval.evaluate import quantized_copy
-from lq_eval.models import default_device, default_dtype, load_model, model_size, read_weight
+from lq_eval.models import context_length, default_device, default_dtype, load_model, model_size, read_weight
 from lq_eval.schemes import parse_scheme
 from lq_formats import DTypeError, SpecError
 from lq_torch import export_pretrained
@@ -21,6 +22,49 @@ def test_size_counts_what_is_saved(tiny):
     packed = model_size(quantized_copy(tiny.model, parse_scheme("int4-g128", torch.float16)))
     assert packed.bits_per_weight == 4.125
     assert packed.total_bytes == dense.total_bytes - 2 * packed.linear_weights + packed.linear_bytes
+
+
+def test_size_counts_buffers_that_are_saved_once():
+    """Integers as they are, floats as those of parameters."""
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 2, bias=False), torch.nn.Identity()])
+    shared = torch.zeros(16)
+    for module in model:
+        module.register_buffer("shared", shared)
+        module.register_buffer("absent", None)
+    model[1].register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+    model[1].register_buffer("cache", torch.zeros(100), persistent=False)
+    model[1].register_parameter("weight", model[0].weight)
+    for dense_bytes in (2, 4):
+        assert model_size(model, dense_bytes).total_bytes == (8 + 16) * dense_bytes + 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (None, None),
+        ({}, None),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": None, "n_positions": 512}, 512),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": "long"}, None),
+        ({"text_config": SimpleNamespace(max_position_embeddings=64)}, 64),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}, 4096),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 16384),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+    ],
+)
+def test_the_context_is_what_the_configuration_says(config, length):
+    model = torch.nn.Linear(2, 2)
+    if config is not None:
+        model.config = SimpleNamespace(**config)
+    assert context_length(model) == length
 
 
 def test_quantizing_a_copy_leaves_the_model_alone(tiny):

@@ -179,8 +179,14 @@ def test_a_figure_needs_rows(rows, tmp_path):
         (row(0, 2.0), "m=0; expected a positive integer"),
         (row(1, "fast"), "speedup='fast'; expected a number"),
         (row(1, 2.0, dense_us=[1]), r"dense_us=\[1\]; expected a number"),
+        (row(10**30, 2.0), r"m=10+; expected a positive integer of at most 63 bits"),
+        (row(1, 10**400), r"speedup=10+\.\.\.0+; expected a number"),
+        (row(1, 2.0, kernel=["a"]), r"kernel=\['a'\]; expected a text"),
+        (row(1, 2.0, dtype=["x"]), r"dtype=\['x'\]; expected a text"),
+        (row(1, 2.0, op={"int4": 1}), r"op={'int4': 1}; expected a text"),
+        (row(1, 2.0, shape=8), r"shape=8; expected a text"),
     ],
-    ids=["sizes", "text", "zero", "speedup", "dense"],
+    ids=["sizes", "text", "zero", "speedup", "dense", "m", "large", "kernel", "dtype", "op", "shape"],
 )
 def test_damaged_rows_are_named_with_their_file(lq_eval, tmp_path, damaged, reason):
     record = tmp_path / "records.jsonl"
@@ -218,6 +224,13 @@ def test_a_figure_needs_a_known_format_and_a_place(lq_eval, rows, tmp_path, name
         assert reason in result.stderr
         assert result.stdout == ""
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_numbers_that_no_int64_holds_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    large = [row(1, 2**70, us=2**70, dense_us=2**71), row(2**63 - 1, 1.5, us=1.5, dense_us=3.0, kernel=None)]
+    for draw in (plot_speedup, plot_times):
+        assert draw(large, tmp_path / "large.svg").stat().st_size > 0
 
 
 def test_records_of_several_files_are_drawn_together(lq_eval, rows, tmp_path):

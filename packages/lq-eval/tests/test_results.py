@@ -39,8 +39,12 @@ def test_outside_of_a_checkout_there_is_no_commit(monkeypatch):
         b'{"bench": "a", "environment": {}, "rows": [{}, 3]}',
         b"[]",
         b'{"bench": "\xff"}',
+        b"[" * 100_000,
+        b'{"bench": "a", "environment": {}, "rows": [%s]}' % (b"[" * 100_000),
+        b'{"bench": "a", "environment": {}, "rows": [{"m": %s}]}' % (b"1" * 5000),
+        b'{"bench": "a", "environment": {}, "rows": [%s%s]}' % (b"[" * 900, b"]" * 900),
     ],
-    ids=["cut", "keys", "types", "row", "list", "not UTF-8"],
+    ids=["cut", "keys", "types", "row", "list", "not UTF-8", "nested", "nested rows", "digits", "nested row"],
 )
 def test_a_damaged_line_is_named_by_number(tmp_path, line):
     path = tmp_path / "records.jsonl"

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,24 @@ def test_bits_count_codes_scales_and_zeros(normal):
     assert bits["int4-g128-asym", "float32"] == 4 + (32 + 8) / 128
     assert bits["q4_0", "float16"] == 4.5
     assert bits["int8", "float32"] == 8 + 32 / 8192
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(name for name in DEMO_SCHEMES if name.startswith("int4")),
+        *("int4-g128-asym-hqq", "int4-g128:plain", "int4-g128:preshuffled"),
+        *(f"int4-{group}-a8-{activation}" for group in ("g128", "row") for activation in ("fp8", "int8")),
+    ],
+)
+def test_every_int4_scheme_has_scales_of_the_dtype_asked_for(normal, scheme):
+    """float32 takes 16 bits more than float16 and bfloat16 for each scale, and for each zero that is no code."""
+    columns = 1024
+    values = 2 if re.search("asym-(mse|hqq)", scheme) else 1
+    wide, half, brain = measure_matrix(normal[:64, :columns], [scheme], ["float32", "float16", "bfloat16"])
+    group = re.match(r"int4-g(\d+)", scheme)
+    assert wide.bits_per_weight - half.bits_per_weight == values * 16 / (int(group[1]) if group else columns)
+    assert half.bits_per_weight == brain.bits_per_weight
 
 
 def test_finer_groups_err_less(normal):

@@ -200,6 +200,9 @@ def test_only_measured_points_of_this_gpu_and_commit_are_known():
     assert [r["m"] for r in known_points(records, here).values()] == [1]
     with pytest.raises(FormatError, match="the sweep to resume: a row lacks op"):
         known_points([Record("sweep", here, [{"m": 1, "us": 5.0}])], here)
+    for damaged in ({"op": ["int4"]}, {"group_size": [128]}, {"dtype": {}}, {"m": "1"}):
+        with pytest.raises(FormatError, match=f"the sweep to resume: a row with {next(iter(damaged))}="):
+            known_points([Record("sweep", here, [row(1, 5.0) | damaged])], here)
 
 
 @pytest.mark.usefixtures("no_waiting")

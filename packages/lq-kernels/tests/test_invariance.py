@@ -1,5 +1,8 @@
 """The batch-invariant mode: rows depend neither on each other nor on their number, bit for bit, in every product."""
 
+import contextlib
+import gc
+import inspect
 import threading
 
 import lq_kernels
@@ -8,6 +11,7 @@ import torch
 from lq_formats import (
     NoKernelError,
     QuantSpec,
+    UnsupportedError,
     choose_qparams,
     pack_int4,
     quantize_affine,
@@ -199,6 +203,115 @@ class TestMode:
 
         assert mode(2) == [True] * 3
         assert not is_batch_invariant()
+
+    def test_decorates_a_generator_whenever_it_runs(self):
+        """What is sent, thrown and returned goes through; the consumer has the mode that it chose itself."""
+
+        @batch_invariant()
+        def modes(count):
+            """A docstring."""
+            for _ in range(count):
+                try:
+                    seen.append((yield is_batch_invariant()))
+                except ZeroDivisionError as error:
+                    seen.append(error)
+                seen.append(is_batch_invariant())
+            return "done", is_batch_invariant()
+
+        seen = []
+        assert inspect.isgeneratorfunction(modes)
+        assert (modes.__name__, modes.__doc__) == ("modes", "A docstring.")
+        assert list(modes(2)) == [True, True]
+        assert seen == [None, True] * 2
+        seen.clear()
+        generator, thrown = modes(2), ZeroDivisionError()
+        assert next(generator)
+        assert not is_batch_invariant()
+        with batch_invariant(False):
+            assert generator.send("sent")
+            assert not is_batch_invariant()
+        assert not is_batch_invariant()
+        with pytest.raises(StopIteration) as stop:
+            generator.throw(thrown)
+        assert stop.value.value == ("done", True)
+        assert seen == ["sent", True, thrown, True]
+        assert not is_batch_invariant()
+
+    @pytest.mark.parametrize("end", ["close", "raise", "collect"])
+    def test_a_generator_ends_in_the_mode_and_leaves_it(self, end):
+        seen = []
+
+        @batch_invariant()
+        @batch_invariant(False)
+        @batch_invariant()
+        def inner():
+            try:
+                yield is_batch_invariant()
+            finally:
+                seen.append(is_batch_invariant())
+
+        @batch_invariant(False)
+        def outer():
+            seen.append(is_batch_invariant())
+            yield from inner()
+
+        generator = outer()
+        assert next(generator)
+        if end == "close":
+            generator.close()
+        elif end == "raise":
+            with pytest.raises(ZeroDivisionError):
+                generator.throw(ZeroDivisionError)
+        else:
+            del generator
+            gc.collect()
+        assert seen == [False, True]
+        assert not is_batch_invariant()
+
+    def test_a_generator_that_goes_on_after_close_is_an_error(self):
+        @batch_invariant()
+        def stubborn():
+            for _ in range(2):
+                with contextlib.suppress(GeneratorExit):
+                    yield is_batch_invariant()
+
+        generator = stubborn()
+        next(generator)
+        with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+            generator.close()
+        assert not is_batch_invariant()
+
+    def test_decorates_methods(self):
+        class Model:
+            @batch_invariant()
+            def mode(self):
+                return is_batch_invariant()
+
+            @batch_invariant()
+            def modes(self):
+                yield is_batch_invariant()
+
+            @batch_invariant()
+            @staticmethod
+            def static_modes():
+                yield is_batch_invariant()
+
+        model = Model()
+        assert model.mode()
+        assert list(model.modes()) == list(Model.static_modes()) == [True]
+
+    def test_refuses_what_is_asynchronous(self):
+        """Their mode would be that of whatever else the thread runs meanwhile."""
+
+        async def coroutine():
+            return is_batch_invariant()
+
+        async def generator():
+            yield is_batch_invariant()
+
+        for function in (coroutine, generator, staticmethod(coroutine)):
+            with pytest.raises(UnsupportedError, match=r"which is asynchronous: .*write 'with batch_inv"):
+                batch_invariant()(function)
 
     def test_belongs_to_a_thread_and_the_switch_to_the_process(self):
         seen = []

@@ -7,7 +7,7 @@ instead. Tables and nothing else go to standard output, progress bars to standar
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from lq_formats import LQError, SpecError
@@ -15,6 +15,10 @@ from typer.core import TyperGroup
 
 from lq_eval.bench.commands import bench_app
 from lq_eval.terminal import STDOUT, BareJsonCommand, Device, Json, PrintJson, console, listed, progress_bar, save
+
+if TYPE_CHECKING:
+    from lq_eval.models import LoadedModel
+    from lq_eval.perplexity import Protocol
 
 
 class _Group(TyperGroup):
@@ -153,7 +157,7 @@ def ppl(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="dtype of int4 scales; default: the weights'.")] = None,
     kl: Annotated[bool, typer.Option(help="Also KL divergence; keeps the float model in memory.")] = True,
-    decode_tokens: Annotated[int, typer.Option(help="Time this many decoding steps; 0: none.")] = 0,
+    decode_tokens: Annotated[int, typer.Option(help="Time this many decoding steps, at least 2; 0: none.")] = 0,
     json: PrintJson = None,
 ) -> None:
     """Perplexity and tokens per second of a model, float and quantized.
@@ -189,6 +193,8 @@ def ppl(
         raise SpecError(f"{option} says where a dataset is read from: give --dataset wikitext2 with it, or neither")
     if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
         raise SpecError(f"unknown scale dtype {scale_dtype!r}: expected one of {', '.join(SCALE_DTYPES)}")
+    if decode_tokens < 0 or decode_tokens == 1:
+        raise SpecError(f"--decode-tokens {decode_tokens}: expected at least 2, whose median counts, or 0 for none")
     if baseline is not None and scheme is not None:
         raise SpecError("--scheme quantizes MODEL and --baseline takes it as it is: give one of them")
     if baseline is not None or saved_quantized(model):
@@ -211,6 +217,8 @@ def ppl(
 
     loaded = load_model(model, device=where, dtype=precision)
     reference = None if baseline is None else load_model(baseline, device=where, dtype=precision)
+    for one in (loaded, *(() if reference is None else (reference,))):
+        _check_context(one, seq_len, rules, decode_tokens)
     ids = tokenize(loaded.tokenizer, content)
     if reference is not None and not torch.equal(ids, tokenize(reference.tokenizer, content)):
         raise SpecError(
@@ -250,6 +258,25 @@ def ppl(
         # Scales of int8 and ggml have a dtype of their own.
         scales = {name: scale_dtype or dtype_name(precision) for name in configs if name.startswith("int4")}
         save(json, "ppl", [{**details, "scale_dtype": scales.get(row.scheme), **row.row()} for row in found])
+
+
+def _check_context(loaded: "LoadedModel", seq_len: int, rules: "Protocol", decode_tokens: int) -> None:
+    """Raise SpecError if a model would read more tokens at once than it was made for."""
+    from lq_eval.evaluate import DECODE_PROMPT
+    from lq_eval.models import context_length
+
+    context = context_length(loaded.model)
+    if context is None:
+        return
+    knows = f"the model {loaded.name!r} reads at most {context} tokens at once by its configuration"
+    if seq_len + rules.bos > context:
+        also = f" and the BOS token of {rules.name!r}" if rules.bos else ""
+        raise SpecError(f"--seq-len {seq_len}{also}: {knows}; give --seq-len {context - rules.bos} or less")
+    prompt = min(DECODE_PROMPT, seq_len)
+    if decode_tokens and prompt + decode_tokens + 1 > context:  # the first step is not timed
+        raise SpecError(
+            f"--decode-tokens {decode_tokens}, one more and a prompt of {prompt}: {knows}; give fewer, or a shorter --seq-len"
+        )
 
 
 @app.command()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lq_formats import QuantSpec
+from lq_formats import QuantSpec, SpecError
 from lq_kernels import Arch, Explanation, Problem, explain
 from lq_kernels.cuda.constraints import why_not_compile
 from lq_kernels.jit.compiler import compiler_version
@@ -92,7 +92,10 @@ def explanations(device: torch.device) -> list[Explanation]:
 def _cache() -> str:
     from lq_kernels import env
 
-    folder = Path(env.cache_dir())
+    try:
+        folder = Path(env.cache_dir())
+    except SpecError as error:  # it says what to set
+        return f"none: {error}"
     if env.cache_disabled():
         return f"disabled (LQ_DISABLE_CACHE=1); it would be {folder}"
     if not folder.is_dir():

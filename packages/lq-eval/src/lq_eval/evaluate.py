@@ -15,6 +15,8 @@ from lq_eval.divergence import Divergence, compare
 from lq_eval.models import ModelSize, model_size
 from lq_eval.perplexity import PROTOCOLS, Perplexity, Protocol, measure_perplexity
 
+DECODE_PROMPT = 64  # tokens, or a whole window where that is shorter
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -239,7 +241,7 @@ def _evaluation(
 ) -> Evaluation:
     speed = None
     if settings.decode_tokens:
-        speed = decode_tokens_per_second(model, windows[:1, : min(64, windows.shape[1])], settings.decode_tokens)
+        speed = decode_tokens_per_second(model, windows[:1, :DECODE_PROMPT], settings.decode_tokens)
     change = None if reference is None else (score.value / reference.value - 1) * 100
     return Evaluation(name, model_size(model, settings.dense_bytes), score, change, distance, speed)
 

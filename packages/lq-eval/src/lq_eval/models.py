@@ -21,6 +21,7 @@ from lq_eval.errors import ModelLoadError
 from lq_eval.schemes import weight_nbytes
 
 _LQ_INDEX = "lq.json"  # what lq_torch.save_pretrained writes beside the weights
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_TYPES = ("cpu", "cuda")
 
@@ -49,7 +50,7 @@ class ModelSize:
     Attributes:
         linear_bytes: Bytes of the quantized linear weights (codes, scales and zeros).
         linear_weights: Number of weights in them.
-        total_bytes: Bytes of all parameters and buffers; dense ones counted at ``dense_bytes`` each.
+        total_bytes: Bytes of all parameters and saved buffers; dense floats counted at ``dense_bytes`` each.
     """
 
     linear_bytes: int
@@ -136,6 +137,27 @@ def saved_quantized(source: str | Path) -> bool:
     return folder.is_dir() and ((folder / _LQ_INDEX).is_file() or is_foreign(folder))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return how many tokens a model can read at once, if its configuration says so; more than that has no meaning to it."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for name in _CONTEXT_NAMES:
+            size = getattr(part, name, None)
+            if type(size) is int and size > 0:
+                return max(size, _stretched(part, size))
+    return None
+
+
+def _stretched(config: Any, size: int) -> int:
+    """Return the context that scaled rotary embeddings reach; ``size`` may be the one before scaling."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if not isinstance(factor, int | float):  # none, or other parameters for each type of layer
+        return size
+    original = rope.get("original_max_position_embeddings")
+    return int(factor * (original if type(original) is int else size))
+
+
 def _unloaded(report: Mapping[str, Any]) -> str:
     """Say which weights transformers left at random values, if any: their files lack them, or have other sizes."""
     if mismatched := sorted(report["mismatched_keys"]):
@@ -166,17 +188,18 @@ def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -
 
 
 def model_size(model: nn.Module, dense_bytes: int = 2) -> ModelSize:
-    """Count a model's bytes as they are saved: quantized weights as they are, other parameters at ``dense_bytes`` each.
+    """Count a model's bytes as they are saved: quantized weights as they are, other floats at ``dense_bytes`` each.
 
     A parameter that several modules share (tied embeddings) counts once; so do buffers that are saved.
     """
     linear = weights = total = 0
-    for parameter in model.parameters():
-        if hasattr(parameter, "packed_nbytes"):
-            nbytes = weight_nbytes(parameter)
-            linear, weights, total = linear + nbytes, weights + parameter.numel(), total + nbytes
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if id(buffer) in saved)):
+        if hasattr(tensor, "packed_nbytes"):
+            nbytes = weight_nbytes(tensor)
+            linear, weights, total = linear + nbytes, weights + tensor.numel(), total + nbytes
         else:
-            total += parameter.numel() * dense_bytes
+            total += tensor.numel() * (dense_bytes if tensor.is_floating_point() else tensor.element_size())
     return ModelSize(linear, weights, total)
 
 

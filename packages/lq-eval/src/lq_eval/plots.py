@@ -5,6 +5,8 @@ page in light and in dark mode.
 """
 
 import itertools
+import reprlib
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ _STYLE = MappingProxyType({"svg.fonttype": "none", "svg.hashsalt": "lq", "font.s
 
 _SIZES = ("n", "k", "m")
 _VALUES = ("speedup", "us", "total_us", "dense_us")
+_TEXTS = ("op", "shape", "dtype", "kernel")
+_LARGEST_SIZE = 2**63 - 1
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -78,12 +82,24 @@ def check_points(rows: Iterable[Mapping[str, Any]], where: str) -> None:
     check_keys(measured, _SIZES, where)
     for row in measured:
         for key in _SIZES:
-            if type(row[key]) is not int or row[key] < 1:
-                raise FormatError(f"{where}: a row with {key}={row[key]!r}; expected a positive integer")
+            if type(row[key]) is not int or not 1 <= row[key] <= _LARGEST_SIZE:
+                raise FormatError(
+                    f"{where}: a row with {key}={reprlib.repr(row[key])}; expected a positive integer of at most 63 bits"
+                )
         for key in _VALUES:
             value = row.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise FormatError(f"{where}: a row with {key}={value!r}; expected a number")
+            if value is not None and not _is_time(value):
+                raise FormatError(f"{where}: a row with {key}={reprlib.repr(value)}; expected a number, 0 or above")
+        group = row.get("group_size", 0)
+        if group is not None and type(group) is not int:
+            raise FormatError(f"{where}: a row with group_size={reprlib.repr(group)}; expected an integer")
+        for key in _TEXTS:
+            if not isinstance(row.get(key, ""), str | None):
+                raise FormatError(f"{where}: a row with {key}={reprlib.repr(row[key])}; expected a text")
+
+
+def _is_time(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= sys.float_info.max
 
 
 def panels(
@@ -121,9 +137,9 @@ def panels(
         rank = 0 if kernel == "auto" else 1
         dtype = f" {row.get('dtype', '')}".rstrip() if len(dtypes) > 1 else ""
         lines = found.setdefault((_op(row), *size), {})
-        lines.setdefault((rank, ("lq", kernel)[rank] + dtype), {})[row["m"]] = value(row) or 0.0
+        lines.setdefault((rank, ("lq", kernel)[rank] + dtype), {})[row["m"]] = float(value(row) or 0.0)
         if times and rank == 0 and row.get("dense_us"):
-            lines.setdefault((2, baseline + dtype), {})[row["m"]] = row["dense_us"]
+            lines.setdefault((2, baseline + dtype), {})[row["m"]] = float(row["dense_us"])
     order = list(dict.fromkeys(op for op, _, _ in found))
     return tuple(
         Panel(

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import reprlib
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _parse(line: bytes, where: str) -> Record:
         data = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 ({error}); expected records that a benchmark wrote") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number of too many digits, or brackets nested too deep
         raise FormatError(f"{where}: not JSON ({error}); was the run cut short? delete that line") from error
     if not isinstance(data, dict) or set(data) != _KEYS:
         raise FormatError(f"{where}: expected an object with the keys {sorted(_KEYS)}")
@@ -156,7 +157,7 @@ def _parse(line: bytes, where: str) -> Record:
         raise FormatError(f"{where}: 'environment' must be an object and 'rows' a list")
     for number, row in enumerate(data["rows"], start=1):
         if not isinstance(row, dict):
-            raise FormatError(f"{where}: row {number} is {json.dumps(row)[:40]}; expected an object")
+            raise FormatError(f"{where}: row {number} is {reprlib.repr(row)}; expected an object")
     return Record(str(data["bench"]), data["environment"], data["rows"])
 
 

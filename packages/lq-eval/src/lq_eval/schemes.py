@@ -63,7 +63,7 @@ def parse_scheme(name: str, scale_dtype: torch.dtype | None = None) -> WeightCon
     if _GGML.fullmatch(name):
         return GGMLWeightOnlyConfig(name)
     if dynamic := _DYNAMIC.fullmatch(name):
-        return _dynamic_config(dynamic["weight"], dynamic["activation"])
+        return _dynamic_config(dynamic["weight"], dynamic["activation"], scale_dtype)
     match = _INT4.fullmatch(name)
     if match is None:
         raise SpecError(
@@ -81,8 +81,8 @@ def parse_scheme(name: str, scale_dtype: torch.dtype | None = None) -> WeightCon
     )
 
 
-def _dynamic_config(weight: str, activation: str) -> WeightConfig:
-    """Return the configuration of weights whose activations are quantized on each call."""
+def _dynamic_config(weight: str, activation: str, scale_dtype: torch.dtype | None) -> WeightConfig:
+    """Return the configuration of weights whose activations are quantized on each call; ``scale_dtype`` is for int4."""
     name = "Int8DynamicActivationConfig" if weight == "int8" else "Int4DynamicActivationConfig"
     config = getattr(lq_torch, name, None)
     if config is None:
@@ -90,6 +90,7 @@ def _dynamic_config(weight: str, activation: str) -> WeightConfig:
     options: dict[str, Any] = {"activation": activation}
     if weight != "int8":
         options["group_size"] = -1 if weight == "int4-row" else int(weight.removeprefix("int4-g"))
+        options["scale_dtype"] = scale_dtype
     made: WeightConfig = config(**options)
     return made
 

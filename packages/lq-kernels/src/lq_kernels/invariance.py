@@ -9,9 +9,15 @@ A product is batch-invariant if the mode is on when it is called or traced, or w
 """
 
 import contextlib
+import functools
+import inspect
 import threading
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar, cast
 
-from lq_formats import SpecError
+from lq_formats import SpecError, UnsupportedError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _PREFIX = "batch-invariant:"
 
@@ -47,6 +53,10 @@ class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (used like a 
     that no kernel can compute so raises :class:`lq_formats.errors.NoKernelError`. May be nested and works inside and outside
     compiled functions. Gradients, attention and norms are not lq's products.
 
+    A generator function that is decorated has the mode whenever it runs, and not while its consumer does. Coroutine functions
+    and asynchronous generators cannot be decorated: the mode is a thread's, and so would be that of other tasks while one
+    awaits. For the same reason let no ``with`` block hold an ``await`` or a ``yield``.
+
     Example:
         >>> with lq_kernels.batch_invariant():
         ...     logits = model(tokens)
@@ -64,6 +74,41 @@ class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (used like a 
     def __exit__(self, *exception: object) -> None:
         """Switch back."""
         _thread.chosen = _thread.before.pop()
+
+    def __call__(self, function: _F) -> _F:
+        """Return ``function`` with the mode switched for as long as it runs; a generator function, whenever it is resumed.
+
+        Raises:
+            UnsupportedError: If it is a coroutine function or an asynchronous generator function.
+        """
+        inner = getattr(function, "__func__", function)  # of a static method
+        if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
+            name = getattr(function, "__qualname__", repr(function))
+            raise UnsupportedError(
+                f"batch_invariant() cannot decorate {name!r}, which is asynchronous: other tasks of the thread would run in "
+                "the mode while it awaits; write 'with batch_invariant():' around the calls in its body"
+            )
+        if not inspect.isgeneratorfunction(inner):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        def resumed(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            generator = function(*args, **kwargs)
+            resume = functools.partial(next, generator)
+            while True:
+                try:
+                    with self:
+                        value = resume()
+                except StopIteration as stop:
+                    return stop.value
+                try:
+                    sent = yield value
+                except BaseException as error:  # GeneratorExit too: close() is a throw
+                    resume = functools.partial(generator.throw, error)
+                else:
+                    resume = functools.partial(generator.send, sent)
+
+        return cast("_F", resumed)
 
 
 def ask(kernel: str | None) -> str:

@@ -88,9 +88,7 @@ def bench_gemm(
             found.append(row)
             save(json, "gemm", [row.to_dict()])
             bar.advance(task)
-    done = f"{len(found)} points in {time.monotonic() - started:.0f} s"
-    if time.monotonic() - started > options.seconds:
-        done += " (the time was up; give --seconds for more)"
+    done = f"{len(found)} points in {time.monotonic() - started:.0f} s{_cut(started + options.seconds)}"
     console().print(gemm_table(found, f"{device_name(where)}, int4 groups of {group_size}: {done}"))
     if plot is not None:
         from lq_eval.plots import plot_speedup
@@ -212,7 +210,7 @@ def bench_variants(
         )
         save(json, "variants", [row.to_dict() for row in rows])
         found += rows
-    console().print(variants_table(found, device_name(where)))
+    console().print(variants_table(found, f"{device_name(where)}{_cut(deadline)}"))
 
 
 @bench_app.command("fused")
@@ -252,7 +250,7 @@ def bench_fused(
         ):
             found.append(row)
             save(json, "fused", [row.to_dict()])
-        console().print(fused_table(found, f"A block of {name}, {device_name(where)}"))
+        console().print(fused_table(found, f"A block of {name}, {device_name(where)}{_cut(deadline)}"))
 
 
 @bench_app.command("eager")
@@ -353,16 +351,18 @@ def bench_ggml(
     else:
         rows = run_ggml(n, k, tokens, where, kernel=kernel, seconds=limit, cold_bytes=cold)
     found: list[Any] = []
+    deadline = time.monotonic() + limit
     with progress_bar() as bar:
         task = bar.add_task("timing", total=len(tokens) * max(1, len(names)))
         for row in rows:
             found.append(row)
             save(json, "ggml", [row.to_dict()])
             bar.advance(task)
+    done = f"{device_name(where)}{_cut(deadline)}"
     if names:
-        table = ggml_linear_table(found, f"Layers {n}x{k} of ggml types on {device_name(where)}")
+        table = ggml_linear_table(found, f"Layers {n}x{k} of ggml types on {done}")
     else:
-        table = ggml_table(found, f"Q4_0 {n}x{k} x Q8_1 on {device_name(where)}")
+        table = ggml_table(found, f"Q4_0 {n}x{k} x Q8_1 on {done}")
     console().print(table)
 
 
@@ -468,6 +468,11 @@ def bench_record(
             console().print(f"{name} failed: {type(error).__name__}: {error}", style="red", markup=False)
     if failed:
         raise BenchError(f"{', '.join(failed)} failed; the records of the other steps are in {str(folder)!r}")
+
+
+def _cut(deadline: float) -> str:
+    """Return what a table's title says if its points may have been cut short."""
+    return " (the time was up; give --seconds for more)" if time.monotonic() > deadline else ""
 
 
 def _records(path: Path) -> list[Record]:

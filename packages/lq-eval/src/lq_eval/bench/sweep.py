@@ -24,6 +24,7 @@ from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, check_tokens, parse_shapes
 from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, settled_or_reasons
 from lq_eval.errors import BenchError, last_line
+from lq_eval.plots import check_points
 from lq_eval.results import Record, check_keys
 
 SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
@@ -362,12 +363,13 @@ def known_points(records: Iterable[Record], here: Mapping[str, Any]) -> dict[Poi
         here: This environment; records of another GPU or another commit are measured again.
 
     Raises:
-        FormatError: If a row of a sweep lacks what such rows have.
+        FormatError: If a row of a sweep lacks what such rows have, or has anything else for it.
     """
     found: dict[Point, dict[str, Any]] = {}
     for record in records:
         if record.bench == "sweep" and all(record.environment.get(key) == here[key] for key in ("gpu", "git")):
             check_keys(record.rows, _ROW_KEYS, "the sweep to resume")
+            check_points(record.rows, "the sweep to resume")
             found |= {point_of(row): dict(row) for row in record.rows if row["us"]}
     return found
 
