@@ -114,7 +114,9 @@ def test_every_dtype_that_is_saved_is_loaded(persistent, tmp_path):
         assert torch.equal(buffer.view(torch.uint8), other.get_buffer(name).view(torch.uint8)), name
         assert buffer.dtype == other.get_buffer(name).dtype
     model.register_buffer("wide", torch.ones(2, dtype=torch.complex128))
-    with pytest.raises(UnsupportedError, match=r"'wide' has dtype torch\.complex128, which safetensors files do not hold"):
+    with pytest.raises(
+        UnsupportedError, match=r"'wide' has dtype torch\.complex128, which safetensors files do not hold"
+    ):
         save_pretrained(model, tmp_path)
     load(tmp_path, made())
 

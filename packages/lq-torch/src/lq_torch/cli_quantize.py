@@ -185,10 +185,14 @@ def _chosen(model: nn.Module, exclude: re.Pattern[str] | None) -> set[str]:
 def _text(options: argparse.Namespace) -> str | None:
     """Return the calibration text, or None where none is used."""
     if options.algorithm not in CALIBRATED and options.target_bits is None and not _weighted(options):
-        given = [f"--{name.replace('_', '-')}" for name in _OF_CALIBRATION if getattr(options, name) not in (None, False)]
+        given = [
+            f"--{name.replace('_', '-')}" for name in _OF_CALIBRATION if getattr(options, name) not in (None, False)
+        ]
         if given:
             user = options.algorithm or options.scheme or "this scheme"
-            sys.stderr.write(f"lq: {', '.join(given)} {'is' if len(given) == 1 else 'are'} not used: {user} needs no data\n")
+            sys.stderr.write(
+                f"lq: {', '.join(given)} {'is' if len(given) == 1 else 'are'} not used: {user} needs no data\n"
+            )
         return None
     if options.calibration is None:
         user = "--target-bits" if options.target_bits is not None else f"--algorithm {options.algorithm}"
