@@ -86,6 +86,11 @@ class MergedPart(nn.Module):
                 f"a part of a merged layer got {tuple(y.shape)}: expected the product (..., {self.total}); call the "
                 "module that holds it, or unmerge_linears first"
             )
+        if y.requires_grad and torch.is_grad_enabled():
+            # Parts with versions of their own, as layers apart have: what autograd keeps of one may be used after another has
+            # been changed in place. No two have memory in common.
+            sizes = [self.start, self.out_features, self.total - self.start - self.out_features]
+            return torch.unsafe_split_with_sizes(y, sizes, -1)[1]
         return y.narrow(-1, self.start, self.out_features)
 
     def restore(self, merged: MergedLinear) -> nn.Linear:

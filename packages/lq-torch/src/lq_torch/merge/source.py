@@ -1,9 +1,8 @@
 """What a module's forward does with the input of its projections, read from its source.
 
 Merging moves a product to before the forward: ``forward(self, x)`` then gets ``y = x @ (all weights).T`` in place of x, and
-each projection returns its rows of y. That is the same function if, and only if, x serves for nothing else, and its gradients
-are the same if no rows are changed in place. This file decides it from the syntax tree of the forward, and refuses whatever it
-does not understand.
+each projection returns its rows of y. That is the same function if, and only if, x serves for nothing else. This file
+decides it from the syntax tree of the forward, and refuses whatever it does not understand.
 """
 
 import ast
@@ -17,7 +16,6 @@ from typing import Any
 from lq_formats import UnsupportedError
 
 _NAMELESS = ("vars", "locals", "globals", "eval", "exec")  # what they read, and write, is not in the syntax tree
-_UNSHARED = ("shape", "size", "dim", "ndim", "numel", "dtype", "device", "clone")  # of a tensor, and none of its memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ def shared_input(forward: Any, members: Sequence[str]) -> SharedInput:
     if name not in (*positional, *(arg.arg for arg in function.args.kwonlyargs)):
         raise UnsupportedError(f"the input {name!r} of {', '.join(members)} is not an argument of its forward")
     _check_uses(function, name, {id(call.args[0]) for call in calls.values()})
-    _check_in_place(function, {id(call) for call in calls.values()})
     return SharedInput(name, positional.index(name) if name in positional else -1)
 
 
@@ -180,89 +177,6 @@ def _check_uses(function: ast.FunctionDef, name: str, inputs: set[int]) -> None:
         nested = isinstance(node, (ast.FunctionDef, ast.Lambda)) and node is not function
         if nested and any(isinstance(inner, ast.arg) and inner.arg == name for inner in ast.walk(node)):
             raise UnsupportedError(f"a function inside its forward has an argument {name} as well")
-
-
-def _check_in_place(function: ast.FunctionDef, calls: set[int]) -> None:
-    """Refuse changes of a projection's result in place: autograd would take them for changes of its siblings too.
-
-    Followed are names, items, attributes and methods of the result. What other code returns is taken for new.
-    """
-    names: set[str] = set()
-    bindings = [pair for node in ast.walk(function) for pair in _bindings(node)]
-    while found := {
-        target.id
-        for target, value in bindings
-        if isinstance(target, ast.Name) and target.id not in names and _is_part(value, names, calls)
-    }:
-        names |= found
-    for node in ast.walk(function):
-        changed: list[ast.expr] = []
-        if isinstance(node, ast.AugAssign):
-            changed = [node.target]
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-            changed = [node.value]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            method = node.func.attr
-            changed = [node.func.value] if method.endswith("_") and not method.endswith("__") else []
-        for target in changed:
-            if _is_part(target, names, calls):
-                raise UnsupportedError(
-                    f"its forward changes {ast.unparse(target)} in place (line {target.lineno} of it), which is a part of one "
-                    "product with its siblings"
-                )
-
-
-def _bindings(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
-    """Return the ``(target, value)`` pairs that a node binds; a target unpacked from one value is bound to all of it."""
-    if isinstance(node, ast.Assign):
-        pairs = [(target, node.value) for target in node.targets]
-    elif isinstance(node, (ast.For, ast.comprehension)):
-        pairs = [(node.target, node.iter)]
-    elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-        pairs = [(node.target, node.value)]
-    else:
-        return []
-    found = []
-    while pairs:
-        target, value = pairs.pop()
-        if isinstance(target, ast.Starred):
-            pairs.append((target.value, value))
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            values = value.elts if isinstance(value, (ast.Tuple, ast.List)) else []
-            if len(values) != len(target.elts) or any(isinstance(one, ast.Starred) for one in (*values, *target.elts)):
-                values = [value] * len(target.elts)
-            pairs += zip(target.elts, values, strict=True)
-        else:
-            found.append((target, value))
-    return found
-
-
-def _is_part(node: ast.AST, names: set[str], calls: set[int]) -> bool:
-    """Return whether an expression is a projection's result, or may be a view of one or hold one.
-
-    Args:
-        node: The expression.
-        names: Bound to such results.
-        calls: Ids of the projections' calls.
-    """
-    if id(node) in calls:
-        return True
-    if isinstance(node, ast.Name):
-        return node.id in names
-    if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Attribute) and _is_part(node.func, names, calls)
-    if isinstance(node, ast.Attribute) and (node.attr in _UNSHARED or node.attr.startswith("new_")):
-        return False
-    if isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred, ast.NamedExpr)):
-        return _is_part(node.value, names, calls)
-    inner: list[ast.expr] = []
-    if isinstance(node, (ast.Tuple, ast.List)):
-        inner = node.elts
-    elif isinstance(node, ast.IfExp):
-        inner = [node.body, node.orelse]
-    elif isinstance(node, (ast.ListComp, ast.GeneratorExp)):
-        inner = [node.elt]
-    return any(_is_part(one, names, calls) for one in inner)
 
 
 def _unpacks_sizes(node: ast.AST, name: str) -> bool:
