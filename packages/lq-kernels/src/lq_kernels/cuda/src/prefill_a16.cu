@@ -56,8 +56,8 @@
 // - Results that left by the ring in a loop, with branches around the sums of other chunks: 1% longer, 2 to 4% for K of 2048 and many tokens.
 //   Copied out of staging by reads that are waited for one by one: 1.3% longer where pairs share K.
 // - A division for each step of groups of 256 and more, between the copies of codes and of scales: 9 to 12% longer where weights come from
-//   memory (14336x4096, 64 tokens). Everything that copies take found out before the wait for a stage, or copies without the proxy fence
-//   that comes after it: nothing. Scales copied by the warp that copies x: 1 to 8% longer.
+//   memory (14336x4096 and 28672x4096, 48 and 64 tokens). Everything that copies take found out before the wait for a stage, or copies without the proxy fence
+//   that comes after it: nothing. Scales copied by the warp that copies x: 1.6% longer, up to 8%.
 // - Two CTAs a multiprocessor, which up to 64 tokens have registers enough: up to 1.7 times as long. The CTAs of a pair come to the same
 //   one, and those of the next kernel come in twos where one is idle.
 // - Without moving registers (up to 128 tokens 168 are enough), or with one copy for all warps of what is before the first barrier, 32 to
