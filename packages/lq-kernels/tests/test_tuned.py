@@ -12,7 +12,7 @@ from lq_formats.errors import UnknownVersionError
 from lq_kernels import Arch, Problem, cost, env, explain, plans, select
 from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16
 from lq_kernels.tuned import lookup, table
-from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, weight
+from lq_kernels.tuned.kernels import TUNABLES, fields_of, weight
 from lq_kernels.tuned.lookup import source_digests, tables, user_path
 from lq_kernels.tuned.table import Point, Stamp, Table, Weight, dump, parse, read, write
 
@@ -21,7 +21,6 @@ H200 = Arch("cuda", (9, 0), "NVIDIA H200", 132)
 H100 = Arch("cuda", (9, 0), "NVIDIA H100 80GB HBM3", 132)
 STAMP = Stamp("NVIDIA H200", 132, "0.1.0", "2.11.0", "CUDA 13.0", "2026-11-21")
 W4 = weight(4, 128, 4096, 4096)
-SHIPPED = sorted(lookup.SHIPPED_FOLDER.glob("*.json"))
 
 
 def problem(m, arch=H200, n=4096, k=4096, group=128, op="preshuffled"):
@@ -287,23 +286,6 @@ def test_a_table_of_a_related_gpu_gives_cuts_but_no_times(folders):
     assert explain(problem(16, H100)).source == "h100.json"
 
 
-@pytest.mark.parametrize(
-    ("name", "names"),
-    [
-        ("NVIDIA H200", ("h200",)),
-        ("NVIDIA H200 NVL", ("h200",)),
-        ("NVIDIA H100 80GB HBM3", ("h100", "h200")),
-        ("NVIDIA H800", ("h100", "h200")),
-        ("NVIDIA GH200 480GB", ("h100", "h200")),
-        ("NVIDIA H20", ()),
-        ("NVIDIA A100-SXM4-80GB", ()),
-        ("AMD Instinct MI300X", ()),
-    ],
-)
-def test_classes_of_gpus(name, names):
-    assert lookup.shipped(name) == names
-
-
 def test_another_number_of_multiprocessors_is_another_gpu(folders):
     content = table_of(("decode_a16", W4, Point(16, 6.0, cuts("decode_a16", 16)[4])))
     ship(folders, "h200", content)
@@ -483,25 +465,3 @@ def test_looking_up_costs_nothing_once_chosen(folders, monkeypatch):
     monkeypatch.setattr(lookup, "read", None)
     monkeypatch.setattr(decode_a16, "candidates", None)
     assert decode_a16.choice_of(problem(1)) is first
-
-
-# ---- what ships ----
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_a_table_that_ships_is_fresh_and_holds_nothing_but_the_kernels_own_cuts(path):
-    found = read(path)
-    assert path.stem in lookup.shipped(found.stamp.device)[:1]
-    assert found.sources == {kernel: source_digests()[kernel] for kernel in found.sources}, (
-        "a kernel's source has changed since: measure again with `lq-kernels tune --device-preset`"
-    )
-    assert path.stat().st_size < table.MAX_BYTES / 4
-    for (kernel, each), points in found.points.items():
-        assert kernel == "dequant_blas" or points[0].cut
-        for point in points:
-            config_of(kernel, each, point.m, found.stamp.sm_count, point.cut)
-
-
-def test_tables_are_in_the_package():
-    folder = Path(lookup.__file__).parent
-    assert all(path.parent == folder for path in SHIPPED)
