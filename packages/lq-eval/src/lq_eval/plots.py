@@ -5,17 +5,16 @@ page in light and in dark mode.
 """
 
 import itertools
-import reprlib
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lq_formats import FormatError, MissingPackageError, SpecError
+from lq_formats import MissingPackageError, SpecError
 
-from lq_eval.results import check_keys, check_target
+from lq_eval.points import check_points, microseconds, speedup
+from lq_eval.results import check_target
 
 INK = "#777777"
 LQ_COLOR = "#e8590c"
@@ -31,10 +30,6 @@ _MOST_MARKERS = 20
 _STYLE = MappingProxyType({"svg.fonttype": "none", "svg.hashsalt": "lq", "font.size": _FONT_SIZE})
 
 
-_SIZES = ("n", "k", "m")
-_VALUES = ("speedup", "us", "total_us", "dense_us")
-_TEXTS = ("op", "shape", "dtype", "kernel")
-_LARGEST_SIZE = 2**63 - 1
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -76,32 +71,6 @@ class Panel:
     series: tuple[Series, ...]
 
 
-def check_points(rows: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Raise FormatError, which begins with ``where``, unless rows with a time or a speedup say for which product it is."""
-    measured = [row for row in rows if _speedup(row) or _microseconds(row)]
-    check_keys(measured, _SIZES, where)
-    for row in measured:
-        for key in _SIZES:
-            if type(row[key]) is not int or not 1 <= row[key] <= _LARGEST_SIZE:
-                raise FormatError(
-                    f"{where}: a row with {key}={reprlib.repr(row[key])}; expected a positive integer of at most 63 bits"
-                )
-        for key in _VALUES:
-            value = row.get(key)
-            if value is not None and not _is_time(value):
-                raise FormatError(f"{where}: a row with {key}={reprlib.repr(value)}; expected a number, 0 or above")
-        group = row.get("group_size", 0)
-        if group is not None and type(group) is not int:
-            raise FormatError(f"{where}: a row with group_size={reprlib.repr(group)}; expected an integer")
-        for key in _TEXTS:
-            if not isinstance(row.get(key, ""), str | None):
-                raise FormatError(f"{where}: a row with {key}={reprlib.repr(row[key])}; expected a text")
-
-
-def _is_time(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= sys.float_info.max
-
-
 def panels(
     rows: Iterable[Mapping[str, Any]],
     ops: Collection[str] = (),
@@ -123,7 +92,7 @@ def panels(
     Raises:
         FormatError: If a row with a time lacks sizes, or has anything else for a number.
     """
-    value = _microseconds if times else _speedup
+    value = microseconds if times else speedup
     kept = [row for row in rows if value(row)]
     check_points(kept, "rows to draw")
     kept = [row for row in kept if (not ops or _op(row) in ops) and (not sizes or (row["n"], row["k"]) in sizes)]
@@ -306,15 +275,6 @@ def _colors(chosen: Sequence[Panel]) -> dict[str, str]:
     for label in rest:
         colors[label] = PEER_COLORS.get(label.split()[0]) or next(spare)
     return colors | {one.label: INK for one in series if one.dense}
-
-
-def _speedup(row: Mapping[str, Any]) -> float | None:
-    return row.get("speedup")
-
-
-def _microseconds(row: Mapping[str, Any]) -> float | None:
-    """Return the time of a row; of the steps of Q4_0 x Q8_1, that of all of them."""
-    return row.get("us") or row.get("total_us")
 
 
 def _op(row: Mapping[str, Any]) -> str:

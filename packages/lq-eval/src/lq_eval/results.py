@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from lq_formats import FormatError, SpecError
+from lq_formats.folders import why_not_write
 
 from lq_eval import env
 
@@ -107,11 +108,7 @@ def _why_not_write(target: Path) -> str:
         return "it is a folder"
     if target.exists():
         return "" if os.access(target, os.W_OK) else "it may not be written"
-    # The folders that are missing are created; the first one that is there decides.
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        return f"{str(folder)!r} is no folder"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"the folder {str(folder)!r} may not be written"
+    return why_not_write(target.parent)
 
 
 def append_record(path: str | Path, bench: str, rows: Sequence[Mapping[str, Any]]) -> None:

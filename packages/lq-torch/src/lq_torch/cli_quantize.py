@@ -140,7 +140,7 @@ def _mixed(
             symmetric=not options.asymmetric,
             scale_dtype=DTYPES.get(options.scale_dtype),
             filter_fn=lambda _, path: path in chosen,
-            batch_size=_BATCH_SIZE if options.batch_size is None else options.batch_size,
+            batch_size=_batch_size(options),
             resume=options.resume,
             progress=lambda done, total: advance(done, total, ""),
         )
@@ -203,6 +203,10 @@ def _text(options: argparse.Namespace) -> str | None:
         raise SpecError(f"cannot read the calibration text as UTF-8: {error}") from None
 
 
+def _batch_size(options: argparse.Namespace) -> int:
+    return _BATCH_SIZE if options.batch_size is None else int(options.batch_size)
+
+
 def _windows(tokenizer: Any, text: str, model: nn.Module, options: argparse.Namespace) -> Tensor:
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
     length = min(2048, context) if options.window_length is None else options.window_length
@@ -225,7 +229,7 @@ def _calibrated(
             configs,
             gptq=GPTQOptions() if "gptq" in (options.algorithm or "") else None,
             awq=AWQOptions() if "awq" in (options.algorithm or "") else None,
-            batch_size=_BATCH_SIZE if options.batch_size is None else options.batch_size,
+            batch_size=_batch_size(options),
             device=device,
             offload=options.offload,
             resume=options.resume,

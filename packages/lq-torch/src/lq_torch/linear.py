@@ -271,17 +271,14 @@ def _check_source(linear: nn.Linear) -> None:
 def _check_replaced(name: str, linear: nn.Linear) -> None:
     """Refuse a layer of which more than its weight and bias would be lost."""
     kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-    reason = (
-        f"is a {kind}, not an nn.Linear"
-        if type(linear) not in (nn.Linear, MergedLinear)
-        else "has a forward that was replaced on the instance"
-        if "forward" in vars(linear)
-        else "has hooks"
-        if has_hooks(linear)
-        else "holds more than a weight and a bias"
-        if set(linear._parameters) != {"weight", "bias"} or linear._buffers or linear._modules
-        else None
+    more = set(linear._parameters) != {"weight", "bias"} or linear._buffers or linear._modules
+    reasons = (
+        (type(linear) not in (nn.Linear, MergedLinear), f"is a {kind}, not an nn.Linear"),
+        ("forward" in vars(linear), "has a forward that was replaced on the instance"),
+        (has_hooks(linear), "has hooks"),
+        (more, "holds more than a weight and a bias"),
     )
+    reason = next((reason for held, reason in reasons if held), None)
     if reason is not None:
         raise UnsupportedError(
             f"{name} {reason}, which an Int4PackedLinear in its place would not have; quantize_ keeps the layer, or leave it "

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lq_formats import SpecError
+from lq_formats.folders import why_not_write
 
 _PARTIAL = ".lq-partial"
 
@@ -42,18 +43,7 @@ def replacing(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Pa
 
 def check_folder(folder: Path) -> None:
     """Raise SpecError where there can be no folder, as something else is in its place, or it cannot be written."""
-    try:
-        place = next(each for each in (folder, *folder.absolute().parents) if each.exists() or each.is_symlink())
-        reason = (
-            f"{place} is no folder"
-            if not place.is_dir()
-            else f"{place} cannot be written"
-            if not os.access(place, os.W_OK | os.X_OK)
-            else None
-        )
-    except OSError as error:  # a name that is too long, or a folder that cannot be searched
-        reason = error.strerror or str(error)
-    if reason is not None:
+    if reason := why_not_write(folder):
         raise SpecError(f"cannot write to {folder}: {reason}; name another folder to write")
 
 

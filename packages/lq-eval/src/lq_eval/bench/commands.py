@@ -376,7 +376,8 @@ def bench_plot(
 ) -> None:
     """Draw the speedups (or times) of recorded gemm, sweep or ggml benchmarks, one panel a weight and product."""
     from lq_eval.bench.shapes import parse_shapes
-    from lq_eval.plots import check_points, plot_speedup, plot_times
+    from lq_eval.plots import plot_speedup, plot_times
+    from lq_eval.points import check_points
 
     found: list[Record] = []
     for path in records:

@@ -24,7 +24,7 @@ from lq_eval.bench.products import AUTO, Product
 from lq_eval.bench.shapes import MODELS, Shape, check_tokens, parse_shapes
 from lq_eval.bench.timing import COLD_BYTES, Call, check_replays, settled_or_reasons
 from lq_eval.errors import BenchError, last_line
-from lq_eval.plots import check_points
+from lq_eval.points import check_points
 from lq_eval.results import Record, check_keys
 
 SWEEP_MS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from lq_formats import FormatError, SpecError
 from lq_formats.errors import UnknownVersionError
+from lq_formats.folders import why_not_write
 
 FORMAT, VERSION = "lq-tuned", 1
 SOURCES: Mapping[str, str] = {
@@ -236,20 +237,11 @@ def check_target(path: Path) -> None:
     Nothing is created. Folders that are missing are no reason; the first one that is there decides.
     """
     try:
-        reason = _why_not_write(path)
-    except OSError as error:  # a name that is too long, or a folder that cannot be searched
+        reason = "it is a folder" if path.is_dir() else why_not_write(path.parent)
+    except OSError as error:
         reason = error.strerror or str(error)
     if reason:
         raise SpecError(f"cannot write {str(path)!r}: {reason}; give another file with --output")
-
-
-def _why_not_write(path: Path) -> str:
-    if path.is_dir():
-        return "it is a folder"
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        return f"{str(folder)!r} is no folder"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"the folder {str(folder)!r} may not be written"
 
 
 def dump(table: Table) -> str:
