@@ -12,8 +12,9 @@ the first cluster barrier, without which decode of passes that its ring does not
 compiles what is shipped. Copies by tensor map, and what wgmma reads, racecheck does not look at: of 8-bit weights it sees the
 epilogue.
 
-In 25 of the 84 launches CTAs of a cluster arrive at each other's mbarriers: decode-kept-*-cluster2 and -cluster4 (five passes:
-boxes are used again), prefill-multicast-*, prefill-runs and a8-pair-* (stages), prefill-split-* (boxes). In no other do they.
+In some launches CTAs of a cluster arrive at each other's mbarriers: decode-kept-*-cluster2 and -cluster4 (five passes: boxes
+are used again), prefill-multicast-*, prefill-runs and a8-pair-* (stages), prefill-split-* (boxes) and prefill-halved-* (both).
+In no other do they.
 
 tests/tools/sanitize_cuda.py has more launches, for the other tools.
 """
@@ -187,6 +188,11 @@ def _prefill() -> Launches:
     config = prefill_cuts.PrefillConfig(64, 1, 1, 0, 2, multicast=True)
     yield "prefill-runs", functools.partial(_run_prefill, VARIANTS[0], "none", config)
     yield "prefill-runs-residual", functools.partial(_run_prefill, VARIANTS[0], "residual", _whole(128, workers=3))
+    for tokens, epilogue, i in ((16, "none", 0), (32, "residual", 4)):
+        config = _whole(tokens, teams=2)
+        yield f"prefill-teams-{tokens}", functools.partial(_run_prefill, VARIANTS[i], epilogue, config, k=1664)
+    config = prefill_cuts.PrefillConfig(16, 3, 1, 2, 3, teams=2)
+    yield "prefill-teams-shared", functools.partial(_run_prefill, VARIANTS[2], "none", config)
     yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", _whole(64, wide=True))
     for epilogue in EPILOGUES:
         if epilogue != "none":

@@ -105,6 +105,20 @@ PRODUCTS = {
         20, 72, 1152, (whole(16, 1), shared(16, 4, 1, 4), shared(16, 7, 1, 7)), {"group": 384, "zero": "zeros"}
     ),
     "gated": Product(18, 104, 384, (whole(16, 2), shared(16, 3, 3, 3)), {"epilogue": "silu_mul", "group": 256}),
+    # Two teams take steps by turns: several tiles each, odd numbers of steps, parts of one step.
+    "teams": Product(
+        37, 200, 648,
+        (whole(16, 1, teams=2), whole(32, 2, teams=2), shared(16, 4, 4, 4, teams=2), shared(32, 12, 2, 12, teams=2)), {},
+    ),
+    "teams-odd": Product(
+        20, 140, 328, (whole(16, 1, teams=2), whole(32, 1, teams=2)), {"epilogue": "residual", "group": 32, "zero": "zeros"}
+    ),
+    "teams-gated": Product(
+        40, 136, 384, (whole(32, 1, teams=2), shared(16, 3, 2, 3, teams=2)), {"epilogue": "silu_mul", "x": FP16, "scale": FP16}
+    ),
+    "teams-transposed": Product(
+        30, 136, 128, (whole(16, 1, teams=2),), {"epilogue": "transposed", "bias": False, "group": 32, "scale": FP16}
+    ),
 }  # fmt: skip
 SELDOM = (
     "halved-transposed",

@@ -114,7 +114,9 @@ def test_tall_tiles_are_compiled_where_they_pay(n, k, bits, scale_bytes):
     between = {cut.defines for cut in forms(*sizes) if cut.tokens in BETWEEN}
     halved = {cut.defines for cut in forms(*sizes) if cut.halved}
     assert len(halved) <= (2 if bits == 4 else 3)
-    assert len(known - tall - between - halved) <= 11
+    teams = {cut.defines for cut in forms(*sizes) if cut.teams > 1}
+    assert len(teams) <= (2 if bits == 4 else 0)
+    assert len(known - tall - between - halved - teams) <= 11
     assert bool(tall) == (n % 384 == 0)
     asked = {cut.defines for m in (*range(1, 2100, 13), 4096, 8192) for cut in candidates(m, *sizes)}
     assert asked <= known

@@ -95,6 +95,11 @@ class Case:
             setattr(self, name, None if tensor is None else guard(tensor))
         return self
 
+    def cuda(self) -> "Case":
+        """Have all of it on the GPU."""
+        self.exact, self.off = self.exact.cuda(), self.off.cuda()
+        return self.guard(torch.Tensor.cuda)
+
     def run(self, linear: Any, config: Any) -> Tensor:
         """Return the product by a kernel."""
         y: Tensor = linear(

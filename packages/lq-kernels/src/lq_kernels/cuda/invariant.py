@@ -122,7 +122,11 @@ def _alike(cuts: Iterable[PrefillConfig], parts: int = 1) -> list[PrefillConfig]
     """
     most = (prefill_cuts.TOKENS if parts == 1 else prefill_cuts.RUNS_TOKENS)[-1]
     sizes = [tokens for tokens in prefill_cuts.TOKENS if tokens <= most]
-    return [config for config in cuts if not config.split and config.rows == ROWS and config.tokens in sizes]
+    return [
+        config
+        for config in cuts
+        if not config.split and config.teams == 1 and config.rows == ROWS and config.tokens in sizes
+    ]
 
 
 def _steps(k: int, bits: int, scale_bytes: int) -> int:

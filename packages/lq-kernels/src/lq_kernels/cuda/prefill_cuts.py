@@ -31,6 +31,10 @@ HALVED_TOKENS = (128, 192, 256)
 """Tokens of a tile that may be halved where it is left over: those that a pair of CTAs shares with others like it."""
 RUNS_TOKENS = (64, 96, 128)
 """Tokens of a tile whose K a CTA may multiply in runs: sums are twice in registers, and few tokens share K."""
+TEAM_TOKENS = (16, 32)
+"""Tokens of a tile whose K steps two teams of warpgroups may take by turns."""
+_TEAM_K = 4096
+"""In features from which they do. With 2048 what one team hands to the other takes as long as it saves."""
 _SHARED = 232448
 _BARRIERS = 3 * 16 * 8
 _STAGES, _LATER_STAGES = 5, 4
@@ -38,13 +42,16 @@ _STAGES, _LATER_STAGES = 5, 4
 With more, all multiprocessors ask for so many weights at once that x waits behind them: int4, 16 and 32 tokens, 5.5 and 4% on
 average, and up to 10%, that all of shared memory took longer; 64 and 96 tokens 1 to 3% with five stages instead of four, where
 K is 2048 or 4096. Weights that come from memory, int8 of 14336x4096 with 64 tokens, took 7% longer with four."""
+_TEAM_STAGES = 12
+"""... of two teams, which keep twice as many: int4 14336x4096 with 16 tokens took 51% longer than one team with four stages,
+1% with six, 5% less with eight, 7% with twelve, 6% with sixteen."""
 _MAX_TILES = 1 << 30
 _WIDE_TOKENS = 128  # at most, of tiles with steps of 128 in features for int8: more leave room for two stages
 _NARROW_K = 2048
 """In features up to which pairs that share K, and tall tiles, take int8 in steps of 64 with 128 tokens. The first products
 begin 250 to 1,000 clocks earlier, of 15,000 to 20,000, than with steps twice as large, of which three or four stages have
 room: 1 to 4% less for K of 2048, as often more for 4096."""
-SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide")
+SAME = ("tokens", "ctas", "shared_tiles", "workers", "multicast", "split", "rows", "wide", "teams")
 """Fields of a cut that a table's must have; the rest is order."""
 _TALL_TOKENS = (64, 96, 128)
 """Tokens of tiles of ``TALL`` rows, which fill the last multiprocessors for some weights and are compiled for these alone."""
@@ -52,7 +59,7 @@ _TALL_WAVES = 3
 """Tiles a CTA, up to which they make sense."""
 _PAYING_TOKENS = 2048
 """Up to which tall tiles, and those between, make sense."""
-_TALL_GAIN, _TALL_WHOLE_GAIN, _BETWEEN_GAIN, _HALVED_GAIN = 0.95, 0.98, 0.96, 1.0
+_TALL_GAIN, _TALL_WHOLE_GAIN, _BETWEEN_GAIN, _HALVED_GAIN, _TEAMS_GAIN = 0.95, 0.98, 0.96, 1.0, 0.986
 """How much of the other tiles' time they may take by the model. Tall tiles whose K no pair shares take less: of int4 3072x2048
 with 1024 tokens 7% (21.6 -> 20.0 us), where the model expects 3."""
 _TALL_NEAR = 1.03
@@ -66,6 +73,8 @@ _NARROW, _WIDE = 1.19, 1.04
 """... of int8 with up to 128 tokens to these, in steps of 64 and of 128 in features."""
 _SPLIT_PRODUCTS = {32: 1.0, 64: 1.05, 96: 1.07, 128: 1.09, 192: 1.09, 256: 1.09}
 """... of pairs that share K, to these, as each CTA loads its own tokens."""
+_TEAM_PRODUCTS, _HAND_OVER, _HAND_OVER_PARTS = 0.9, 900.0, 700.0
+"""... of two teams to these, and clocks for what one hands to the other of a tile, and where tiles are shared."""
 _L2_BYTES = 4300.0
 """A clock, to all multiprocessors: 128 CTAs that share K take 87 ns for 16 in features of int4 and 102 of int8 (128 tokens)."""
 CLOCKS_A_US = 1750.0
@@ -89,6 +98,7 @@ class PrefillConfig:
         rows: Out features of a tile, ``ROWS`` or ``TALL``.
         wide: int8 with one scale a row is taken in K steps of 128 in features, not 64; up to 128 tokens, where pairs that share
             K and tall tiles have fewer or K is more than 2048.
+        teams: Teams of warpgroups, which take K steps by turns: two, of int4 with ``TEAM_TOKENS``, or one.
     """
 
     tokens: int
@@ -100,11 +110,12 @@ class PrefillConfig:
     split: bool = False
     rows: int = ROWS
     wide: bool = False
+    teams: int = 1
 
     @property
     def threads(self) -> int:
-        """Threads of a CTA: a warpgroup that loads, and one for 64 rows."""
-        return 128 + 2 * self.rows
+        """Threads of a CTA: a warpgroup that loads, and one for 64 rows in each team."""
+        return 128 + 2 * self.rows * self.teams
 
     @property
     def sharers(self) -> int:
@@ -164,7 +175,8 @@ class PrefillConfig:
         pair = ("LQ_MULTICAST=1",) * self.multicast + ("LQ_SPLIT=1",) * self.split
         rows = () if self.rows == ROWS else (f"LQ_ROWS={self.rows}",)
         runs = ("LQ_RUNS=1",) if self.runs > 1 else ()
-        return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()), *runs)
+        teams = (f"LQ_TEAMS={self.teams}",) if self.teams > 1 else ()
+        return (f"LQ_TOKENS={self.tokens}", *pair, *rows, *(("LQ_STEP=128",) if self.wide else ()), *runs, *teams)
 
 
 def ring(
@@ -175,6 +187,7 @@ def ring(
     rows: int = ROWS,
     wide: bool = False,
     most: int = _STAGES,
+    teams: int = 1,
 ) -> tuple[int, int]:
     """Return the stages of a CTA's ring and the bytes of its shared memory.
 
@@ -186,20 +199,25 @@ def ring(
         rows: Out features of a tile.
         wide: Whether a K step of int8 is 128 in features.
         most: Stages at most.
+        teams: Of warpgroups; each of two has the same stages each time around.
     """
     blocks, step = rows // BLOCK_ROWS, 128 if wide else 512 // bits
     stage = tokens * step * 2 + blocks * (BLOCK_BYTES * step * bits // 512 + scale_bytes)
     # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag and two
     # barriers.
     fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 24
+    fixed += (teams - 1) * (
+        tokens * rows * 4 + 16 * blocks
+    )  # sums that one hands to the other, and two barriers a warp
     stages = min(most, (_SHARED - fixed - _BARRIERS) // stage)
+    stages -= stages % teams
     return stages, fixed + _BARRIERS + stages * stage
 
 
 def ring_of(config: PrefillConfig, bits: int, scale_bytes: int, m: int = 1) -> tuple[int, int]:
     """Return :func:`ring` of a cut of ``m`` tokens."""
-    most = _LATER_STAGES if 64 <= config.tokens < m else _STAGES
-    return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide, most)
+    most = _TEAM_STAGES if config.teams > 1 else _LATER_STAGES if 64 <= config.tokens < m else _STAGES
+    return ring(config.tokens, bits, scale_bytes, config.split, config.rows, config.wide, most, config.teams)
 
 
 def prefill_config(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> PrefillConfig:
@@ -228,7 +246,9 @@ def candidates(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: in
     if m <= _PAYING_TOKENS:
         sizes = (n, k, bits, scale_bytes, sm_count)
         paying = _paying(*sizes)
-        yield from (cut for each in (_tall, _between, _halved) for cut in each(m, *sizes) if cut.defines in paying)
+        yield from (
+            cut for each in (_tall, _between, _halved, _teams) for cut in each(m, *sizes) if cut.defines in paying
+        )
 
 
 def forms(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> tuple[PrefillConfig, ...]:
@@ -272,6 +292,13 @@ def _halved(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) 
             if 0 < workers <= pairs and form.steps(k, bits) % (2 * parts) == 0:
                 ctas = max(workers, min(tiles - left, pairs))
                 yield replace(form, ctas=ctas, raster=raster, shared_tiles=left, workers=workers)
+
+
+def _teams(m: int, n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Iterator[PrefillConfig]:
+    for tokens in TEAM_TOKENS:
+        if bits == 4 and m <= 2 * tokens and k >= _TEAM_K:
+            for cut in _of_tokens(tokens, m, n, k, bits, scale_bytes, sm_count):
+                yield replace(cut, teams=2)
 
 
 def _of_tokens(
@@ -341,7 +368,12 @@ def _paying(n: int, k: int, bits: int, scale_bytes: int, sm_count: int) -> Mappi
     sizes = (n, k, bits, scale_bytes, sm_count)
     sensible = () if n % (2 * TALL) else _TALL_TOKENS
     full = sorted({m for tokens in sensible for m in range(tokens, _PAYING_TOKENS + 1, tokens)})
-    ways = ((_tall, full, _TALL_GAIN), (_between, _BATCHES, _BETWEEN_GAIN), (_halved, _BATCHES, _HALVED_GAIN))
+    ways = (
+        (_tall, full, _TALL_GAIN),
+        (_between, _BATCHES, _BETWEEN_GAIN),
+        (_halved, _BATCHES, _HALVED_GAIN),
+        (_teams, TEAM_TOKENS, _TEAMS_GAIN),
+    )
     before: list[Callable[..., Iterator[PrefillConfig]]] = []
     for others, batches, gain in ways:
         for m in batches:
@@ -411,6 +443,8 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
     if config.split and not config.halved:
         steps, stored = -(-steps // 2), stored / 2 + (470 + 9 * config.tokens) * tall
         products *= _SPLIT_PRODUCTS[config.tokens]
+    if config.teams > 1:
+        products, stored = products * _TEAM_PRODUCTS, stored + _HAND_OVER
     products = max(products, (2 * bits * config.rows + 32 * config.tokens / config.sharers) * ctas / _L2_BYTES)
     products *= 8 if config.wide else 32 // bits  # of a step
     whole = -(-(tiles - config.shared_tiles) // config.ctas)
@@ -432,5 +466,6 @@ def cost(config: PrefillConfig, m: int, n: int, k: int, bits: int, sm_count: int
         late = 40 if config.tokens > 128 and not uneven else 71
         clocks += run * products + stored + 2500 + late * own + 6250 * uneven
         clocks += own * config.rows * 4 * (1 / 170 + parts / 290)
+        clocks += _HAND_OVER_PARTS if config.teams > 1 else 0.0
     weights = n * k * bits / 8 / (ctas * 14.2)
     return 4300 + max(clocks, weights)

@@ -30,6 +30,9 @@
 //   in parts, while the rest is written and the next tile is multiplied: x of a step of 128 has as many bytes as y of 128 rows, and of 64
 //   half of them, so that two stages are passed over. What is added to the results was loaded there. Tiles that were shared, and y that
 //   the copy engine cannot take, leave through staging.
+// - LQ_TEAMS: two teams of consumers take the K steps of the ring by turns, up to 32 tokens, and the second hands its sums of a tile to the
+//   first, which stores it. Weights that come from memory then wait less for what unpacks them. The ring has an even number of stages, as
+//   each is always the same team's: or a team could take one that is not yet filled for what it was two rounds before.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
 //
@@ -70,7 +73,8 @@
 // LQ_STEP (128; 64 with 8 bits, where 128 takes one scale a row and up to 128 tokens), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
-// LQ_MULTICAST (0, 1), LQ_SPLIT (0, 1) and LQ_RUNS (1: K in runs, of tiles of 64, 96 and 128 tokens; 0).
+// LQ_MULTICAST (0, 1), LQ_SPLIT (0, 1), LQ_RUNS (1: K in runs, of tiles of 64, 96 and 128 tokens; 0) and LQ_TEAMS (2: up to 32 tokens, no
+// pairs that share K; 1).
 
 #include "lq/bulk_store.cuh"
 #include "lq/epilogue.cuh"
@@ -123,6 +127,10 @@ constexpr bool kExchanges = kSplit || kHalved;
 #define LQ_RUNS 0
 #endif
 constexpr bool kRuns = LQ_RUNS != 0;
+#ifndef LQ_TEAMS
+#define LQ_TEAMS 1
+#endif
+constexpr int kTeams = LQ_TEAMS;  // of warpgroups, which take K steps by turns
 // As in prefill_cuts.py and prefill_a16.py, which passes a map of y. Runs with a residual have no registers for it.
 #define LQ_ASIDE \
   ((LQ_TOKENS >= (LQ_BITS == 4 ? 96 : 112) || LQ_RUNS) && !(LQ_RUNS && LQ_RESIDUAL) && LQ_ROWS == 128 && !(LQ_SPLIT && !LQ_MULTICAST) && !LQ_TRANSPOSED)
@@ -143,11 +151,13 @@ constexpr int kShareTokens = kTokens / kSharers;  // of a tile, that a CTA loads
 static_assert(kBits == 4 || !kZero, "8 bits: symmetric");
 static_assert(!kMinimum || !kPerRow, "minima: in groups");
 static_assert(kRows == 128 || (kRows == 192 && kTokens <= 128), "three warpgroups have registers for 128 tokens");
+static_assert(kTeams == 1 || (kTeams == 2 && kRows == 128 && kTokens <= 32 && !kRuns && !kExchanges),
+              "two teams have registers for few tokens");
 
-constexpr int kWarpgroups = kRows / 64;  // that multiply
+constexpr int kWarpgroups = kRows / 64;  // that multiply, of a team
 constexpr int kConsumerWarps = 4 * kWarpgroups;
 constexpr int kConsumers = 32 * kConsumerWarps;
-constexpr int kThreads = 128 + kConsumers;
+constexpr int kThreads = 128 + kTeams * kConsumers;
 constexpr int kBlocks = kRows / 16;
 constexpr int kBlockBytes = 1024;
 #ifndef LQ_STEP
@@ -162,8 +172,13 @@ constexpr int kBatch = kStep == 64 || kTokens > 128 ? 1 : 2;  // k16 steps in a 
 constexpr int kHalves = kTokens > 128 && kStep == 128 ? 2 : 1;
 constexpr int kBatches = kSlices / kBatch / kHalves;                         // of the loop's body
 constexpr int kBodyGroups = kGroups < kHalves ? kGroups : kGroups / kHalves;  // ... whose scales are in registers
-// Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of many tokens takes long enough alone.
-constexpr int kPending = kTokens > 128 ? 1 : 2;
+// What is left to multiply sums with. Weights of bf16 in groups are multiplied straight from their subnormal bits: with 2^-32, both
+// that factor (the scale times 2^101) and its product with 8 are numbers for scales from 2^-97 to 2^26.
+constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero;
+constexpr float kUnit = kFused ? 4294967296.0f : fragment_unit(X{});
+// Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of many tokens takes long enough alone, and
+// so does one beside another team's; but where unpacking takes longer, two.
+constexpr int kPending = kTokens > 128 || (kTeams > 1 && kFused) ? 1 : 2;
 constexpr int kSets = 2 * kPending;
 constexpr int kBoxBytes = kTokens * 128;  // of x: 64 in features
 constexpr int kXBytes = kStep / 64 * kBoxBytes;
@@ -181,7 +196,7 @@ constexpr int kOwnUnits = kOwnTokens / 8;
 constexpr int kChunk = kSplit && !kResidual ? kOwnTokens : kOwnTokens % 32 ? 16 : 32;
 // Units and parts that are read at once where parts are added up.
 constexpr int kAtOnce = kOwnUnits % 4 ? 2 : 4;
-constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 || kSplit ? 2 : 4;
+constexpr int kWorkers = kTokens > 128 && kResidual ? 1 : kTokens > 128 || kRows == 192 || kSplit || kTeams > 1 ? 2 : 4;
 // ... and all chunks leave through the same instructions, where parts are added up too. Only what is in registers is told apart.
 // Of runs it is how no register is spilled and no wgmma serialized: rolled where y is stored aside or transposed, not with a residual.
 constexpr bool kRolled = kTokens > 128 || (kRuns && !kResidual);
@@ -203,6 +218,8 @@ constexpr int kBox = kConsumerWarps * kWarpBox;
 // Results pass through the inbox, each warpgroup's through its own part.
 constexpr int kStaging = kExchanges ? kBox : kWarpgroups * kChunk * kPitch;
 static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for staging");
+constexpr int kHandBox = kUnits * 512;  // of sums that a warp of the second team hands to its like in the first
+constexpr int kHandBoxes = (kTeams - 1) * kConsumerWarps * kHandBox;
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
 // a second wait in the loop costs more (40% at 16 tokens): unpacking does not move across it.
 constexpr bool kRest = kTokens == 256 && kBits == 4;
@@ -248,11 +265,6 @@ __device__ __forceinline__ T offset_of(T zeros, T scales) {
   else
     return fragment_offset(X{}, zeros, scales);
 }
-
-// What is left to multiply sums with. Weights of bf16 in groups are multiplied straight from their subnormal bits: with 2^-32, both
-// that factor (the scale times 2^101) and its product with 8 are numbers for scales from 2^-97 to 2^26.
-constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero;
-constexpr float kUnit = kFused ? 4294967296.0f : fragment_unit(X{});
 
 // A thread's codes and scales of a stage, or of half of one. A K step of 128 costs 72 instructions of unpacking (9 for 8 codes), 104 with
 // zeros.
@@ -358,13 +370,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
   u8* const staging = scale_ring + stages * kScaleStage;
-  u64* const full = reinterpret_cast<u64*>(staging + kStaging);  // a stage is there
-  u64* const rest = full + kMaxStages;                           // ... the second half of its x, if it has its own barrier
+  u64* const full = reinterpret_cast<u64*>(staging + kStaging + kHandBoxes);  // a stage is there
+  u64* const rest = full + kMaxStages;                                        // ... the second half of its x, if it has its own barrier
   u64* const empty = rest + kMaxStages;
   int* const arrived = reinterpret_cast<int*>(empty + kMaxStages + (kSplit ? kConsumerWarps + 1 : kHalved ? kConsumerWarps : 0));
   u64* const taken = empty + kMaxStages + (kHalved ? kConsumerWarps + 1 : 1);  // a tile's results are on their way from the ring
   u64* const received = empty + kMaxStages;             // a warp's sums of the other CTA are in the inbox
   u64* const acknowledged = received + kConsumerWarps;  // the other CTA has what was sent, and room for more
+  u64* const handed = empty + kMaxStages + 3;      // a warp's sums of the other team are in its box
+  u64* const accepted = handed + kConsumerWarps;   // ... have been read there
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int blocks = static_cast<int>(all_blocks), cta = static_cast<int>(blockIdx.x) / kPair;
@@ -407,7 +421,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
   const auto initialised = [&] {
     named_barrier_arrive(kWeightsJoin, 96);
     named_barrier_arrive(kTokensJoin, 96);
-    named_barrier_arrive(kConsumersJoin, 64 + kConsumers);
+    named_barrier_arrive(kConsumersJoin, 64 + kTeams * kConsumers);
   };
   const auto tell_cluster = [&] {
     if constexpr (kPair > 1) barriers_initialised();
@@ -416,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
   // What has to be done before the first copies is not hidden: a CTA starts when its predecessor has left, and those that start last end
   // last. So warps find out what to copy while others, that copy nothing, initialise the barriers, and nothing else comes before a copy.
   if (warp < 4) {
-    decrease_registers<kWarpgroups == 3 ? 32 : 40>();
+    decrease_registers<kWarpgroups == 3 || kTeams == 2 ? 32 : 40>();
     int stage = 0;
     u32 parity = 1;
     if (warp == 0) {
@@ -583,6 +597,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
         if constexpr (kRest) mbarriers_init<kMaxStages>(rest, 1);
         if constexpr (kExchanges) mbarriers_init<kConsumerWarps>(received, 1);
         if constexpr (kSplit) mbarrier_init(acknowledged, kConsumerWarps * kArrivingLanes);
+        if constexpr (kTeams > 1) mbarriers_init<2 * kConsumerWarps>(handed, kArrivingLanes);
 #if LQ_ASIDE
         mbarrier_init(taken, 1), prefetch_tensor_map(&y_map);
 #endif
@@ -596,9 +611,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     return;
   }
 
-  increase_registers<kWarpgroups == 3 ? 160 : 232>();
+  increase_registers<kTeams == 2 ? 112 : kWarpgroups == 3 ? 160 : 232>();
   bool more = begin();
-  const int block = warp - 4, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128;
+  const int team = kTeams > 1 ? (warp - 4) / kConsumerWarps : 0;
+  const int block = warp - 4 - team * kConsumerWarps, warpgroup = block / 4, g = lane / 4, thread = threadIdx.x - 128 - team * kConsumers;
   const bool whole = is_whole();
   u8* const my_staging = staging + warpgroup * (kExchanges ? kBox / kWarpgroups : kChunk * kPitch);
   const u8* const my_codes = ring + kXBytes + block * kBlockBytes + lane * 16;
@@ -606,8 +622,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
   const u64 first_descriptor = swizzled_descriptor(shared_address(ring));
   // For the results. Without it the compiler has the ring's address computed in every K step (int8, 256 tokens).
   const u32 ring_address = kAside ? uniform(shared_address(ring)) : 0;
-  int stage = 0;
+  int stage = team;
   u32 parity = 0, turn = 0;  // of the ring, of exchanges
+  [[maybe_unused]] int ahead = team;  // K steps of a tile before the team's first
+  [[maybe_unused]] u32 hand = 0;      // of what teams hand over
   Weights weights;
   const auto release = [&](int stage) {
     if constexpr (kRacecheck) fence_async_proxy();
@@ -645,7 +663,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     if (lane < kArrivingLanes) mbarrier_arrive_at(acknowledged, static_cast<u32>(k_half ^ 1));
   };
   [[maybe_unused]] bool cluster_known = false;  // that the other CTA's barriers are initialised
-  named_barrier(kConsumersJoin, 64 + kConsumers);
+  named_barrier(kConsumersJoin, 64 + kTeams * kConsumers);
   tell_cluster();
 
   for (; more; more = advance()) {
@@ -681,12 +699,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     if constexpr (kRuns) next_run();
     u32 a[kSets][kBatch][4];
     wait_for_previous_kernel();  // the workspace and y are written from here on, and x cannot come before
-    mbarrier_wait(full + stage, parity);
-    weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+    const int first = work.begin + (kTeams > 1 ? ahead : 0);
+    if (kTeams == 1 || first < work.end) {
+      mbarrier_wait(full + stage, parity);
+      weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
+    }
     stage = uniform(stage), parity = uniform(parity);
     int last = stage;
 #pragma unroll 1
-    for (int step = work.begin; step < work.end; ++step) {
+    for (int step = first; step < work.end; step += kTeams) {
       u64 tokens = first_descriptor + static_cast<u32>(stage * (kStage / 16));
       const int before = last;
       const u32 rest_parity = kRest ? parity : 0;
@@ -716,8 +737,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
               // All lanes have read what they unpack of `last`, and one will release it for all. Here that is a NOP; in release(), which
               // a condition guards, up to 48 instructions more.
               __syncwarp();
-              if (++stage == stages) stage = 0, parity ^= 1;
-              if (step + 1 < work.end) {
+              if constexpr (kTeams > 1) {
+                if ((stage += kTeams) >= stages) stage -= stages, parity ^= 1;
+              } else {
+                if (++stage == stages) stage = 0, parity ^= 1;
+              }
+              if (step + kTeams < work.end) {
                 mbarrier_wait(full + stage, parity);
                 weights.load(my_codes + stage * kStage, my_scales + stage * kScaleStage);
               }
@@ -725,7 +750,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
           }
           wgmma_wait<kPending>();
           // Of the stage before, no wgmma is in flight.
-          if (batch == kPending - 1 && half == 0 && step > work.begin) release(before);
+          if (batch == kPending - 1 && half == 0 && step > first) release(before);
         }
         if (half + 1 == kHalves) break;
       }
@@ -743,7 +768,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     if constexpr (kRuns)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = total[i];
-    release(last);
+    if (kTeams == 1 || first < work.end) release(last);
+    if constexpr (kTeams > 1) {
+      // The first team adds up and stores; the other goes on with the next tile.
+      ahead = (ahead + work.end - work.begin) & 1;
+      float4* const box = reinterpret_cast<float4*>(staging + kStaging + block * kHandBox) + lane;
+      if (team > 0) {
+        mbarrier_wait(accepted + block, hand ^ 1);
+#pragma unroll
+        for (int j = 0; j < kUnits; ++j) box[j * 32] = {acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]};
+      } else {
+        mbarrier_wait(handed + block, hand);
+#pragma unroll
+        for (int j = 0; j < kUnits; ++j) {
+          const float4 other = box[j * 32];
+          acc[4 * j] += other.x, acc[4 * j + 1] += other.y, acc[4 * j + 2] += other.z, acc[4 * j + 3] += other.w;
+        }
+      }
+      __syncwarp();
+      if (lane < kArrivingLanes) mbarrier_arrive((team > 0 ? handed : accepted) + block);
+      hand ^= 1;
+      if (team > 0) continue;
+    }
     float row_scale[2] = {kUnit, kUnit};
     if constexpr (kPerRow)
 #pragma unroll
