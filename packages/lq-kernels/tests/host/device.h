@@ -127,6 +127,10 @@ void mbarrier_arrive_remote(u32 address, u32 rank);
 void mbarrier_wait(u32 address, u32 parity);
 
 inline void create_policy(u64& policy) { policy = 0; }
+inline void clock_now(u32& now) {
+  static u32 clocks;
+  now = clocks += 1 << 16;
+}
 void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy);
 void tensor_copy(u32 to, const void* map, int x, int y, u32 barrier, u64 policy);
 void tensor_copy_multicast(u32 to, const void* map, int x, int y, u32 barrier, u16 mask, u64 policy);

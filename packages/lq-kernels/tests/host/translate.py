@@ -68,6 +68,7 @@ PTX = {
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};": "mma_s8",
     "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};": "mma_tf32_k4",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%0,%1,%2,%3};": "mma_tf32_k8",
+    "mov.u32 %0, %%clock;": "clock_now",
     "mov.u32 %0, %%cluster_ctarank;": "cluster_ctarank",
     "mov.u32 %0, %%cluster_nctarank;": "cluster_nctarank",
     "mul.rn.bf16x2 %0, %1, %2;": "mul_bf16x2",

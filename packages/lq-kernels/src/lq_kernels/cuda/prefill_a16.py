@@ -210,7 +210,7 @@ def _prepare(
     maps = len(boxes)
     tiles = config.tiles(m, BLOCK_ROWS * blocks)
     shares = work(*tiles, steps, config.raster, config.shared_tiles, config.workers)
-    steps_of_group = divisor(max(1, group_size // (512 // variant.bits)))
+    steps_of_group = max(1, group_size // (512 // variant.bits))
     launch = Launch(
         index,
         "prefill_a16",
@@ -219,7 +219,7 @@ def _prepare(
         config.threads,
         shared,
         10 + maps,
-        (m, n, k, blocks, steps_of_group, stages, *shares),
+        (m, n, k, blocks, divisor(steps_of_group), stages, *shares, steps_of_group),
         cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
         defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),

@@ -218,6 +218,11 @@ constexpr int kBox = kConsumerWarps * kWarpBox;
 // Results pass through the inbox, each warpgroup's through its own part.
 constexpr int kStaging = kExchanges ? kBox : kWarpgroups * kChunk * kPitch;
 static_assert(kStaging >= kWarpgroups * kChunk * kPitch, "the inbox has room for staging");
+// The first time around the ring a stage's weights are asked for so many clocks after those of the one before, about as long as it is
+// multiplied: all at once they keep x waiting. And where they are is counted, which takes 25 instructions a step less than finding it,
+// beside the warps that multiply. Other tiles are no faster with either, and with both up to 8% slower (96 tokens where pairs share K).
+constexpr bool kPaced = kTeams > 1 || kTokens == 128 || (kTokens == 64 && kRows == 128);
+constexpr u32 kPace = kTokens <= 32 ? 300 : kTokens * kStep / 16;
 constexpr int kHandBox = kUnits * 512;  // of sums that a warp of the second team hands to its like in the first
 constexpr int kHandBoxes = (kTeams - 1) * kConsumerWarps * kHandBox;
 // With 256 tokens, a stage's x is 64 KB, so its second half has a barrier of its own: the first product starts 1 us earlier. With fewer,
@@ -365,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
 #endif
 #endif
                 i64 m, i64 n, i64 k,
-                i64 all_blocks, i64 steps_of_group, i64 ring_stages, LQ_WORK_PARAMETERS) {
+                i64 all_blocks, i64 by_steps_of_group, i64 ring_stages, LQ_WORK_PARAMETERS, i64 steps_of_group) {
   extern __shared__ __align__(1024) u8 ring[];
   const int stages = static_cast<int>(ring_stages);
   u8* const scale_ring = ring + stages * kStage;
@@ -437,43 +442,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
       bool more = begin();
       // What is read once must not push out what is read again.
       const u64 policy = work.tokens == 1 ? policy_evict_first() : policy_evict_normal();
-      const Divisor by_group(steps_of_group);
-      const bool one_step = divides_by_one(steps_of_group);
+      const Divisor by_group(by_steps_of_group);
+      const bool one_step = divides_by_one(by_steps_of_group);
       bool said = false;  // that the barriers are initialised: a matter for others, after the first copies
       bool again = false;  // the ring has been filled once: what comes next takes the place of what was read
+      [[maybe_unused]] u32 asked = 0;  // when weights were asked for last
       named_barrier(kWeightsJoin, 96);
       for (; more; more = advance()) {
         // The second CTA of a pair may have no rows: it multiplies what is in its ring, and stores nothing.
         const int block = (work.row * kSharers + (halved() ? second_row : rank)) * kBlocks, left = blocks - block;
         const int here = left < kBlocks ? (kMulticast && left < 0 ? 0 : left) : kBlocks;
         stage = uniform(stage), parity = uniform(parity);
+        const u8* next_codes = packed + (static_cast<i64>(kPieces * work.begin) * blocks + block) * kBlockBytes;
+        const int first_group = kGroups > 1 ? work.begin : by_group(work.begin);
+        int left_of_group = kGroups > 1 ? 1 : (first_group + 1) * static_cast<int>(steps_of_group) - work.begin;
+        i64 next_scales = (static_cast<i64>(first_group) * blocks + block) * kStepScales;
 #pragma unroll 1
         for (int step = work.begin; step < work.end; ++step) {
           mbarrier_wait(empty + stage, parity);
           if (again) fence_async_proxy();
+          if constexpr (kPaced)
+            if (!again) {
+              while (said && clock_now() - asked < kPace) continue;
+              asked = clock_now();
+            }
           if (elect_one()) {
+            const auto codes_of = [&](int piece) {
+              return kPaced ? next_codes + static_cast<i64>(piece) * blocks * kBlockBytes
+                            : packed + (static_cast<i64>(kPieces * step + piece) * blocks + block) * kBlockBytes;
+            };
             if constexpr (kPieces == 1) {
               mbarrier_arrive_expect(full + stage, here * (kBlockBytes + kBlockScaleBytes));
               if (!kMulticast || here > 0)
-                bulk_copy(ring + stage * kStage + kXBytes, packed + (static_cast<i64>(step) * blocks + block) * kBlockBytes,
-                          here * kBlockBytes, full + stage, policy);
+                bulk_copy(ring + stage * kStage + kXBytes, codes_of(0), here * kBlockBytes, full + stage, policy);
             } else {
               // The last step may have one piece. What an earlier step left of the other is multiplied by zeros.
               const int pieces = (2 * step + 1) * (kStep / 2) < static_cast<int>(k) ? 2 : 1;
               mbarrier_arrive_expect(full + stage, here * pieces * kBlockBytes);
               if (!kMulticast || here > 0)
                 for (int piece = 0; piece < pieces; ++piece)
-                  bulk_copy(ring + stage * kStage + kXBytes + piece * kPieceBytes,
-                            packed + (static_cast<i64>(2 * step + piece) * blocks + block) * kBlockBytes, here * kBlockBytes,
-                            full + stage, policy);
+                  bulk_copy(ring + stage * kStage + kXBytes + piece * kPieceBytes, codes_of(piece), here * kBlockBytes, full + stage,
+                            policy);
             }
             if (!kPerRow && (!kMulticast || here > 0)) {
               const int group = kGroups > 1 || one_step ? step : by_group(step);  // or all of a step
-              const i64 from = (static_cast<i64>(group) * blocks + block) * kStepScales;
+              const i64 from = kPaced ? next_scales : (static_cast<i64>(group) * blocks + block) * kStepScales;
               u8* const to = scale_ring + stage * kScaleStage;
               bulk_copy(to, scales + from, here * kStepScales, full + stage, policy);
               if constexpr (kZero) bulk_copy(to + kZeros, zeros + from, here * kStepScales, full + stage, policy);
             }
+          }
+          if constexpr (kPaced) {
+            next_codes += static_cast<i64>(kPieces) * blocks * kBlockBytes;
+            if (!kPerRow && --left_of_group == 0)
+              next_scales += static_cast<i64>(blocks) * kStepScales, left_of_group = kGroups > 1 ? 1 : static_cast<int>(steps_of_group);
           }
           __syncwarp();
           if (!said) tell_cluster();

@@ -232,6 +232,15 @@ __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("gridd
 // Allow the next kernel of the stream to start (up to its own wait).
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// ---- time ----
+
+// The multiprocessor's clocks, modulo 2^32.
+__device__ __forceinline__ u32 clock_now() {
+  u32 now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+  return now;
+}
+
 // ---- warpgroups ----
 
 template <int kRegisters>
