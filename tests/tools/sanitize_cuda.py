@@ -217,14 +217,14 @@ def prefill(selection: Selection) -> int:
             m = tokens + tokens // 2 + (1 if full else 0)
             case = Case(variant, epilogue, m, FEATURES if variant.groups or at % 2 else 1000, full)
             wide = variant.bits == 8 and variant.groups == 0 and tokens <= 128
-            cuts = (dataclasses.replace(config, wide=wide) for config in cuts_of_prefill(tokens))
+            cuts = (dataclasses.replace(each, wide=wide) for each in cuts_of_prefill(tokens, variant.bits))
             for config in selection.cuts(cuts, lambda config: config.defines):
                 case.run(prefill_a16.linear, config)
                 runs += 1
     return runs
 
 
-def cuts_of_prefill(tokens: int) -> Iterator[prefill_cuts.PrefillConfig]:
+def cuts_of_prefill(tokens: int, bits: int) -> Iterator[prefill_cuts.PrefillConfig]:
     for multicast in (False, True)[: 1 + (tokens >= prefill_cuts.MULTICAST_FROM)]:
         # Two row tiles by two token tiles, or a pair of the former.
         for ctas, shared_tiles, workers in (
@@ -239,6 +239,9 @@ def cuts_of_prefill(tokens: int) -> Iterator[prefill_cuts.PrefillConfig]:
             if not multicast or shared_tiles <= 2:
                 raster = 1 + ctas % 2
                 yield prefill_cuts.PrefillConfig(tokens, ctas, raster, shared_tiles, workers, multicast)
+    if tokens in prefill_cuts.TEAM_TOKENS and bits == 4:
+        for ctas, shared_tiles, workers in ((1, 0, 0), (3, 1, 3), (7, 3, 7)):
+            yield prefill_cuts.PrefillConfig(tokens, ctas, 1, shared_tiles, workers, teams=2)
     if tokens in prefill_cuts.RUNS_TOKENS:
         for ctas, multicast in ((1, False), (4, False), (1, True)):
             yield prefill_cuts.PrefillConfig(tokens, ctas, 1, 0, 3, multicast)
