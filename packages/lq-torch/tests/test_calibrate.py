@@ -315,8 +315,13 @@ def test_a_layer_that_cannot_be_quantized_leaves_the_model_as_it_was(tokens):
         ((torch.ones(1, 4, dtype=torch.int64), {"nowhere": INT4}), SpecError, "'nowhere'"),
         ((torch.full((1, 4), VOCABULARY), INT4), SpecError, f"embed.* 0 to {VOCABULARY - 1}, and {VOCABULARY} is"),
         ((torch.full((1, 4), -1), INT4), SpecError, "and -1 is"),
+        (
+            (torch.ones(1, 4, dtype=torch.int64), INT4, {"descend": 1}),
+            SpecError,
+            "options are a dict: expected GPTQOptions",
+        ),
     ],
-    ids=["floats", "flat", "empty", "int8", "name", "nowhere", "beyond", "negative"],
+    ids=["floats", "flat", "empty", "int8", "name", "nowhere", "beyond", "negative", "options"],
 )
 def test_wrong_arguments_are_named(arguments, error, match):
     model = make()
@@ -324,6 +329,15 @@ def test_wrong_arguments_are_named(arguments, error, match):
         gptq(model, *arguments)
     assert weights(model) == {}
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_inference_mode_changes_no_bit(tokens):
+    models = [make(num_hidden_layers=1), make(num_hidden_layers=1)]
+    gptq(models[0], tokens[:2], INT4)
+    with torch.inference_mode():
+        gptq(models[1], tokens[:2], INT4)
+    assert bits(models[0])
+    assert equal(*(bits(model) for model in models))
 
 
 def test_a_model_without_blocks_is_refused(tokens):

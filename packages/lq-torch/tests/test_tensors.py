@@ -17,7 +17,9 @@ from lq_torch import (
     Int8Tensor,
     Int8WeightOnlyConfig,
     LowBitTensor,
+    load,
     quantize_,
+    save_pretrained,
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -150,6 +152,31 @@ def test_inference_mode_before_and_after(config, device):
         inside = layer(x)
     with torch.no_grad():
         assert torch.equal(layer(x), inside)
+
+
+def test_inference_mode_takes_operators_that_are_made_of_others(config, device, tmp_path):
+    """In that mode they reach the weight whole."""
+    layer = nn.Linear(256, 72, device=device, dtype=torch.bfloat16)
+    quantize_(layer, config)
+    save_pretrained(nn.Sequential(layer), tmp_path)
+    x = torch.randn(4, 256, device=device).bfloat16()
+    attention = nn.MultiheadAttention(64, 4, batch_first=True, device=device).eval()
+    quantize_(attention, Int4WeightOnlyConfig(group_size=32))
+    tokens = torch.randn(2, 5, 64, device=device)
+    with torch.no_grad():
+        expected = x @ layer.weight.t(), attention(tokens, tokens, tokens)[0]
+    with torch.inference_mode():
+        for y, each in zip((x @ layer.weight.t(), attention(tokens, tokens, tokens)[0]), expected, strict=True):
+            assert torch.equal(y, each)
+        assert layer.weight.cpu().device.type == "cpu"
+        assert layer.weight.to("meta").is_meta
+        loaded = load(tmp_path, nn.Sequential(nn.Linear(256, 72)), dtype=torch.float16)
+        layer.half()
+        for half in (loaded[0], layer):
+            assert (type(half.weight), half.weight.dtype) == (type(layer.weight), torch.float16)
+        for refused in (lambda: layer.weight + 1, lambda: torch.einsum("mk,nk->mn", x, layer.weight)):
+            with pytest.raises(UnsupportedError, match="is not defined for a quantized weight"):
+                refused()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])

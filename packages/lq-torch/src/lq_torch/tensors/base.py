@@ -195,6 +195,10 @@ class LowBitTensor(torch.Tensor):
     ) -> Any:
         handler = DISPATCH.get(func)
         if handler is None:
+            # In inference mode operators that are made of others come here whole: .to(), matmul, attention.
+            result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
             raise UnsupportedError(
                 f"{func} is not defined for a quantized weight ({cls.__name__}); use F.linear(x, weight), or "
                 "weight.dequantize() where a dense tensor is really meant"
