@@ -11,6 +11,7 @@ import torch
 from lq_formats import (
     NoKernelError,
     QuantSpec,
+    SpecError,
     UnsupportedError,
     choose_qparams,
     pack_int4,
@@ -299,6 +300,19 @@ class TestMode:
         model = Model()
         assert model.mode()
         assert list(model.modes()) == list(Model.static_modes()) == [True]
+
+    def test_refuses_what_is_no_bool(self):
+        for wrong in ("no", 1, None):
+            for switch in (batch_invariant, set_batch_invariant):
+                with pytest.raises(SpecError, match=r"expected True or False$"):
+                    switch(wrong)
+        with pytest.raises(SpecError, match=r"a decorator is written with parentheses, @batch_invariant\(\)"):
+
+            @batch_invariant
+            def product():
+                return is_batch_invariant()
+
+        assert not is_batch_invariant()
 
     def test_refuses_what_is_asynchronous(self):
         """Their mode would be that of whatever else the thread runs meanwhile."""

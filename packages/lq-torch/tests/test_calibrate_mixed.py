@@ -156,7 +156,7 @@ def test_tokens_beyond_the_vocabulary_are_named(tokens):
 def test_a_budget_below_the_cheapest_choice_is_refused(tokens):
     with pytest.raises(SpecError, match="the least these layers take"):
         mixed_precision(Model(), tokens, 2.0)
-    for nothing in (0.0, -4.5, float("nan"), float("inf")):
+    for nothing in (0.0, -4.5, float("nan"), float("inf"), "4.5", None, True):
         with pytest.raises(SpecError, match="target_bits"):
             mixed_precision(Model(), tokens, nothing)
 

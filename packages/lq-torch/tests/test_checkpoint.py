@@ -159,6 +159,9 @@ def test_what_is_no_module_or_size_is_named(saved):
     for save in (save_pretrained, export_pretrained):
         with pytest.raises(SpecError, match="max_shard_bytes='4GB'"):
             save(model, folder / "new", max_shard_bytes="4GB")
+        for size in (0, -1, float("nan"), True):
+            with pytest.raises(SpecError, match="expected a positive number of bytes"):
+                save(model, folder / "new", max_shard_bytes=size)
     for task in (
         lambda: save_pretrained(None, folder),
         lambda: load(folder, "model"),

@@ -373,6 +373,8 @@ def test_types_that_cannot_stay_packed_are_dense_on_request_only(saved):
     assert torch.equal(other.model.norm.weight, form.dequantize(form.quantize(norm)))
     assert len(packed(other)) == 14
     assert packed(load_gguf(changed, build(), dequantize=("q8_0", "q4_0"))) == []
+    with pytest.raises(SpecError, match=r"dequantize='q4_0': expected names in a collection, \('q4_0',\)"):
+        load_gguf(path, build(), dequantize="q4_0")
     dense = load_gguf(path, build(), dequantize=("q4_0",))
     dequantize_(model)
     assert torch.equal(logits(dense), logits(model))

@@ -422,6 +422,12 @@ def test_a_part_alone_refuses_what_is_no_product():
         model.self_attn.q_proj(activations(2))
     with pytest.raises(AttributeError, match="unmerge_linears restores it"):
         _ = model.self_attn.q_proj.weight
+    for name in ("weight", "bias"):  # set, it would be read by nothing
+        with pytest.raises(UnsupportedError, match=f"its {name} cannot be set.*unmerge_linears first"):
+            setattr(model.self_attn.q_proj, name, torch.zeros(64))
+    state = block().state_dict()
+    with pytest.raises(UnsupportedError, match="cannot be set"):
+        torch.func.functional_call(model, state, (activations(2),))
     assert model.self_attn.q_proj.out_features == 64
 
 

@@ -117,6 +117,26 @@ def test_warnings_say_why_nothing_was_quantized():
     quantize_(model, Int8WeightOnlyConfig())
     with pytest.warns(UserWarning, match="all 2 are quantized already"):
         quantize_(model, Int8WeightOnlyConfig())
+    with_head = nn.ModuleDict({"body": nn.Linear(64, 64), "lm_head": nn.Linear(64, 64)})
+    quantize_(with_head, Int8WeightOnlyConfig())
+    with pytest.warns(
+        UserWarning, match=r"1 are quantized already, and output heads and .* left as they are, here 'lm_head'"
+    ):
+        quantize_(with_head, Int8WeightOnlyConfig())
+
+
+def test_dequantize_says_what_it_leaves():
+    with pytest.warns(UserWarning, match="dequantize_ found no quantized weight in Linear"):
+        dequantize_(nn.Linear(3, 3))
+    model = replace_linear_with_int4(layers(64, 64, 64), 32)
+    with pytest.warns(UserWarning, match=r"dequantize_ left 2 modules that hold packed weights.*'0', '1'.*nn\.Linear"):
+        dequantize_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = layers(64, 64)
+        quantize_(plain, Int8WeightOnlyConfig())
+        dequantize_(plain)
+    assert type(plain[0].weight.data) is torch.Tensor
 
 
 class Experts(nn.Module):

@@ -41,9 +41,20 @@ def is_batch_invariant() -> bool:
 
 
 def set_batch_invariant(enabled: bool) -> None:
-    """Switch the mode on or off for all threads of the process, except inside :class:`batch_invariant`."""
+    """Switch the mode on or off for all threads of the process, except inside :class:`batch_invariant`.
+
+    Raises:
+        SpecError: If ``enabled`` is no bool.
+    """
     global _process
-    _process = bool(enabled)
+    _process = _checked(enabled)
+
+
+def _checked(enabled: object) -> bool:
+    if not isinstance(enabled, bool):
+        decorated = "; a decorator is written with parentheses, @batch_invariant()" if callable(enabled) else ""
+        raise SpecError(f"enabled={enabled!r}: expected True or False{decorated}")
+    return enabled
 
 
 class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (used like a function)
@@ -63,8 +74,12 @@ class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (used like a 
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        """Take whether to switch the mode on, or off."""
-        self._enabled = enabled
+        """Take whether to switch the mode on, or off.
+
+        Raises:
+            SpecError: If ``enabled`` is no bool, but a function, say.
+        """
+        self._enabled = _checked(enabled)
 
     def __enter__(self) -> None:
         """Switch the mode, for this thread."""

@@ -223,10 +223,12 @@ def split_shards(values: Mapping[str, Tensor], limit: int) -> list[dict[str, Ten
     """Return values by name in parts of at most ``limit`` bytes; a value that is larger is a part of its own.
 
     Raises:
-        SpecError: If ``limit`` is not a number.
+        SpecError: If ``limit`` is not a positive number.
     """
-    if not isinstance(limit, int | float):
-        raise SpecError(f"max_shard_bytes={limit!r}: expected a number of bytes, for example {MAX_SHARD_BYTES}")
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        raise SpecError(
+            f"max_shard_bytes={limit!r}: expected a positive number of bytes, for example {MAX_SHARD_BYTES}"
+        )
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in values.items():

@@ -240,7 +240,7 @@ def replace_linear_with_int4(model: nn.Module, group_size: int = 256, filter_fn:
     """
     targets = select_linears(model, filter_fn)
     if not targets:
-        warnings.warn(f"replace_linear_with_int4 found no Linear layer: {why_none(model)}", stacklevel=2)
+        warnings.warn(f"replace_linear_with_int4 found no Linear layer: {why_none(model, filter_fn)}", stacklevel=2)
         return model
     for path, linear in targets:
         check_linear(path, linear)

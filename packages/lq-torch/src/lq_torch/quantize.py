@@ -57,7 +57,7 @@ def quantize_(
         raise SpecError(f"config is a {type(config).__name__}: expected a configuration such as Int4WeightOnlyConfig()")
     targets = select_linears(model, filter_fn)
     if not targets:
-        warnings.warn(f"quantize_ found no Linear layer to quantize: {why_none(model)}", stacklevel=2)
+        warnings.warn(f"quantize_ found no Linear layer to quantize: {why_none(model, filter_fn)}", stacklevel=2)
         return
     for path, layer in targets:
         check_linear(path, layer)
@@ -89,6 +89,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     Raises:
         DTypeError: If ``dtype`` is not fp16, bf16 or fp32; the model is then as it was.
         SpecError: If ``model`` is no module.
+
+    Warns:
+        UserWarning: Where there is nothing to replace, or modules that hold packed weights of their own are left.
     """
     check_module(model, "dequantize_")
     if dtype is not None and dtype not in _DTYPES:
@@ -103,6 +106,22 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         dense = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
         for module in modules:
             module.weight = dense
+    from lq_torch.linear import Int4PackedLinear, Int8Linear
+
+    packed = [
+        path or type(module).__name__
+        for path, module in model.named_modules()
+        if isinstance(module, Int4PackedLinear | Int8Linear)
+    ]
+    if packed:
+        some = ", ".join(repr(path) for path in packed[:3])
+        warnings.warn(
+            f"dequantize_ left {len(packed)} modules that hold packed weights of their own, among them {some}: put "
+            "nn.Linear layers with what their dequantize() returns in their places",
+            stacklevel=2,
+        )
+    elif not holders:
+        warnings.warn(f"dequantize_ found no quantized weight in {type(model).__name__}", stacklevel=2)
 
 
 def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[tuple[str, nn.Linear]]:
@@ -163,15 +182,19 @@ def check_linear(path: str, layer: nn.Linear) -> None:
     check_finite(w, name)
 
 
-def why_none(model: nn.Module) -> str:
-    """Say why :func:`select_linears` found nothing."""
+def why_none(model: nn.Module, filter_fn: FilterFn | None) -> str:
+    """Say why :func:`select_linears` found nothing with these arguments."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         return f"{type(model).__name__} has no nn.Linear"
     dense = [path for path, module in linears.items() if not isinstance(module.weight, LowBitTensor)]
     if not dense:
         return f"all {len(linears)} are quantized already"
-    return f"filter_fn took none of {len(dense)}, among them {', '.join(repr(path) for path in dense[:3])}"
+    some = ", ".join(repr(path) for path in dense[:3])
+    if filter_fn is not None:
+        return f"filter_fn took none of {len(dense)}, among them {some}"
+    quantized = f"{len(linears) - len(dense)} are quantized already, and " if len(dense) < len(linears) else ""
+    return f"{quantized}output heads and tied weights are left as they are, here {some}; a filter_fn takes untied heads"
 
 
 def what_stayed(model: nn.Module) -> str | None:

@@ -93,7 +93,10 @@ class GPTQLayout:
         """
         self.packed_shape(weight.out_features, weight.in_features, weight.groups, weight.bits)
         if weight.scale.dtype not in _SCALE_DTYPES:
-            raise DTypeError(f"{self.name} stores float16 or bfloat16 scales; quantize with one of these scale dtypes")
+            raise DTypeError(
+                f"{self.name} stores float16 or bfloat16 scales; quantize with one of these scale dtypes (8 bits: scale_dtype "
+                "of IntxWeightOnlyConfig)"
+            )
         zero = weight.stored_zero(self.name)
         mask = (1 << weight.bits) - 1
         g_idx = weight.g_idx

@@ -85,11 +85,12 @@ def mixed_precision(
             holds the state of another run.
         LQError: As :func:`lq_torch.quantize_` for a layer that cannot be quantized.
     """
-    if not (math.isfinite(target_bits) and target_bits > 0):
-        raise SpecError(f"target_bits={target_bits}: expected a positive number of bits a weight")
+    number = isinstance(target_bits, int | float) and not isinstance(target_bits, bool)
+    if not (number and math.isfinite(target_bits) and target_bits > 0):
+        raise SpecError(f"target_bits={target_bits!r}: expected a positive number of bits a weight")
     layers = dict(select_linears(model, filter_fn))
     if not layers:
-        raise SpecError(f"there is no Linear layer to quantize: {why_none(model)}")
+        raise SpecError(f"there is no Linear layer to quantize: {why_none(model, filter_fn)}")
     for path, layer in layers.items():
         check_linear(path, layer)
     split_batches(tokens, batch_size)

@@ -52,6 +52,9 @@ def calibrate(
     """
     started = time.monotonic()
     check_module(model, "calibration")
+    for options, kind in ((gptq, GPTQOptions), (awq, AWQOptions)):
+        if options is not None and not isinstance(options, kind):
+            raise SpecError(f"options are a {type(options).__name__}: expected {kind.__name__}(...)")
     batches = split_batches(tokens, batch_size)
     layers, configs = _checked(model, config, filter_fn, blocks=gptq is None and awq is None)
     blocks = find_blocks(model)
@@ -219,7 +222,7 @@ def _checked(
         layers = dict(select_linears(model, filter_fn))
         configs = dict.fromkeys(layers, config)
     if not layers:
-        raise SpecError(f"there is no Linear layer to calibrate: {why_none(model)}")
+        raise SpecError(f"there is no Linear layer to calibrate: {why_none(model, filter_fn)}")
     for path, layer in layers.items():
         if not isinstance(chosen := configs[path], WeightConfig):
             raise SpecError(f"config is a {type(chosen).__name__}: expected one such as Int4WeightOnlyConfig()")

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from lq_formats import GGML_FORMATS, DTypeError, FormatError, LQError, ShapeError, UnsupportedError
+from lq_formats import GGML_FORMATS, DTypeError, FormatError, LQError, ShapeError, SpecError, UnsupportedError
 from lq_formats.gguf import GGMLType, GGUFFile, GGUFTensor, ggml_type, open_gguf
 from torch import Tensor, nn
 
@@ -60,6 +60,8 @@ def load_gguf(
     """
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise DTypeError(f"dtype={dtype}: expected float16, bfloat16 or float32")
+    if isinstance(dequantize, str):
+        raise SpecError(f"dequantize={dequantize!r}: expected names in a collection, ({dequantize!r},)")
     dense = {ggml_type(name).name for name in dequantize}
     target = parse_device(device)
     file = open_gguf(path)

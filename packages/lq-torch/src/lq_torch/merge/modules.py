@@ -111,6 +111,14 @@ class MergedPart(nn.Module):
             )
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):  # which nothing would read: torch.func.functional_call sets them, for one
+            raise UnsupportedError(
+                f"this layer is merged with its siblings and its {name} cannot be set: set that of the merged layer, "
+                "whose name named_parameters() gives, or call unmerge_linears first"
+            )
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         """The rows that this part is."""
         return f"out features {self.start} to {self.start + self.out_features} of {self.total}"
