@@ -436,3 +436,9 @@ def test_a_cuda_graph_holds_both():
     torch.cuda.synchronize()
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_residual_of_no_out_features_is_added():
+    packed = preshuffle_int8(torch.zeros(0, 16, dtype=torch.int8), torch.ones(0))
+    y = preshuffled_linear(torch.ones(2, 16), *packed, bits=8, group_size=16, out_features=0, residual=torch.ones(2, 0))
+    assert y.shape == (2, 0)

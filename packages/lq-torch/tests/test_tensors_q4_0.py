@@ -184,3 +184,18 @@ def test_a_gpu_holds_what_its_kernels_read():
     weight = GGMLTensor.from_hp(torch.randn(8, 256, device="cuda"), "q4_0")
     assert (weight.fragments() is not None) == reads_fragments(weight.device)
     assert weight.to("cpu").codes is None
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e4, 1.0, 1e-4, 1e-6, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_of_any_magnitude_are_multiplied_alike(scale, dtype):
+    """Blocks of Q8_1 have scales and sums in fp16, which such tokens, all of one sign, are beyond."""
+    generator = torch.Generator().manual_seed(5)
+    layer = nn.Linear(1024, 48, bias=False, dtype=dtype)
+    quantize_(layer, GGMLWeightOnlyConfig("q4_0"))
+    weight = layer.weight.dequantize(torch.float64)
+    x = (torch.rand(4, 1024, generator=generator) * scale).to(dtype)
+    x[3] = 0
+    exact = x.double() @ weight.t()
+    assert float((layer(x).double() - exact).norm() / exact.norm()) < 0.01
+    assert not layer(x)[3].any()

@@ -105,7 +105,8 @@ def matmul_bf16_i4(
                 f"packed has shape {tuple(packed.shape)} int8: expected (N, K // 2) with K divisible by 8; pack with "
                 "pack_dtype=torch.int32 otherwise"
             )
-        packed = packed.contiguous().view(torch.int32)
+        # In a row first: of one row contiguous() leaves any stride.
+        packed = packed.contiguous().view(-1).view(torch.int32).view(packed.shape[0], packed.shape[1] // 4)
     group_size = x.shape[-1] if group_size == -1 and x.dim() else group_size
     return int4_linear(x, packed, scales, zeros, group_size=group_size, bias=bias, kernel=kernel)
 

@@ -271,7 +271,7 @@ def preshuffled_linear(
             lambda x, bias, residual: linear(x, dense(x), bias) + residual,
             x.reshape(-1, k),
             bias,
-            residual.reshape(-1, out_features),
+            residual.reshape(x.numel() // k, out_features),  # -1 is ambiguous where there are no out features
         )
     else:
         y = differentiable(

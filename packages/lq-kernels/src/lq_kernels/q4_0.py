@@ -165,12 +165,27 @@ def quantizing(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
 
 
 def quantized(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``x @ w.T`` in x's dtype by a product of blocks ``(N, M)``, of Q4_0 and of what x is quantized to."""
+    """Return ``x @ w.T`` in x's dtype by a product of blocks ``(N, M)``, of Q4_0 and of what x is quantized to.
+
+    A Q8_1 block has its scale and the sum of its numbers in fp16, which a token of large numbers exceeds, and of which little
+    is left where all are small. So tokens are multiplied by powers of two, which changes no other bit, and results are divided.
+    """
 
     def run(x: Tensor, weight_q: Tensor) -> Tensor:
-        return product(weight_q, torch.ops.lq.quantize_q8_1(x)).t().to(x.dtype).contiguous()
+        exponent = _exponents(x)
+        y = product(weight_q, torch.ops.lq.quantize_q8_1(torch.ldexp(x.float(), -exponent))).t()
+        return torch.ldexp(y, exponent).to(x.dtype).contiguous()
 
     return run
+
+
+def _exponents(x: Tensor) -> Tensor:
+    """Return ``(M, 1)`` exponents of 2 by which each token of ``(M, K)`` may be divided so that its largest is near 64."""
+    if not x.numel():
+        return x.new_zeros(x.shape[0], 1, dtype=torch.float32)
+    largest = x.float().abs().amax(1, keepdim=True)
+    exponent = torch.frexp(largest).exponent.float() - 7
+    return torch.where(largest.isfinite() & (largest > 0), exponent, 0.0).clamp_(-100.0, 100.0)
 
 
 def _int4(problem: Problem) -> Problem:
