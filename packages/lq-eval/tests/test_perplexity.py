@@ -5,7 +5,7 @@ import torch
 from lq_eval.corpus import make_windows
 from lq_eval.divergence import compare
 from lq_eval.evaluate import quantized_copy
-from lq_eval.perplexity import PROTOCOLS, measure_perplexity, protocol
+from lq_eval.perplexity import PROTOCOLS, Accumulator, measure_perplexity, protocol
 from lq_eval.schemes import parse_scheme
 from lq_formats import SpecError
 
@@ -36,6 +36,12 @@ def test_value_and_standard_error_by_hand():
     found = measure_perplexity(Fixed(table), windows)
     assert found.value == pytest.approx(math.exp(scores.mean()), rel=1e-6)
     assert found.stderr == pytest.approx(found.value * float(means.std()) / math.sqrt(3), rel=1e-5)
+
+
+def test_a_broken_model_has_an_infinite_perplexity():
+    scores = Accumulator()
+    scores.add(torch.full((2, 3), 800.0), 8, 1.0)
+    assert scores.result().value == math.inf
 
 
 def test_bos_scores_the_first_token_too():

@@ -2,7 +2,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lq_formats import DTypeError, ShapeError, SpecError, pack_bits, pack_int4, packed_items, unpack_bits
+from lq_formats import (
+    DTypeError,
+    ShapeError,
+    SpecError,
+    dequantize_i4_pack8,
+    pack_bits,
+    pack_int4,
+    packed_items,
+    unpack_bits,
+    unpack_int4,
+)
 
 DTYPES = [torch.uint8, torch.int16, torch.int32]
 
@@ -93,3 +103,15 @@ def test_bad_input_is_named():
         packed_items(-1, 4)
     with pytest.raises(DTypeError, match="float32"):
         unpack_bits(torch.zeros(1, 1), 4, 2)
+
+
+def test_a_dimension_of_one_may_have_any_stride():
+    """As after a checkpoint's tensor of one word a row is turned: ``contiguous()`` leaves it as it is."""
+    words = pack_int4(torch.arange(40, dtype=torch.uint8).reshape(5, 8) % 16)
+    turned = words.reshape(1, 5).t()
+    assert turned.stride() != words.stride()
+    assert torch.equal(unpack_int4(turned, 8), unpack_int4(words, 8))
+    for bits in (2, 4, 8):
+        assert torch.equal(unpack_bits(turned, bits, 32 // bits), unpack_bits(words, bits, 32 // bits))
+    scales = torch.ones(5, 1)
+    assert torch.equal(dequantize_i4_pack8(turned, scales, 8), dequantize_i4_pack8(words, scales, 8))

@@ -254,7 +254,11 @@ def test_an_unused_text_is_said_to_be(lq, folder, text, tmp_path):
         (("--algorithm", "gptq", "--calibration", "TEXT", "--windows", 99), "500 tokens, 15 windows of 32: expected"),
         (
             ("--algorithm", "gptq", "--calibration", "TEXT", "--window-length", 501),
-            "0 windows of 501: expected at least 1",
+            "SpecError: --window-length 501: the model reads at most 32 tokens",
+        ),
+        (
+            ("--algorithm", "gptq", "--group-size", 32, "--calibration", "TEXT", "--windows", 2, "--resume", "TEXT"),
+            "cannot be made a folder: File exists",
         ),
         (("--algorithm", "gptq", "--calibration", "TEXT", "--windows", 0), "SpecError: --windows 0"),
         (("--target-bits", 4.5), "SpecError: --target-bits needs --calibration"),

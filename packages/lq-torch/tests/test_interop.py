@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lq_formats import DTypeError, FormatError, ShapeError, SpecError, UnsupportedError
+from lq_formats.interop import HQQFormat
 from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4PermutedTensor,
@@ -459,3 +460,22 @@ def test_every_packing_is_exported_as_the_same_bits(name, tmp_path):
         for key, tensor in plain.items():
             # gemlite's scales are float16 whatever the weight is.
             assert torch.equal(tensors[key], tensor) or ("scale" in key and packing == "gemlite")
+
+
+def test_layers_of_few_out_features_come_back(tmp_path):
+    """Zeros of eight rows are one word, and a tensor of a file has other strides than one that was packed here."""
+    torch.manual_seed(0)
+    model, again = (nn.Sequential(nn.Linear(64, 8, bias=False)) for _ in range(2))
+    config = Int4WeightOnlyConfig(
+        group_size=32, symmetric=False, int4_choose_qparams_algorithm="rtn", scale_dtype=torch.float16
+    )
+    quantize_(model, config, lambda module, path: True)
+    export_pretrained(model, tmp_path, "compressed-tensors")
+    import_pretrained(tmp_path, again)
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), model(x))
+
+
+def test_hqq_layers_without_scales_are_refused():
+    with pytest.raises(UnsupportedError, match="0 scales"):
+        HQQFormat().check_shapes(8, 64, {"W_q": (4, 64), "scale": (0, 1), "zero": (0, 1)})

@@ -214,11 +214,11 @@ def document(rows: Sequence[Evaluation]) -> dict[str, Any]:
     reference = next((row.perplexity.value for row in rows if row.scheme == "float"), None)
     return {
         "scheme": last.scheme,
-        "perplexity": last.perplexity.value,
+        "perplexity": _finite(last.perplexity.value),
         "perplexity_stderr": _finite(last.perplexity.stderr),
-        "baseline_perplexity": reference,
-        "change_percent": last.change_percent,
-        "kl_divergence": last.divergence.kl if last.divergence else None,
+        "baseline_perplexity": _finite(reference),
+        "change_percent": _finite(last.change_percent),
+        "kl_divergence": _finite(last.divergence.kl) if last.divergence else None,
         "top1_agreement": last.divergence.top1 if last.divergence else None,
         "tokens": last.perplexity.tokens,
         "tokens_per_second": last.perplexity.tokens_per_second,
@@ -226,8 +226,8 @@ def document(rows: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _evaluation(

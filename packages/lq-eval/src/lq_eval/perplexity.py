@@ -27,6 +27,9 @@ import torch
 from lq_formats import SpecError
 from torch import Tensor, nn
 
+_LARGEST_MEAN = 709.0
+"""Whose exponential is a float64; broken models score more."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -150,7 +153,8 @@ class Accumulator:
     def result(self) -> Perplexity:
         """Return the perplexity over everything that was added (windows are equally long)."""
         means = torch.tensor(self._windows, dtype=torch.float64)
-        value = math.exp(float(means.mean()))
+        mean = float(means.mean())
+        value = math.exp(mean) if not mean > _LARGEST_MEAN else math.inf
         stderr = value * float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else math.nan
         return Perplexity(
             value,

@@ -90,7 +90,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         return torch.empty((*lead, count), dtype=torch.uint8, device=packed.device)
     per_block, block_bytes, word = _block(bits)
     count_blocks = -(-count // per_block)
-    octets = packed.contiguous().view(torch.uint8)
+    octets = as_octets(packed)
     # The padding is negative where the last item has more bytes than the last block of codes.
     octets = torch.nn.functional.pad(octets, (0, count_blocks * block_bytes - octets.shape[-1]))
     octets = octets.reshape(*lead, count_blocks, block_bytes)
@@ -106,6 +106,15 @@ def _block(bits: int) -> tuple[int, int, torch.dtype]:
     if 8 % bits == 0:
         return 8 // bits, 1, torch.uint8
     return 8, bits, torch.int64
+
+
+def as_octets(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor of one dimension or more, the last one with those of its items, in memory order.
+
+    Of a tensor with a dimension of size one ``contiguous()`` may leave any stride, with which ``view`` to fewer bytes fails.
+    """
+    octets = tensor.contiguous().view(-1).view(torch.uint8)
+    return octets.view(*tensor.shape[:-1], tensor.shape[-1] * tensor.element_size())
 
 
 def _check(bits: int, dtype: torch.dtype) -> None:

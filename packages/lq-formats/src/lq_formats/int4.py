@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.affine import choose_qparams, dequantize_affine, quantize_affine
+from lq_formats.bitpack import as_octets
 from lq_formats.errors import DTypeError, ShapeError
 from lq_formats.spec import QuantSpec
 from lq_formats.validation import check_codes, check_matrix
@@ -65,7 +66,7 @@ def unpack_int4(qweight: Tensor, in_features: int) -> Tensor:
     expected = -(-in_features // CODES_PER_WORD)
     if words != expected:
         raise ShapeError(f"qweight has {words} words a row: in_features={in_features} needs {expected}")
-    return _split_bytes(qweight.contiguous().view(torch.uint8))[:, :in_features].contiguous()
+    return _split_bytes(as_octets(qweight))[:, :in_features].contiguous()
 
 
 def quantize_i4_pack8(
@@ -125,7 +126,7 @@ def dequantize_i4_pack8(
     """
     check_matrix(packed, "packed")
     _check_pack_dtype(packed.dtype)
-    codes = _split_bytes(packed.contiguous().view(torch.uint8))
+    codes = _split_bytes(as_octets(packed))
     return dequantize_affine(codes, scales, None, _symmetric(group_size, torch.float32), dtype)
 
 

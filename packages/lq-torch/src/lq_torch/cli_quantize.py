@@ -208,10 +208,12 @@ def _batch_size(options: argparse.Namespace) -> int:
 
 
 def _windows(tokenizer: Any, text: str, model: nn.Module, options: argparse.Namespace) -> Tensor:
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
-    length = min(2048, context) if options.window_length is None else options.window_length
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    length = min(2048, context or 2048) if options.window_length is None else options.window_length
     if length < 1 or (options.windows is not None and options.windows < 1):
         raise SpecError(f"--windows {options.windows} of {length} tokens: expected positive numbers")
+    if context is not None and length > context:
+        raise SpecError(f"--window-length {length}: the model reads at most {context} tokens (max_position_embeddings)")
     return token_windows(tokenizer, text, options.windows, length)
 
 

@@ -137,8 +137,11 @@ class GGUFFile:
         Raises:
             SpecError: If there is no such tensor.
             UnsupportedError: If lq does not read its type.
+            DTypeError: If ``dtype`` is no floating dtype.
         """
         info = self._find(name)
+        if not dtype.is_floating_point:
+            raise DTypeError(f"dtype={dtype}: expected a floating dtype; weights are not dequantized to integers")
         if info.type.dtype is not None:
             return self.tensor(name).to(dtype, copy=True)
         form = GGML_FORMATS.get(info.type.name)

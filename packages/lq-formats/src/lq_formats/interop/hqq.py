@@ -50,7 +50,7 @@ class HQQFormat(CheckpointFormat):
         """See :meth:`CheckpointFormat.expected_shapes`."""
         rows, size = shape_of(shapes, "W_q", self.name)
         scales, _ = shape_of(shapes, "scale", self.name)
-        if rows == 0 or scales % rows or 8 % (scales // rows) or size == 0 or in_features % size:
+        if rows == 0 or scales == 0 or scales % rows or 8 % (scales // rows) or size == 0 or in_features % size:
             raise UnsupportedError(
                 f"hqq layer of {rows} rows of bytes, groups of {size} and {scales} scales for {in_features} in features: "
                 "groups must run along the in features of one row, in 1, 2, 4 or 8 bits"

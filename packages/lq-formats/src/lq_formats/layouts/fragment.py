@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lq_formats.bitpack import as_octets
 from lq_formats.errors import DTypeError, ShapeError, SpecError
 from lq_formats.validation import check_codes, check_elements, check_matrix
 
@@ -99,7 +100,7 @@ class FragmentLayout:
         if tuple(packed.shape) != shape:
             raise ShapeError(f"packed has shape {tuple(packed.shape)}: expected {shape}")
         steps, blocks = shape[:2]
-        data = packed.contiguous().view(torch.uint8)
+        data = as_octets(packed)
         if self.bits == 4:
             data = torch.stack((data & 0x0F, data >> 4), dim=-1)
             # Dimensions: 0 step, 1 block, 2 half, 3 g, 4 t, 5 j, 6 h, 7 kh, 8 rh

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lq_formats.bitpack import as_octets
 from lq_formats.errors import DTypeError, ShapeError
 from lq_formats.ggml.registry import GGML_FORMATS, GGMLFormat, ggml_format
 from lq_formats.validation import check_elements, check_tensor
@@ -201,7 +202,7 @@ class GGMLPlanesLayout:
         if self.upper is not None and planes.high is not None:
             high = self._codes(planes.high, self.upper.bits)
             self.upper.write(high[:, :in_features].reshape(rows, count, block), blocks)
-        octets = planes.scale.contiguous().view(torch.uint8)
+        octets = as_octets(planes.scale)
         scale = octets[:, : count * self.block_scale_bytes].reshape(rows, count, self.block_scale_bytes)
         start = 0
         for at, length in self.fields:
@@ -245,7 +246,7 @@ class GGMLPlanesLayout:
     def _codes(self, plane: Tensor, bits: int) -> Tensor:
         """Undo :meth:`_words`."""
         rows, chunks = plane.shape[0], plane.shape[1] // self.group
-        octets = plane.contiguous().view(torch.uint8).reshape(rows, chunks, self.group, plane.element_size())
+        octets = as_octets(plane).reshape(rows, chunks, self.group, plane.element_size())
         return unpack_fields(octets.transpose(-1, -2), bits).reshape(rows, chunks * self.chunk)
 
 
