@@ -27,9 +27,6 @@ import torch
 from lq_formats import SpecError
 from torch import Tensor, nn
 
-_LARGEST_MEAN = 709.0
-"""Whose exponential is a float64; broken models score more."""
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -153,8 +150,10 @@ class Accumulator:
     def result(self) -> Perplexity:
         """Return the perplexity over everything that was added (windows are equally long)."""
         means = torch.tensor(self._windows, dtype=torch.float64)
-        mean = float(means.mean())
-        value = math.exp(mean) if not mean > _LARGEST_MEAN else math.inf
+        try:
+            value = math.exp(float(means.mean()))
+        except OverflowError:  # a broken model's
+            value = math.inf
         stderr = value * float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else math.nan
         return Perplexity(
             value,

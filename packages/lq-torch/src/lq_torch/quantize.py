@@ -106,7 +106,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         dense = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
         for module in modules:
             module.weight = dense
-    from lq_torch.linear import Int4PackedLinear, Int8Linear
+    from lq_torch.linear import Int4PackedLinear, Int8Linear  # which imports this module
 
     packed = [
         path or type(module).__name__

@@ -206,9 +206,8 @@ def ring(
     # Results pass through the buffer for these, with a barrier a warp and one more; or through staging, with a flag and two
     # barriers.
     fixed = tokens // 2 * rows * 4 + 8 * (blocks + 2) if split else rows // 64 * 32 * 144 + 24
-    fixed += (teams - 1) * (
-        tokens * rows * 4 + 16 * blocks
-    )  # sums that one hands to the other, and two barriers a warp
+    # What one team hands to the other, and two barriers a warp for it.
+    fixed += (teams - 1) * (tokens * rows * 4 + 16 * blocks)
     stages = min(most, (_SHARED - fixed - _BARRIERS) // stage)
     stages -= stages % teams
     return stages, fixed + _BARRIERS + stages * stage

@@ -30,12 +30,12 @@ _STATE, _REPORT, _SENSITIVITY, _VERSION = "calibration.json", "report.json", "se
 _SAMPLE = 4096  # values of every parameter that go into the model's fingerprint
 
 
-def _make(folder: str) -> None:
+def _make(folder: Path) -> None:
     """Make the folder that keeps a state, with those above it."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpecError(f"resume={folder!r} cannot be made a folder: {error.strerror or error}") from None
+        raise SpecError(f"resume={str(folder)!r} cannot be made a folder: {error.strerror or error}") from None
 
 
 class ResumeFolder:
@@ -64,7 +64,7 @@ class ResumeFolder:
         awq: AWQOptions | None,
     ) -> None:
         self._folder = Path(folder)
-        _make(str(self._folder))
+        _make(self._folder)
         described = {path: config.to_dict() for path, config in configs.items()}
         state = {
             "version": _VERSION,
@@ -131,7 +131,7 @@ class SensitivityFile:
         self._file = None if folder is None else Path(folder) / _SENSITIVITY
         if self._file is None:
             return
-        _make(str(self._file.parent))
+        _make(self._file.parent)
         self._state = {
             "version": _VERSION,
             "gptq": gptq and gptq.to_dict(),
