@@ -84,7 +84,7 @@ class QuantSpec:
         if in_features % self.group_size:
             raise GroupSizeError(
                 f"group_size={self.group_size} does not divide in_features={in_features}; "
-                "choose a divisor of it, or one scale a row (granularity='row', or group_size=-1 in a configuration)"
+                "choose a divisor, or -1 or granularity='row'"
             )
         return self.group_size
 
