@@ -66,6 +66,13 @@ def test_doctor_explains_kernels(lq_eval):
         assert expected in result.output
 
 
+def test_doctor_says_that_the_cache_cannot_be_read(lq_eval, monkeypatch, tmp_path):
+    monkeypatch.setenv("LQ_CACHE_DIR", str(tmp_path / ("x" * 300)))
+    result = lq_eval("doctor", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "cannot be read (File name too long)" in " ".join(result.output.split())
+
+
 def test_doctor_says_what_a_missing_package_is_for(lq_eval, monkeypatch):
     """Files are read and written without gguf: it is transformers that takes a tokenizer from one by it."""
     monkeypatch.setattr("lq_eval.doctor.version", lambda package: None)
@@ -252,6 +259,11 @@ def test_bench_record_has_a_step_for_every_benchmark_but_ggml():
         (("bench", "record", "x", "--steps", ","), "SpecError"),
         (("bench", "fused", "--replays", "0"), "SpecError"),
         (("bench", "sweep", "--replays", "-1"), "SpecError"),
+        (("demo", "--seconds", "nan"), "SpecError"),
+        (("bench", "gemm", "--seconds", "-1"), "SpecError"),
+        (("demo", "--json", "-"), "SpecError"),
+        (("bench", "sweep", "--json", "-"), "SpecError"),
+        (("ppl", "x" * 300, "--tokens", "256"), "ModelLoadError"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

@@ -256,6 +256,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
         ({"k": GGUFValue(ValueType.ARRAY, [300], ValueType.UINT8)}, "ARRAY of UINT8"),
         ({"k": GGUFValue(ValueType.ARRAY, [[1]], ValueType.ARRAY)}, "ARRAY"),
         ({"k": array("u", "x")}, "type code"),
+        ({3: "k"}, "metadata key 3 is no text"),
     ],
 )
 def test_metadata_that_gguf_cannot_hold_is_refused(tmp_path, metadata, message):
@@ -269,7 +270,11 @@ def test_metadata_that_gguf_cannot_hold_is_refused(tmp_path, metadata, message):
     [
         ({"x" * 64: torch.zeros(1)}, SpecError, "64 bytes: expected 1 to 63"),
         ({"": torch.zeros(1)}, SpecError, "tensor name"),
+        ({b"x": torch.zeros(1)}, SpecError, "tensor name b'x' is no text"),
         ({"x": torch.zeros(1, dtype=torch.complex64)}, DTypeError, "complex64"),
+        ({"x": [1.0]}, DTypeError, "list: expected a torch.Tensor"),
+        ({"x": torch.zeros(1, device="meta")}, UnsupportedError, "meta"),
+        ({"x": torch.eye(2).to_sparse()}, UnsupportedError, "sparse_coo"),
         ({"x": torch.zeros(1, 1, 1, 1, 1)}, ShapeError, "at most 4 dimensions"),
         ({"x": TensorSource(ggml_type("q4_k"), (2, 128), lambda: torch.zeros(0))}, ShapeError, "multiple of 256"),
         ({"x": TensorSource(ggml_type("f32"), (2,), lambda: torch.zeros(3))}, ShapeError, "announced"),

@@ -63,8 +63,9 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FormatError, match="configuration"):
         shapes.model_shapes(path)
-    with pytest.raises(SpecError, match="cannot be read"):
-        shapes.model_shapes(tmp_path / "missing.json")
+    for missing in ("missing.json", "x" * 300):
+        with pytest.raises(SpecError, match="cannot be read"):
+            shapes.model_shapes(tmp_path / missing)
 
 
 def test_forms_without_a_kernel_are_refused():

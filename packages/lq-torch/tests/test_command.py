@@ -294,6 +294,7 @@ def test_models_that_are_none_are_named(lq, folder, tmp_path):
     assert "there is no folder" in lq("quantize", "/no/such/folder", out)[2]
     assert "FormatError: cannot load the folder" in lq("quantize", tmp_path, out)[2]
     assert "is the model itself" in lq("quantize", folder, folder)[2]
+    assert "FormatError: cannot load the hub name" in lq("quantize", "x" * 300, out)[2]
     assert lq("quantize", folder, out, "--group-size", 32)[0] == 0
     assert "is quantized already" in lq("quantize", out, tmp_path / "again")[2]
 

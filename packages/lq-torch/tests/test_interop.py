@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from lq_formats import DTypeError, FormatError, ShapeError, SpecError, UnsupportedError
-from lq_formats.interop import HQQFormat
+from lq_formats.interop import CompressedTensorsFormat, HQQFormat
+from lq_formats.layouts import AffineWeight
 from lq_torch import (
     GGMLWeightOnlyConfig,
     Int4PermutedTensor,
@@ -336,8 +337,11 @@ def test_zero_biases_of_old_writers_are_accepted(tmp_path):
 
 
 def test_folders_that_are_none_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        import_pretrained(tmp_path / "nothing")
+    for missing in ("nothing", "x" * 300):
+        with pytest.raises(FileNotFoundError, match=r"is not a folder with a config.json"):
+            import_pretrained(tmp_path / missing)
+        with pytest.raises(FileNotFoundError, match=r"is not a folder with an lq.json"):
+            load(tmp_path / missing)
     with pytest.raises(FormatError, match="says nothing of quantization"):
         import_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"quantization_config": [1]}')
@@ -474,6 +478,21 @@ def test_layers_of_few_out_features_come_back(tmp_path):
     import_pretrained(tmp_path, again)
     x = torch.randn(3, 64)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_of_few_in_features_have_the_bits_that_the_configuration_says(bits):
+    """Four codes of 4 bits or of 8 take one word."""
+    codes = torch.randint(1 << bits, (8, 4), dtype=torch.uint8)
+    weight = AffineWeight(codes, torch.ones(8, 1, dtype=torch.float16), None, bits)
+    tensors = CompressedTensorsFormat().pack(weight)
+    config = CONFIGS["compressed-tensors"]
+    said = {"config_groups": {"group_0": {"weights": {"num_bits": bits, "strategy": "channel"}}}}
+    form = CompressedTensorsFormat.from_config({**config, **said})
+    assert torch.equal(form.unpack(tensors).codes, codes)
+    groups = {f"group_{n}": {"weights": {"num_bits": n, "strategy": "channel"}} for n in (4, 8)}
+    with pytest.raises(UnsupportedError, match="4 in features among layers of 4 and of 8 bits"):
+        CompressedTensorsFormat.from_config({**config, "config_groups": groups}).unpack(tensors)
 
 
 def test_hqq_layers_without_scales_are_refused():

@@ -14,7 +14,18 @@ from lq_formats import LQError, SpecError
 from typer.core import TyperGroup
 
 from lq_eval.bench.commands import bench_app
-from lq_eval.terminal import STDOUT, BareJsonCommand, Device, Json, PrintJson, console, listed, progress_bar, save
+from lq_eval.terminal import (
+    STDOUT,
+    BareJsonCommand,
+    DemoSeconds,
+    Device,
+    Json,
+    PrintJson,
+    console,
+    listed,
+    progress_bar,
+    save,
+)
 
 if TYPE_CHECKING:
     from lq_eval.models import LoadedModel
@@ -56,9 +67,7 @@ def _options(
 def demo(
     tokens: Annotated[int, typer.Option(help="Tokens of the bundled text to evaluate on.")] = 25600,
     schemes: Annotated[str | None, typer.Option(help="Comma-separated; default: all that the demo knows.")] = None,
-    seconds: Annotated[
-        float, typer.Option(help="Evaluate no longer than this; fewer tokens on a slow machine.")
-    ] = 60.0,
+    seconds: DemoSeconds = 60.0,
     device: Device = None,
     json: Json = None,
 ) -> None:

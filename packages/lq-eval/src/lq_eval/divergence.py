@@ -59,8 +59,10 @@ class Comparison:
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p || q) in nats of two tensors of log probabilities ``(..., vocabulary)`` in float32: ``(...)``."""
+    p = log_p.exp()
+    # What cannot come counts 0, whatever the other model says of it: where both exclude it, it would be infinity less infinity.
     # The sum is at least 0; rounding may leave it a few 1e-8 below for equal models.
-    return (log_p - log_q).mul_(log_p.exp()).sum(dim=-1).clamp_(min=0)
+    return (log_p - log_q).mul_(p).masked_fill_(p == 0, 0).sum(dim=-1).clamp_(min=0)
 
 
 def compare(
@@ -117,7 +119,8 @@ def compare(
                 _check_vocabulary(name, log_q.shape[-1], log_p.shape[-1])
                 totals[name].add(scores, ids.numel(), seconds)
                 kl[name] += kl_divergence(log_p, log_q).double().mean(dim=1).tolist()
-                agreed[name] += int((choice == best).sum())
+                # NaN is no choice, though argmax takes it for the largest.
+                agreed[name] += int((choice == best).logical_and_(scores.isnan().logical_not_()).sum())
                 if progress is not None:
                     progress(batch.shape[0])
 

@@ -98,7 +98,10 @@ def _cache() -> str:
         return f"none: {error}"
     if env.cache_disabled():
         return f"disabled (LQ_DISABLE_CACHE=1); it would be {folder}"
-    if not folder.is_dir():
-        return f"{folder} (empty)"
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return f"{folder} ({len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB)"
+    try:
+        if not folder.is_dir():
+            return f"{folder} (empty)"
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return f"{folder} ({len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB)"
+    except OSError as error:
+        return f"{folder} cannot be read ({error.strerror or error}): set LQ_CACHE_DIR to a folder that can"

@@ -5,6 +5,7 @@ library quantized (:func:`lq_torch.import_pretrained`), or a name on the hub. A 
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
             configuration says.
         LQError: If a quantized folder is damaged or of an unknown version.
     """
-    local = Path(source).is_dir()
+    local = os.path.isdir(source)
     if saved_quantized(source):
         return _load_quantized(Path(source), device, dtype)
     if not local and str(source).startswith(("/", ".", "~")):
@@ -134,7 +135,8 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
 def saved_quantized(source: str | Path) -> bool:
     """Return whether ``source`` is a folder with quantized weights: one that lq saved, or another library."""
     folder = Path(source)
-    return folder.is_dir() and ((folder / _LQ_INDEX).is_file() or is_foreign(folder))
+    # Of a hub's name, or one that is too long for a file's, it says no; Path.is_dir raises.
+    return os.path.isdir(folder) and ((folder / _LQ_INDEX).is_file() or is_foreign(folder))
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -20,6 +20,12 @@ STDOUT = Path("-")
 
 def _recordable(path: Path | None) -> Path | None:
     """Refuse a file that no record can be appended to, before anything is measured."""
+    if path == STDOUT:
+        raise SpecError("--json -: the table goes to standard output; expected a file, for example results.jsonl")
+    return _recordable_or_stdout(path)
+
+
+def _recordable_or_stdout(path: Path | None) -> Path | None:
     if path not in (None, STDOUT):
         check_target(path)
     return path
@@ -32,6 +38,13 @@ def _drawable(path: Path | None) -> Path | None:
     return path
 
 
+def _limit(seconds: float | None) -> float | None:
+    """Refuse what is no time: nothing is later than NaN, so no limit would be kept."""
+    if seconds is not None and not seconds >= 0:
+        raise SpecError(f"--seconds {seconds:g}: expected 0 or more")
+    return seconds
+
+
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU where there is one.")]
 Json = Annotated[
     Path | None,
@@ -41,13 +54,16 @@ PrintJson = Annotated[
     Path | None,
     typer.Option(
         "--json",
-        callback=_recordable,
+        callback=_recordable_or_stdout,
         help="Alone: print one JSON document as the last line. FILE: append a record to it.",
     ),
 ]
 Plot = Annotated[Path | None, typer.Option(callback=_drawable, help="Draw the speedup to this file (svg, png, pdf).")]
 Figure = Annotated[Path, typer.Argument(callback=_drawable, help="The figure to write (svg, png, pdf).")]
-Seconds = Annotated[float | None, typer.Option(help="Stop starting new points after this time.")]
+Seconds = Annotated[float | None, typer.Option(callback=_limit, help="Stop starting new points after this time.")]
+DemoSeconds = Annotated[
+    float, typer.Option(callback=_limit, help="Evaluate no longer than this; fewer tokens on a slow machine.")
+]
 
 
 class BareJsonCommand(TyperCommand):

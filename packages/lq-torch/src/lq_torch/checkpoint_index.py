@@ -121,7 +121,7 @@ def read_index(folder: Path) -> CheckpointIndex:
         FileNotFoundError: If there is no such folder.
     """
     path = folder / INDEX_NAME
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder} is not a folder with an {INDEX_NAME}")
     if not path.is_file():
         raise FormatError(

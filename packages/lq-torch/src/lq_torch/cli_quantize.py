@@ -1,11 +1,11 @@
 """What ``lq quantize`` does: load, choose, quantize, save, say what was done."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def quantize(options: argparse.Namespace) -> None:
     exclude = _pattern(options.exclude)
     text = _text(options)
     check_folder(options.out)
-    if options.out.exists() and Path(options.model).exists() and options.out.samefile(options.model):
+    if os.path.exists(options.out) and os.path.exists(options.model) and options.out.samefile(options.model):
         raise SpecError(f"{options.out} is the model itself; name another folder to write")
     check_target(options.out)
     model, tokenizer = load_dense(options.model, DTYPES.get(options.dtype))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_formats.errors import DTypeError, FormatError, ShapeError, SpecError
+from lq_formats.errors import DTypeError, FormatError, ShapeError, SpecError, UnsupportedError
 from lq_formats.gguf.reader import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC
 from lq_formats.gguf.types import TYPES_BY_DTYPE, GGMLType, ggml_type
 from lq_formats.gguf.values import MAX_KEY, GGUFValue, ValueType, encode_string
@@ -43,8 +43,14 @@ class TensorSource:
         """Return a tensor as it is, in its own dtype.
 
         Raises:
-            DTypeError: If GGUF has no such type.
+            DTypeError: If GGUF has no such type, or this is no tensor.
+            UnsupportedError: If it has no values (``meta``), or is sparse.
         """
+        if not isinstance(tensor, Tensor):
+            raise DTypeError(f"{type(tensor).__name__}: expected a torch.Tensor or a TensorSource")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            found = "on the device 'meta', without values" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise UnsupportedError(f"a tensor {found}: expected values to write; load it, or call to_dense()")
         kind = TYPES_BY_DTYPE.get(tensor.dtype)
         if kind is None:
             raise DTypeError(
@@ -89,6 +95,7 @@ def write_gguf(
     Raises:
         SpecError: If a key, a value, a name or the alignment is none that GGUF has.
         DTypeError, ShapeError: If a tensor is of no such type or shape, or reads as another than announced.
+        UnsupportedError: If a tensor has no values (``meta``), or is sparse.
     """
     if alignment < 8 or alignment & alignment - 1:
         raise SpecError(f"alignment={alignment}: expected a power of two of at least 8")
@@ -133,6 +140,8 @@ def _header(metadata: Mapping[str, Any], sources: Mapping[str, TensorSource], al
 
 
 def _encode_name(name: str, what: str, limit: int) -> bytes:
+    if not isinstance(name, str):
+        raise SpecError(f"the {what} {name!r:.80} is no text: expected a str")
     octets = encode_string(name)
     if not 0 < len(octets) - 8 <= limit:
         raise SpecError(f"the {what} {name!r:.80} has {len(octets) - 8} bytes: expected 1 to {limit}")

@@ -29,7 +29,12 @@ class CompressedTensorsFormat(CheckpointFormat):
 
     See :class:`lq_formats.layouts.CompressedTensorsLayout`. A layer's bits follow from its shapes, so that the groups of a
     configuration (``config_groups``) need no matching of names. Old versions stored zero points as int8 ``(N, G)``.
+
+    Attributes:
+        widths: The bits that layers may have: with up to four in features shapes do not tell 4 from 8.
     """
+
+    widths: tuple[int, ...] = (4, 8)
 
     name = "compressed-tensors"
     marker = "weight_packed"
@@ -62,7 +67,7 @@ class CompressedTensorsFormat(CheckpointFormat):
                     f"compressed-tensors group {name!r} has {weights.get('num_bits')} bits, strategy "
                     f"{weights.get('strategy')!r}: expected 4 or 8 bits by group or channel"
                 )
-        return cls()
+        return cls(tuple(sorted({group["weights"]["num_bits"] for group in groups.values()})) or cls.widths)
 
     def expected_shapes(self, out_features: int, in_features: int, shapes: Shapes) -> Shapes:
         """See :meth:`CheckpointFormat.expected_shapes`."""
@@ -118,9 +123,14 @@ class CompressedTensorsFormat(CheckpointFormat):
         }
 
     def _bits(self, in_features: int, words: int) -> int:
-        for bits in (4, 8):
-            if words == -(-in_features * bits // 32):
-                return bits
+        found = [bits for bits in self.widths if words == -(-in_features * bits // 32)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UnsupportedError(
+                f"{self.name} layer of {in_features} in features among layers of 4 and of 8 bits: its shapes do not tell which "
+                "it has; leave it dense"
+            )
         raise FormatError(
             f"{self.name} tensor 'weight_packed' has {words} words a row: {in_features} in features take "
             f"{-(-in_features // 8)} with 4 bits and {-(-in_features // 4)} with 8"

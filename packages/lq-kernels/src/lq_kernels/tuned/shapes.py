@@ -1,6 +1,7 @@
 """Which weights to tune: sizes, well-known models, or a transformers configuration, read without transformers."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -64,7 +65,7 @@ def model_shapes(path: Path) -> tuple[Shape, ...]:
         FormatError: If the file is not a configuration of a decoder model.
         SpecError: If there is no such file.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
     try:
         with path.open("rb") as file:

@@ -1,5 +1,6 @@
 """Load a dense Hugging Face causal language model and its tokenizer. Imports transformers when called."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def load_dense(source: str, dtype: torch.dtype | None = None) -> tuple[nn.Module
         from transformers.utils import logging
     except ImportError:
         raise MissingPackageError("transformers", "Loading a model by name", "pip install 'lq-torch[hf]'") from None
-    local = Path(source).is_dir()
+    local = os.path.isdir(source)
     if local and (Path(source) / INDEX_NAME).is_file():
         raise SpecError(f"{source} is quantized already; give the dense model")
     if not local and source.startswith(("/", ".", "~")):

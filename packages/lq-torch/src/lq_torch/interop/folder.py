@@ -116,7 +116,7 @@ def read_folder(folder: Path) -> ForeignFolder:
         UnsupportedError: If it is of a kind that this release does not read.
         FileNotFoundError: If there is no such folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder} is not a folder with a config.json")
     if (folder / INDEX_NAME).is_file():
         raise FormatError(f"{folder} is a checkpoint of lq: lq_torch.load reads it")
