@@ -8,7 +8,7 @@ from lq_eval.data import eval_text_path, tiny_llama_path
 from lq_eval.evaluate import quantized_copy
 from lq_eval.results import read_records
 from lq_eval.schemes import parse_scheme
-from lq_torch import save_pretrained
+from lq_torch import save_gguf, save_pretrained
 
 
 @pytest.mark.parametrize("kl", [True, False], ids=["kl", "no-kl"])
@@ -36,7 +36,9 @@ def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
     common = ("--tokens", 512, "--device", "cpu", "--json", record)
     missing = lq_eval("ppl", folder, *common)
     assert missing.exit_code == 1
-    assert "tokenizer" in missing.stderr
+    assert "save it beside them with tokenizer.save_pretrained, or name the float model" in missing.stderr
+    beside = lq_eval("ppl", folder, "--baseline", tiny_llama_path(), "--tokens", 256, "--device", "cpu")
+    assert beside.exit_code == 0, beside.output
     tiny.tokenizer.save_pretrained(folder)
     for source in ((folder,), (tiny_llama_path(), "--scheme", "int4-g64")):
         result = lq_eval("ppl", *source, *common)
@@ -45,6 +47,21 @@ def test_ppl_of_a_folder_that_lq_saved(lq_eval, tiny, tmp_path):
     assert [(row["scheme"], row["scale_dtype"]) for row in saved.rows] == [("as saved", None)]
     assert saved.rows[0]["perplexity"] == pytest.approx(quantized.rows[1]["perplexity"], rel=1e-5)
     assert saved.rows[0]["linear_bytes"] == quantized.rows[1]["linear_bytes"]
+
+
+def test_ppl_of_a_gguf_file(lq_eval, tiny, tmp_path):
+    """With the float model's tokenizer, as what save_gguf writes has none."""
+    file, record = tmp_path / "model.gguf", tmp_path / "ppl.jsonl"
+    save_gguf(quantized_copy(tiny.model, parse_scheme("q8_0")), file)
+    common = ("--tokens", 512, "--device", "cpu", "--json", record)
+    for arguments in ((file, "--baseline", tiny_llama_path()), (tiny_llama_path(), "--scheme", "q8_0")):
+        result = lq_eval("ppl", *arguments, *common)
+        assert result.exit_code == 0, result.output
+    found, expected = (each.rows[1] for each in read_records(record))
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert found["linear_bytes"] == expected["linear_bytes"]
+    assert "no tokenizer that can be read" in lq_eval("ppl", file, "--tokens", 256).stderr
+    assert "there is no file" in lq_eval("ppl", tmp_path / "other.gguf", "--tokens", 256).stderr
 
 
 @pytest.fixture

@@ -147,7 +147,9 @@ def test_scales_and_zeros_are_the_least_squares_solution_for_their_codes(spec):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
-    "config", [Int4WeightOnlyConfig(32, symmetric=False), IntxWeightOnlyConfig(3, 32)], ids=["int4", "int3"]
+    "config",
+    [Int4WeightOnlyConfig(32, symmetric=False), IntxWeightOnlyConfig(3, 32, symmetric=False)],
+    ids=["int4", "int3"],
 )
 def test_the_stored_weight_has_the_error_that_is_reported(dtype, config):
     """Nothing is rounded after the error was measured; two layers share one Hessian and are told apart."""

@@ -238,12 +238,22 @@ def test_as_a_module(folder, tmp_path, monkeypatch, capsys):
     assert "14 layers" in capsys.readouterr().out
 
 
+def test_a_report_does_not_outlive_its_model(lq, folder, text, tmp_path):
+    calibrated = ("--group-size", 32, "--algorithm", "gptq", "--calibration", text, "--window-length", 32)
+    assert lq("quantize", folder, tmp_path, *calibrated)[0] == 0
+    assert (tmp_path / "calibration.json").is_file()
+    assert lq("quantize", folder, tmp_path, "--scheme", "int8")[0] == 0
+    assert not (tmp_path / "calibration.json").exists()
+
+
 def test_an_unused_text_is_said_to_be(lq, folder, text, tmp_path):
     status, _, err = lq("quantize", folder, tmp_path, "--group-size", 32, "--algorithm", "rtn", "--calibration", text)
     assert status == 0
     assert "--calibration is not used" in err
     status, _, err = lq("quantize", folder, tmp_path / "ggml", "--scheme", "q8_0", "--calibration", text)
     assert (status, err) == (0, "lq: --calibration is not used: q8_0 needs no data\n")
+    status, _, err = lq("quantize", folder, tmp_path / "zero", "--scheme", "q8_0", "--batch-size", 0)
+    assert (status, err) == (0, "lq: --batch-size is not used: q8_0 needs no data\n")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +302,8 @@ def test_a_named_error_is_one_line_and_status_1(lq, folder, text, tmp_path, argu
 def test_models_that_are_none_are_named(lq, folder, tmp_path):
     out = tmp_path / "out"
     assert "there is no folder" in lq("quantize", "/no/such/folder", out)[2]
-    assert "FormatError: cannot load the folder" in lq("quantize", tmp_path, out)[2]
+    assert "it has no config.json" in lq("quantize", tmp_path, out)[2]
+    assert "is a GGUF file" in lq("quantize", tmp_path / "model.gguf", out)[2]
     assert "is the model itself" in lq("quantize", folder, folder)[2]
     assert "FormatError: cannot load the hub name" in lq("quantize", "x" * 300, out)[2]
     assert lq("quantize", folder, out, "--group-size", 32)[0] == 0
@@ -303,3 +314,11 @@ def test_wrong_usage_has_status_2(lq, folder, tmp_path):
     assert lq("quantize", folder, tmp_path, "--algorithm", "magic")[0] == 2
     assert lq("quantize", folder)[0] == 2
     assert lq()[0] == 2
+    for empty in (
+        ("", tmp_path),
+        (folder, ""),
+        (folder, tmp_path, "--resume", ""),
+        (folder, tmp_path, "--calibration", ""),
+    ):
+        status, _, err = lq("quantize", *empty)
+        assert (status, err.endswith("is empty\n")) == (2, True)

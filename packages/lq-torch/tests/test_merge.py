@@ -36,7 +36,7 @@ CONFIGS = {
     "int8-row": Int8WeightOnlyConfig(),
     "q4_0": GGMLWeightOnlyConfig(),
     "q8_0": GGMLWeightOnlyConfig("q8_0"),
-    "int3-g32-asym": IntxWeightOnlyConfig(3, 32),
+    "int3-g32-asym": IntxWeightOnlyConfig(3, 32, symmetric=False),
     "dense": None,
 }
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -1,6 +1,7 @@
 """quantize_ on small models: every configuration, on the CPU and (marked) on a GPU; bad input changes nothing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from lq_torch import (
     rotate_,
     save_pretrained,
 )
+from lq_torch.quantize import select_linears
 from torch import nn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -162,6 +164,38 @@ def test_default_filter_leaves_heads_and_tied_weights():
     assert isinstance(tiny.lm_head.weight, LowBitTensor)
     with pytest.raises(UnsupportedError, match=r"tied\.weight is shared"):
         quantize_(tiny, Int8WeightOnlyConfig(), lambda module, path: path == "tied")
+
+
+def test_a_layer_named_output_is_the_head_where_blocks_have_none():
+    def block():
+        return nn.ModuleDict({"qkv": nn.Linear(32, 96), "output": nn.Linear(32, 32)})
+
+    blocks = nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "output": nn.Linear(32, 64)})
+    paths = [path for path, _ in select_linears(blocks)]
+    assert paths == ["layers.0.qkv", "layers.0.output", "layers.1.qkv", "layers.1.output"]
+    wrapped = nn.Sequential(nn.ModuleDict({"body": nn.Linear(32, 32), "output": nn.Linear(32, 64)}))
+    assert [path for path, _ in select_linears(wrapped)] == ["0.body"]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["lost", "kept"])
+def test_weights_that_scales_are_too_small_for_are_named(kept):
+    net = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).requires_grad_(False)
+    net[0].weight.mul_(1e-7)
+    config = Int4WeightOnlyConfig(32, scale_dtype=torch.float32 if kept else torch.float16)
+    if kept:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantize_(net, config)
+    else:
+        with pytest.warns(UserWarning, match=r"lost most of the weights of 1 layers, among them '0'"):
+            quantize_(net, config)
+
+
+def test_widths_are_symmetric_unless_asked_otherwise():
+    assert (
+        IntxWeightOnlyConfig().symmetric == Int4WeightOnlyConfig().symmetric == IntxWeightOnlyConfig(bits=5).symmetric
+    )
+    assert IntxWeightOnlyConfig().symmetric
 
 
 @pytest.mark.parametrize(

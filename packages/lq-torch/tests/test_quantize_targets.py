@@ -100,7 +100,9 @@ def test_extreme_fp16_weights_stay_finite(value):
     for config in (Int4WeightOnlyConfig(32), Int8WeightOnlyConfig(), GGMLWeightOnlyConfig("q8_0")):
         model = layers(64, 64, dtype=torch.float16)
         model[0].weight.data.fill_(value)
-        quantize_(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fp16 scales that keep little of 1e-7
+            quantize_(model, config)
         dense = model[0].weight.dequantize(torch.float32)
         assert torch.isfinite(dense).all()
         assert (dense - value).abs().max() <= max(0.01 * value, 2e-7)

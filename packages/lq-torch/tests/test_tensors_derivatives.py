@@ -18,7 +18,7 @@ CONFIGS = {
     "int4-gemlite": Int4WeightOnlyConfig(32, int4_packing_format="gemlite"),
     "int8-preshuffled": Int8WeightOnlyConfig(int8_packing_format="preshuffled"),
     "int4-dynamic": Int4DynamicActivationConfig("int8", 32),
-    "intx": IntxWeightOnlyConfig(3, 32),
+    "intx": IntxWeightOnlyConfig(3, 32, symmetric=False),
     "q4_0": GGMLWeightOnlyConfig("q4_0"),
 }
 

@@ -245,3 +245,24 @@ def test_hugging_face_saves_what_is_dense_again(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Int4WeightOnlyConfig(32), Int8WeightOnlyConfig(), GGMLWeightOnlyConfig("q8_0")],
+    ids=["int4", "int8", "q8_0"],
+)
+def test_accelerate_offloads_quantized_weights(config):
+    """It moves parameters to meta and back, and makes each of its class: ``type(parameter)(value, requires_grad=...)``."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny()
+    quantize_(model, config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        accelerate.cpu_offload(model, execution_device="cpu")
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert isinstance(weight, LowBitTensor)
+        assert isinstance(weight, torch.nn.Parameter)
+        assert weight.is_meta
+        assert torch.equal(model(ids).logits, expected)

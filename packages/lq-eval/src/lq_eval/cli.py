@@ -147,7 +147,9 @@ def schemes(
 
 @app.command(cls=BareJsonCommand)
 def ppl(
-    model: Annotated[str, typer.Argument(help="A model folder (Hugging Face or lq layout) or a hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="A model folder (Hugging Face or lq layout), a GGUF file or a hub name.")
+    ],
     scheme: Annotated[
         str | None, typer.Option(help="Comma-separated schemes, see lq-eval schemes; default: int4-g128.")
     ] = None,
@@ -224,7 +226,7 @@ def ppl(
         path = text or eval_text_path()
         content, source = load_text(path), path.name
 
-    loaded = load_model(model, device=where, dtype=precision)
+    loaded = load_model(model, device=where, dtype=precision, float_model=baseline)
     reference = None if baseline is None else load_model(baseline, device=where, dtype=precision)
     for one in (loaded, *(() if reference is None else (reference,))):
         _check_context(one, seq_len, rules, decode_tokens)

@@ -1,7 +1,8 @@
 """Loading the models that are evaluated, and counting what they take.
 
 A model is a folder in the Hugging Face layout, a folder written by :func:`lq_torch.save_pretrained`, one that another
-library quantized (:func:`lq_torch.import_pretrained`), or a name on the hub. A folder is never looked up on the network.
+library quantized (:func:`lq_torch.import_pretrained`), a GGUF file (:func:`lq_torch.load_gguf`), or a name on the hub. A folder
+is never looked up on the network.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 from lq_formats import DTypeError, LQError, SpecError, UnsupportedError
-from lq_torch import import_pretrained, load
+from lq_torch import import_pretrained, load, load_gguf
+from lq_torch.integrations.causal_lm import first_sentence
 from lq_torch.interop import is_foreign
 from torch import nn
 
@@ -96,13 +98,16 @@ def default_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    source: str | Path, *, device: torch.device, dtype: torch.dtype, float_model: str | Path | None = None
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
-        source: A folder, or a name on the Hugging Face hub.
+        source: A folder, a GGUF file, or a name on the Hugging Face hub.
         device: Where to put it.
         dtype: dtype of its weights and activations. Codes and scales of an lq folder stay as they were saved.
+        float_model: What a quantized model was made of, with a tokenizer for it where it has none of its own.
 
     Raises:
         ModelLoadError: If it cannot be found or read, or its files lack weights or have them in other sizes than its
@@ -111,7 +116,11 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
     """
     local = os.path.isdir(source)
     if saved_quantized(source):
-        return _load_quantized(Path(source), device, dtype)
+        return _load_quantized(Path(source), device, dtype, float_model)
+    if local and not (Path(source) / "config.json").is_file():
+        raise ModelLoadError(f"cannot load the folder {str(source)!r}: it has no config.json")
+    if not local and str(source).endswith(".gguf"):
+        raise ModelLoadError(f"there is no file {str(source)!r}")
     if not local and str(source).startswith(("/", ".", "~")):
         raise ModelLoadError(f"there is no folder {str(source)!r}; give a model's folder or its name on the hub")
     where = f"the folder {str(source)!r}" if local else f"the hub name {str(source)!r} (there is no such folder)"
@@ -126,17 +135,17 @@ def load_model(source: str | Path, *, device: torch.device, dtype: torch.dtype) 
         except LQError:
             raise
         except Exception as error:  # a damaged file raises what its reader raises: a dozen unrelated classes
-            raise ModelLoadError(f"cannot load {where}: {_first_line(error)}") from error
+            raise ModelLoadError(f"cannot load {where}: {first_sentence(error)}") from error
     if problem := _unloaded(report):
         raise ModelLoadError(f"cannot load {where}: {problem}; take config.json and the weights of one model")
     return LoadedModel(str(source), model.to(device).eval(), _unlimited(tokenizer), quantized=False)
 
 
 def saved_quantized(source: str | Path) -> bool:
-    """Return whether ``source`` is a folder with quantized weights: one that lq saved, or another library."""
+    """Return whether ``source`` is a GGUF file, or a folder with quantized weights: one that lq saved, or another library."""
     folder = Path(source)
     # Of a hub's name, or one that is too long for a file's, it says no; Path.is_dir raises.
-    return os.path.isdir(folder) and ((folder / _LQ_INDEX).is_file() or is_foreign(folder))
+    return _is_gguf(folder) or (os.path.isdir(folder) and ((folder / _LQ_INDEX).is_file() or is_foreign(folder)))
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -173,20 +182,42 @@ def _unloaded(report: Mapping[str, Any]) -> str:
     return ""
 
 
-def _load_quantized(directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    with _quiet_transformers():
-        from transformers import AutoTokenizer
+def _is_gguf(source: Path) -> bool:
+    return source.suffix == ".gguf" and os.path.isfile(source)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # as above
-            raise ModelLoadError(
-                f"{str(directory)!r} holds quantized weights, but no tokenizer that can be read ({_first_line(error)}); "
-                "save it beside them with tokenizer.save_pretrained"
-            ) from error
-        ours = (directory / _LQ_INDEX).is_file()
-        model = (load if ours else import_pretrained)(directory, device=device, dtype=dtype)
-    return LoadedModel(str(directory), model.eval(), _unlimited(tokenizer), quantized=True)
+
+def _load_quantized(
+    source: Path, device: torch.device, dtype: torch.dtype, float_model: str | Path | None
+) -> LoadedModel:
+    with _quiet_transformers():
+        tokenizer = _tokenizer_of(source, float_model)
+        if _is_gguf(source):
+            model = load_gguf(source, device=device, dtype=dtype)
+        else:
+            ours = (source / _LQ_INDEX).is_file()
+            model = (load if ours else import_pretrained)(source, device=device, dtype=dtype)
+    return LoadedModel(str(source), model.eval(), _unlimited(tokenizer), quantized=True)
+
+
+def _tokenizer_of(source: Path, float_model: str | Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    place, options = (source.parent, {"gguf_file": source.name}) if _is_gguf(source) else (source, {})
+    try:
+        return AutoTokenizer.from_pretrained(str(place), local_files_only=True, **options)
+    except Exception as error:  # as above
+        if float_model is not None:
+            try:
+                return AutoTokenizer.from_pretrained(str(float_model), local_files_only=os.path.isdir(float_model))
+            except Exception as other:
+                raise ModelLoadError(
+                    f"neither {str(source)!r} nor {str(float_model)!r} has a tokenizer that can be read "
+                    f"({first_sentence(other)}); save it beside the weights with tokenizer.save_pretrained"
+                ) from other
+        raise ModelLoadError(
+            f"{str(source)!r} holds quantized weights, but no tokenizer that can be read ({first_sentence(error)}); "
+            "save it beside them with tokenizer.save_pretrained, or name the float model that has one (lq-eval ppl --baseline)"
+        ) from error
 
 
 def model_size(model: nn.Module, dense_bytes: int = 2) -> ModelSize:
@@ -258,7 +289,3 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

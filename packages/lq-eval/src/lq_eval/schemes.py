@@ -68,7 +68,7 @@ def parse_scheme(name: str, scale_dtype: torch.dtype | None = None) -> WeightCon
     if match is None:
         raise SpecError(
             f"unknown scheme {name!r}: expected int8, int8-tensor, int4-g<group>, int4-row (either with -asym, "
-            "-mse or -hqq and :<packing format>), int4-g<group>-a8-fp8, int8-a8-int8 or q4_0"
+            "-mse or -hqq and :<packing format>), int4-g<group>-a8-fp8, int8-a8-int8 or a ggml type such as q4_0 and q4_k"
         )
     options: dict[str, Any] = {"int4_choose_qparams_algorithm": match["algorithm"] or "rtn"}
     if match["format"]:

@@ -6,7 +6,8 @@ alias) finds what an earlier one made, and ``tensor.data = other`` does not. An 
 moves) discards it; the storage's end frees it.
 
 Tensors made in inference mode have no version counter: a copy of the weight is kept and compared instead, which costs
-one read of the weight a call. Not noticed are writes that hide from torch: through ``tensor.data`` or NumPy.
+one read of the weight a call. Not noticed are writes that hide from torch, through
+``tensor.data`` or NumPy, nor any write where the product is given ``tensor.data``, an alias with a version counter of its own.
 """
 
 import threading

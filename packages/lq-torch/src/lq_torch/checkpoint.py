@@ -3,7 +3,7 @@
 A checkpoint is a folder::
 
     config.json, generation_config.json   of the Hugging Face model, if it is one
-    lq.json                               {"format_version": 1, "weights": {path: spec}, "files": {tensor: file}}
+    lq.json                               {"format_version": 2, "weights": {path: spec}, "files": {tensor: file}}
     model-00001-of-00002.safetensors ...  plain tensors; a quantized weight's are named "path:inner"
 
 Loading quantizes nothing. Files are checked before anything is allocated, tensors are taken one file at a time, and the
@@ -35,6 +35,8 @@ MAX_SHARD_BYTES = 4 << 30
 # What Hugging Face's folders have, and lq's have not.
 FOREIGN_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _SHARDS = "model-*-of-*.safetensors"
+REPORT_NAME = "calibration.json"
+"""What ``lq quantize`` writes of a calibrated model, which says nothing of the next one in its folder."""
 
 
 def save_pretrained(
@@ -62,7 +64,7 @@ def save_pretrained(
     shards = split_shards(values, max_shard_bytes)
     files: dict[str, str] = {}
     weights: dict[str, Any] = {}
-    with replacing(folder, INDEX_NAME, [_SHARDS]) as partial:
+    with replacing(folder, INDEX_NAME, [REPORT_NAME, _SHARDS]) as partial:
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             # Canonical copies of weights in a kernel's own order live for one file.

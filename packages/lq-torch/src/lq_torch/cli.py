@@ -26,6 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
+def _name(text: str) -> str:
+    """Refuse the empty text of an unset variable: as a path it would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lq", description="Low-bit weights for PyTorch language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -35,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Quantize every Linear layer of a Hugging Face model but its output head, and save it.",
     )
     add = command.add_argument
-    add("model", metavar="MODEL", help="a model's folder, or its name on the hub")
-    add("out", metavar="OUT", type=Path, help="the folder to write")
+    add("model", metavar="MODEL", type=_name, help="a model's folder, or its name on the hub")
+    add("out", metavar="OUT", type=_path, help="the folder to write")
     add("--scheme", choices=SCHEMES, help="bits of a weight, or a ggml type; int8 has one scale a row (default: int4)")
     add("--group-size", type=int, help="in features per scale; -1: one scale a row (default: 128)")
     add("--target-bits", type=float, metavar="BITS", help="instead: bits and groups by layer, so many bits on average")
@@ -44,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--algorithm", choices=ALGORITHMS, help="what chooses the codes (default: mse)")
     add(
         "--calibration",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="a UTF-8 text like what the model will read: for gptq, awq, --target-bits and the "
         "ggml types that search their scales (q4_0, iq4_nl, q4_k, q5_k, q6_k)",
@@ -64,6 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), help="load and compute in this dtype (default: the one it was saved in)")
     add("--device", help="where to compute (default: the GPU where there is one)")
     add("--offload", action="store_true", help="keep activations in host memory while calibrating")
-    add("--resume", type=Path, metavar="FOLDER", help="keep finished blocks here, and go on from them")
+    add("--resume", type=_path, metavar="FOLDER", help="keep finished blocks here, and go on from them")
     add("--debug", action="store_true", help="show tracebacks of named errors")
     return parser

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, mixed_precision
 from lq_torch.calibrate.sequential import calibrate
-from lq_torch.checkpoint import check_target, save_pretrained
+from lq_torch.checkpoint import REPORT_NAME, check_target, save_pretrained
 from lq_torch.config import GGMLWeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, WeightConfig
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.integrations.causal_lm import load_dense, token_windows
@@ -31,7 +31,6 @@ ALGORITHMS = (*DATA_FREE, *CALIBRATED)
 GGML_TYPES = tuple(name for name, form in GGML_FORMATS.items() if form.quantizer is not None and name != "q8_1")
 SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", *GGML_TYPES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPORT_NAME = "calibration.json"
 _BATCH_SIZE = 8
 _OF_CALIBRATION = ("calibration", "windows", "window_length", "batch_size", "offload", "resume")
 """Options that say nothing where there is none."""
@@ -185,9 +184,7 @@ def _chosen(model: nn.Module, exclude: re.Pattern[str] | None) -> set[str]:
 def _text(options: argparse.Namespace) -> str | None:
     """Return the calibration text, or None where none is used."""
     if options.algorithm not in CALIBRATED and options.target_bits is None and not _weighted(options):
-        given = [
-            f"--{name.replace('_', '-')}" for name in _OF_CALIBRATION if getattr(options, name) not in (None, False)
-        ]
+        given = [f"--{name.replace('_', '-')}" for name in _OF_CALIBRATION if not _is_absent(getattr(options, name))]
         if given:
             user = options.algorithm or options.scheme or "this scheme"
             sys.stderr.write(
@@ -201,6 +198,10 @@ def _text(options: argparse.Namespace) -> str | None:
         return str(options.calibration.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read the calibration text as UTF-8: {error}") from None
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value is False  # 0 was given
 
 
 def _batch_size(options: argparse.Namespace) -> int:

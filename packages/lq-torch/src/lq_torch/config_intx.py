@@ -29,7 +29,7 @@ class IntxWeightOnlyConfig(WeightConfig):
     name: ClassVar[str] = "intx_weight_only"
     bits: int = 3
     group_size: int = 128
-    symmetric: bool = False
+    symmetric: bool = True
     scale_dtype: torch.dtype | None = None
     choose_qparams_algorithm: Literal["rtn", "mse", "hqq"] = "mse"
 

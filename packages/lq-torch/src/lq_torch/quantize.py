@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,9 +20,11 @@ from lq_torch.tensors import LowBitTensor
 FilterFn = Callable[[nn.Module, str], bool]
 
 _HEADS = ("lm_head", "output", "embed_out")
+_AMBIGUOUS = "output"  # of which many models have one in every block
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FP16_MAX = torch.finfo(torch.float16).max
 _MUCH = 0.25  # of a model's weights, to warn where they stay dense
+_SMALL, _LOST = 2.0**-10, 0.5  # the largest weight for which scales may be too small for fp16, and the error to warn of
 
 
 def quantize_(
@@ -36,13 +38,15 @@ def quantize_(
 
     Everything is validated first: on any error the model is as it was. Layers that are already quantized are left
     alone. Where there is nothing to quantize, a warning says why. Another one says what stays dense without being asked to,
-    if it is a quarter of the weights or more: parameters of three dimensions, such as the experts of many models.
+    if it is a quarter of the weights or more: parameters of three dimensions, such as the experts of many models. A third
+    one names layers whose weights are so small that scales of fp16 lose them.
 
     Args:
         model: Any module. Weights are quantized on the device they are on.
         config: What to quantize to.
         filter_fn: ``(module, path) -> bool``; which ``nn.Linear`` layers to quantize. Default: all but the output head
-            (``lm_head``, ``output``, ``embed_out``) and weights tied to another module, such as the embedding.
+            (``lm_head``, ``embed_out``, or ``output`` where it is no layer of repeated blocks) and weights tied to another
+            module, such as the embedding.
         progress: Show a progress bar on standard error; None shows it on a terminal, and clears it at the end.
 
     Raises:
@@ -59,20 +63,34 @@ def quantize_(
     if not targets:
         warnings.warn(f"quantize_ found no Linear layer to quantize: {why_none(model, filter_fn)}", stacklevel=2)
         return
+    small: set[str] = set()
     for path, layer in targets:
         check_linear(path, layer)
         with named(path):
             config.validate(layer.weight)
+            largest = _largest(layer.weight)
             # Scales of larger weights may not fit their dtype. Find out while nothing has been changed.
-            if _largest(layer.weight) > _FP16_MAX:
+            if largest > _FP16_MAX:
                 config.quantize(layer.weight.detach())
+        if 0 < largest < _SMALL:
+            small.add(path)
+    lost = []
     with _bar(progress) as bar:
         task = bar.add_task("quantizing", total=len(targets))
         for path, layer in targets:
             with named(path):
                 quantized = config.quantize(layer.weight.detach())
+            if path in small and _relative_error(layer.weight.detach(), quantized) > _LOST:
+                lost.append(path)
             layer.weight = nn.Parameter(quantized, requires_grad=False)
             bar.advance(task)
+    if lost:
+        some = ", ".join(repr(path) for path in lost[:3])
+        warnings.warn(
+            f"quantize_ lost most of the weights of {len(lost)} layers, among them {some}: their scales are too small for "
+            "their dtype; leave these layers out, or take a scheme with scales in bfloat16 or float32",
+            stacklevel=2,
+        )
     if filter_fn is None and (left := what_stayed(model)):
         warnings.warn(f"quantize_ quantizes nn.Linear layers only: {left}", stacklevel=2)
 
@@ -134,13 +152,14 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[
     if filter_fn is not None and not callable(filter_fn):
         raise SpecError(f"filter_fn={filter_fn!r}: expected a function of a module and its path, which returns a bool")
     owners = Counter(id(item) for module in model.modules() for item in module._parameters.values() if item is not None)
+    heads = _heads(path for path, module in model.named_modules() if isinstance(module, nn.Linear))
     found = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module.weight, LowBitTensor):
             continue
         tied = owners[id(module._parameters.get("weight"))] > 1
         if filter_fn is None:
-            if tied or path.rpartition(".")[2] in _HEADS:
+            if tied or path in heads:
                 continue
         elif not filter_fn(module, path):
             continue
@@ -150,6 +169,14 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> list[
             )
         found.append((path, module))
     return found
+
+
+def _heads(paths: Iterable[str]) -> set[str]:
+    """Return which Linear layers are output heads, by their names."""
+    named = [path for path in paths if path.rpartition(".")[2] in _HEADS]
+    ambiguous = [path for path in named if path.rpartition(".")[2] == _AMBIGUOUS]
+    repeated = {path for path in ambiguous if any(part.isdigit() for part in path.split("."))}
+    return set(named) - (repeated if len(repeated) > 1 else set())
 
 
 def check_linear(path: str, layer: nn.Linear) -> None:
@@ -231,6 +258,11 @@ def _largest(w: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(w.detach())
     return max(-float(low), float(high))
+
+
+def _relative_error(w: Tensor, quantized: LowBitTensor) -> float:
+    exact = w.double()
+    return float((quantized.dequantize(torch.float32).double() - exact).norm() / exact.norm())
 
 
 @contextmanager

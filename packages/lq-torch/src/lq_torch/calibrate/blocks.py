@@ -81,8 +81,8 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             most = held
     if not best:
         raise UnsupportedError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks with Linear layers; calibration goes block by block. "
-            "quantize_ needs no blocks"
+            f"{type(model).__name__} has no nn.ModuleList of blocks with Linear layers, by which calibration and rotation go; "
+            "quantize_ needs none"
         )
     return best
 

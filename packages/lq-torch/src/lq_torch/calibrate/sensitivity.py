@@ -21,7 +21,7 @@ from lq_torch.calibrate.target import target_of
 from lq_torch.config_intx import IntxWeightOnlyConfig
 from lq_torch.quantize import named
 
-COARSE = IntxWeightOnlyConfig(bits=3, group_size=-1)
+COARSE = IntxWeightOnlyConfig(bits=3, group_size=-1, symmetric=False)
 _SAMPLE, _LENGTH = 4096, 512  # tokens that divergence is measured on, and of a window at most
 
 

@@ -20,7 +20,7 @@ def load_dense(source: str, dtype: torch.dtype | None = None) -> tuple[nn.Module
 
     Raises:
         MissingPackageError: If transformers is not installed.
-        SpecError: If the folder holds a model that lq has quantized, or does not exist.
+        SpecError: If the folder holds a model that lq has quantized, or does not exist, or this is a GGUF file.
         FormatError: If transformers cannot read it.
     """
     try:
@@ -31,6 +31,12 @@ def load_dense(source: str, dtype: torch.dtype | None = None) -> tuple[nn.Module
     local = os.path.isdir(source)
     if local and (Path(source) / INDEX_NAME).is_file():
         raise SpecError(f"{source} is quantized already; give the dense model")
+    if source.endswith(".gguf"):
+        raise SpecError(
+            f"{source} is a GGUF file: expected a model in Hugging Face's layout; lq_torch.load_gguf runs such files packed"
+        )
+    if local and not (Path(source) / "config.json").is_file():
+        raise FormatError(f"cannot load the folder {source!r}: it has no config.json")
     if not local and source.startswith(("/", ".", "~")):
         raise SpecError(f"there is no folder {source!r}; give a model's folder or its name on the hub")
     logging.disable_progress_bar()
@@ -40,8 +46,14 @@ def load_dense(source: str, dtype: torch.dtype | None = None) -> tuple[nn.Module
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "the folder" if local else "the hub name (there is no such folder)"
-        raise FormatError(f"cannot load {where} {source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise FormatError(f"cannot load {where} {source!r}: {first_sentence(error)}") from error
     return model.eval(), tokenizer
+
+
+def first_sentence(error: Exception) -> str:
+    """Return what an error of transformers says first: a line, and all of a list that it announces."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def token_windows(tokenizer: Any, text: str, windows: int | None, length: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from lq_formats import DeviceError, DTypeError, FormatError, NoKernelError, ShapeError, StorageError, UnsupportedError
 from lq_kernels import is_batch_invariant
-from torch import Tensor
+from torch import Tensor, nn
 
 from lq_torch.tensors.saved import SavedWeight
 
@@ -69,11 +69,16 @@ class LowBitTensor(torch.Tensor):
 
     def __new__(  # noqa: D102
         cls,
-        tensors: Mapping[str, Tensor | None],
-        attributes: Mapping[str, Any],
-        shape: Sequence[int],
-        dtype: torch.dtype,
+        tensors: Mapping[str, Tensor | None] | Self,
+        attributes: Mapping[str, Any] | None = None,
+        shape: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
     ) -> Self:
+        if isinstance(tensors, LowBitTensor):  # as accelerate makes a parameter of what it has moved
+            parameter: Any = nn.Parameter(tensors, requires_grad)
+            return parameter  # type: ignore[no-any-return]
         device = next(tensor.device for tensor in tensors.values() if tensor is not None)
         self: Self = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
@@ -81,7 +86,7 @@ class LowBitTensor(torch.Tensor):
         for name in cls.tensor_names:
             setattr(self, name, tensors.get(name))
         for name in cls.attribute_names:
-            setattr(self, name, attributes[name])
+            setattr(self, name, (attributes or {})[name])
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -389,7 +394,8 @@ def _checked(target: LowBitTensor, source: Tensor, verb: str) -> LowBitTensor:
         return source
     raise UnsupportedError(
         f"cannot {verb} {type(source).__name__} {tuple(source.shape)} into {type(target).__name__} "
-        f"{tuple(target.shape)}: only an equally quantized weight of the same shape"
+        f"{tuple(target.shape)}: only an equally quantized weight of the same shape; quantize the model alike first, or use "
+        "load_state_dict(..., assign=True)"
     )
 
 
