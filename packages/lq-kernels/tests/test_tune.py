@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from lq_formats import DeviceError
+from lq_formats import DeviceError, FormatError
 from lq_kernels import cli
 from lq_kernels.tuned import lookup, run, search, worker
 from lq_kernels.tuned.kernels import TUNABLES, config_of, fields_of, variant_of, weight
@@ -186,6 +186,40 @@ def test_a_run_writes_resumes_and_keeps_to_its_budget(tmp_path):
     assert {point.us for points in merged.points.values() for point in points} == {10.0, 8.0}
     assert run.without_measured(tasks, merged, 132) == []
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_two_runs_keep_each_other_s_measurements(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "new" / "table.json"
+    locks, write = [], run.write
+
+    def writing(table, target):
+        handle = os.open(target.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        locks.append(target)
+        write(table, target)
+
+    monkeypatch.setattr(run, "write", writing)
+    others = weight(4, 128, 512, 512), weight(4, 128, 64, 512)
+    jobs = [
+        run.Run(run.opened(path, *H200), path, Stamp(*H200), FakeTimer(lambda kernel, cut, us=us: us))
+        for us in (3.0, 2.0)
+    ]
+    first = jobs[0].measure([(W4, 1), (others[0], 1)], float("inf"))
+    next(first)
+    list(jobs[1].measure([(W4, 1), (W4, 2), (others[1], 1)], float("inf")))
+    list(first)  # saves last: what it measured too is its own
+    found = {(each, point.m): point.us for (_, each), points in read(path).points.items() for point in points}
+    assert found == {(W4, 1): 3.0, (W4, 2): 2.0, (others[0], 1): 3.0, (others[1], 1): 2.0}
+    assert read(path) == jobs[0].table
+    assert len(locks) == 4
+    # What nobody can read is nobody's to replace.
+    path.write_text("{}")
+    with pytest.raises(FormatError, match=r"table\.json is not a tuning table"):
+        list(jobs[1].measure([(W4, 4)], float("inf")))
+    assert path.read_text() == "{}"
 
 
 def test_a_run_that_is_stopped_keeps_what_it_measured(tmp_path):

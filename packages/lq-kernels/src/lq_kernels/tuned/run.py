@@ -1,7 +1,9 @@
 """What a run of the tuner measures, the most important first, and how its results become a table."""
 
 import contextlib
+import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -157,6 +159,7 @@ def opened(path: Path, device: str, sm_count: int) -> Table:
     return replace(fresh, points={key: points for key, points in own.items() if points})
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a run reads its file again at each save, and thousands of points take seconds
 def _is_own(kernel: str, each: Weight, point: Point, sm_count: int) -> bool:
     with contextlib.suppress(SpecError):
         config_of(kernel, each, point.m, sm_count, point.cut)
@@ -171,12 +174,27 @@ def stamp(device: str, sm_count: int, torch: str, driver: str) -> Stamp:
     return Stamp(device, sm_count, release(), torch, driver, date.today().isoformat())
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs that save in a folder waiting, where the system and the file system have such locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # then two runs must not save in the same milliseconds
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 @dataclass
 class Run:
     """A run of the tuner, which measures tasks one by one and keeps the file up to date.
 
+    Several may have one file: what others saved meanwhile is kept.
+
     Attributes:
-        table: What has been measured, this time and before.
+        table: What has been measured, this time and before; and by other runs, as of the last save.
         path: Where it is written, after each weight and at the end.
         stamp: Where and when.
         timer: Times cuts.
@@ -192,6 +210,7 @@ class Run:
     candidates: int = CANDIDATES
     again: bool = False
     failures: list[tuple[Weight, int, Failed]] = field(default_factory=list)
+    _own: dict[tuple[str, Weight, int], Point] = field(default_factory=dict, init=False, repr=False)
 
     def kernels(self, task: Task) -> tuple[str, ...]:
         """Return the kernels of a task that are measured."""
@@ -204,6 +223,7 @@ class Run:
 
         Raises:
             SpecError: If the file cannot be written; :func:`~lq_kernels.tuned.table.check_target` says so before.
+            FormatError, DeviceError: If something that is no table, or another GPU's, has taken its place meanwhile.
         """
         digests, last = source_digests(), None
         try:
@@ -226,14 +246,22 @@ class Run:
                 self.failures += [(each, m, failure) for failure in failed]
                 for one in found:
                     self.table = self.table.merged(self.stamp, one.kernel, digests[one.kernel], each, one.point)
+                    self._own[one.kernel, each, m] = one.point
                 yield done, (each, m), found
         finally:
             if self.table.points:
                 self._save()
 
     def _save(self) -> None:
+        digests = source_digests()
         try:
-            write(self.table, self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.parent):
+                table = opened(self.path, self.stamp.device, self.stamp.sm_count)
+                for (kernel, each, _), point in self._own.items():
+                    table = table.merged(self.stamp, kernel, digests[kernel], each, point)
+                write(table, self.path)
+            self.table = table
         except OSError as error:
             raise SpecError(
                 f"cannot write {str(self.path)!r}: {error.strerror or error}; give another file with --output"
