@@ -193,3 +193,21 @@ def test_matmul_bf16_i4_takes_both_packings(pack_dtype):
     assert relative_error(y, x.double() @ dense.t()) < 8e-3
     packed, scales = quantize_i4_pack8(w, -1, pack_dtype)
     assert matmul_bf16_i4(x, packed, scales, -1).shape == (2, 3, 40)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 7])
+def test_matmul_bf16_i4_takes_bytes_that_begin_anywhere(offset):
+    import numpy as np
+    from lq_formats import quantize_i4_pack8
+
+    packed, scales = quantize_i4_pack8(torch.randn(16, 64), 32, torch.int8)
+    x = torch.randn(2, 64).bfloat16()
+    expected = matmul_bf16_i4(x, packed, scales, 32)
+    buffer = torch.zeros(packed.numel() + 8, dtype=torch.int8)
+    octets = buffer[offset : offset + packed.numel()].view(packed.shape).copy_(packed)
+    assert torch.equal(matmul_bf16_i4(x, octets, scales, 32), expected)
+    compiled = torch.compile(matmul_bf16_i4, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, packed, scales, 32), expected)
+    # Here it is the address: the tensor's own storage begins in the middle of an array.
+    foreign = torch.from_numpy(np.frombuffer(buffer.numpy().tobytes(), np.int8).copy()[offset:][: packed.numel()])
+    assert torch.equal(matmul_bf16_i4(x, foreign.view(packed.shape), scales, 32), expected)

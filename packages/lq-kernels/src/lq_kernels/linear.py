@@ -105,8 +105,14 @@ def matmul_bf16_i4(
                 f"packed has shape {tuple(packed.shape)} int8: expected (N, K // 2) with K divisible by 8; pack with "
                 "pack_dtype=torch.int32 otherwise"
             )
+        packed = packed.contiguous()
+        # No words begin where a slice of a larger buffer may. Compilers ask for neither, and refuse the view.
+        if not torch.compiler.is_compiling() and (
+            packed.storage_offset() % 4 or (invisible(x) and packed.data_ptr() % 4)
+        ):
+            packed = packed.clone()
         # In a row first: of one row contiguous() leaves any stride.
-        packed = packed.contiguous().view(-1).view(torch.int32).view(packed.shape[0], packed.shape[1] // 4)
+        packed = packed.view(-1).view(torch.int32).view(packed.shape[0], packed.shape[1] // 4)
     group_size = x.shape[-1] if group_size == -1 and x.dim() else group_size
     return int4_linear(x, packed, scales, zeros, group_size=group_size, bias=bias, kernel=kernel)
 
