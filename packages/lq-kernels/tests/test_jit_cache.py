@@ -179,6 +179,33 @@ def test_a_folder_that_cannot_be_written_warns_once(compiled, tmp_path, monkeypa
     assert len(compiled) == 2
 
 
+def test_who_may_read_an_entry_is_what_the_umask_says(folder):
+    for mask in (0o022, 0o027):
+        before = os.umask(mask)
+        try:
+            cache.store("entry", BODY)
+        finally:
+            os.umask(before)
+        assert (folder / "entry.bin").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_entry_that_may_not_be_read_warns_once(folder, compiled, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    launcher.cubin("quantize_q8_1", "sm_80")
+    (path,) = folder.iterdir()
+    monkeypatch.setattr(cache.Path, "read_bytes", refuse)
+    with pytest.warns(UserWarning, match=r"cannot be read .*Permission denied.*LQ_CACHE_DIR") as caught:
+        assert launcher.cubin("quantize_q8_1", "sm_80") == BODY
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launcher.cubin("quantize_q8_1", "sm_80") == BODY
+    assert len(compiled) == 3
+    assert entries(folder) == [path.name]  # another user's: not deleted
+
+
 def test_without_a_home_everything_is_compiled_with_one_warning(compiled, monkeypatch):
     monkeypatch.setenv("LQ_CACHE_DIR", "~no-such-user-of-lq/cache")
     monkeypatch.delenv("LQ_DISABLE_CACHE", raising=False)

@@ -4,13 +4,14 @@ An entry is one file named by a SHA-256 over the source, every header, the optio
 lq's version. Its first 32 bytes are the SHA-256 of the rest. A file that is truncated, corrupted or foreign fails that
 check, is deleted and compiled again. Writes go to a temporary file that replaces the entry in one step, so readers never
 see half a file and concurrent writers do not harm each other. A folder that cannot be written, or is below a
-home directory that cannot be found, costs a warning, once.
+home directory that cannot be found, costs a warning, once; so does an entry that may not be read. Where several users share a
+folder, the umask says whether they share entries.
 """
 
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 import warnings
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def load(name: str) -> bytes | None:
         return None
     try:
         data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
+    except PermissionError as error:
+        _warn(f"compiled kernels in {path.parent} cannot be read ({error})")
+        return None
     except OSError:
         return None
     body = data[_DIGEST:]
@@ -49,15 +53,15 @@ def load(name: str) -> bytes | None:
 
 def store(name: str, body: bytes) -> None:
     """Write an entry in one step; a folder that cannot be written costs a warning, once a process."""
-    global _warned
     path = _path(name)
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".lq-")
+        # Not mkstemp, whose files nobody else may read.
+        temporary = path.with_name(f".lq-{secrets.token_hex(8)}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(hashlib.sha256(body).digest() + body)
             os.replace(temporary, path)
         except BaseException:
@@ -65,13 +69,7 @@ def store(name: str, body: bytes) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        if not _warned:
-            _warned = True
-            warnings.warn(
-                f"compiled kernels cannot be kept in {path.parent} ({error}); every process will compile them again. Set "
-                "LQ_CACHE_DIR to a folder that can be written, or LQ_DISABLE_CACHE=1",
-                stacklevel=2,
-            )
+        _warn(f"compiled kernels cannot be kept in {path.parent} ({error})")
 
 
 def is_empty() -> bool:
@@ -89,6 +87,18 @@ def discard(name: str) -> None:
     if path is not None:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _warn(what: str) -> None:
+    """Say once a process what costs it compilations."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{what}; every process will compile them again. Set LQ_CACHE_DIR to a folder that can be written, or "
+            "LQ_DISABLE_CACHE=1",
+            stacklevel=3,
+        )
 
 
 def _path(name: str) -> Path | None:
