@@ -79,6 +79,12 @@ def test_what_cannot_be_read_is_named():
         HQQ.unpack({**tensors, "nbits": torch.tensor(3)})
     with pytest.raises(FormatError, match="expected one integer"):
         HQQ.unpack({**tensors, "nbits": torch.tensor([4, 4])})
+    for axis in (torch.tensor(1j), torch.tensor(1.0), torch.tensor([])):
+        with pytest.raises(FormatError, match=r"'axis' is \(.* expected one integer"):
+            HQQ.unpack({**tensors, "axis": axis})
+    assert torch.equal(HQQ.unpack({**tensors, "axis": torch.tensor(True)}).codes, HQQ.unpack(tensors).codes)
+    with pytest.raises(DTypeError, match="'W_q' is of type int: expected a torch.Tensor"):
+        HQQ.unpack({**tensors, "W_q": 5})
     with pytest.raises(FormatError, match="expected characters"):
         HQQ.unpack({**tensors, "packing": torch.zeros(1000, dtype=torch.uint8)})
     with pytest.raises(FormatError, match=r"expected \[out_features, in_features\]"):

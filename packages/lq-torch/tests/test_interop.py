@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lq_formats import DTypeError, FormatError, ShapeError, SpecError, UnsupportedError
-from lq_formats.interop import CompressedTensorsFormat, HQQFormat
+from lq_formats.interop import CompressedTensorsFormat, HQQFormat, LayerScheme
 from lq_formats.layouts import AffineWeight
 from lq_torch import (
     GGMLWeightOnlyConfig,
@@ -498,3 +498,48 @@ def test_layers_of_few_in_features_have_the_bits_that_the_configuration_says(bit
 def test_hqq_layers_without_scales_are_refused():
     with pytest.raises(UnsupportedError, match="0 scales"):
         HQQFormat().check_shapes(8, 64, {"W_q": (4, 64), "scale": (0, 1), "zero": (0, 1)})
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        (torch.tensor([8.0, torch.inf]), DTypeError, "'weight_shape' has dtype torch.float32: expected int64 or int32"),
+        (torch.tensor([8j, 64j]), DTypeError, "'weight_shape' has dtype torch.complex64"),
+        (torch.tensor([[8, 64]]), ShapeError, r"'weight_shape' has shape \(1, 2\): expected 1 dimensions"),
+        (torch.tensor([8, 64, 1]), FormatError, r"weight_shape holds \[8, 64, 1\]"),
+        (torch.tensor([8, -64]), FormatError, "'weight_packed' has 8 words a row"),
+    ],
+    ids=["infinity", "complex", "matrix", "three", "negative"],
+)
+def test_sizes_of_compressed_tensors_that_are_none_are_named(shape, error, message):
+    tensors = {
+        "weight_packed": torch.zeros(8, 8, dtype=torch.int32),
+        "weight_scale": torch.ones(8, 1, dtype=torch.float16),
+    }
+    with pytest.raises(error, match=message):
+        CompressedTensorsFormat().unpack({**tensors, "weight_shape": shape})
+    with pytest.raises(FormatError, match="has no tensor 'weight_shape'"):
+        CompressedTensorsFormat().unpack(tensors)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_old_zeros_beyond_their_bits_are_refused(bits):
+    codes = torch.randint(1 << bits, (8, 64), dtype=torch.uint8)
+    tensors = CompressedTensorsFormat().pack(AffineWeight(codes, torch.ones(8, 2, dtype=torch.float16), None, bits))
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    zero = torch.tensor([[low, high]] * 8, dtype=torch.int8)
+    found = CompressedTensorsFormat().unpack({**tensors, "weight_zero_point": zero})
+    assert found.zero[0].tolist() == [0, (1 << bits) - 1]
+    for wrong in (low - 1, high + 1):
+        if -128 <= wrong < 128:  # of 8 bits an int8 holds no other
+            zero[3, 1] = wrong
+            with pytest.raises(FormatError, match=f"'weight_zero_point' holds .*{wrong}.*: not {bits} bits"):
+                CompressedTensorsFormat().unpack({**tensors, "weight_zero_point": zero})
+
+
+@pytest.mark.parametrize(("most", "few"), [(4, 8), (8, 4)])
+def test_the_commonest_scheme_is_what_a_configuration_says_first(most, few):
+    schemes = {path: LayerScheme(few if path == "b" else most, 32, True) for path in "abc"}
+    groups = CompressedTensorsFormat().to_config(schemes, [])["config_groups"]
+    found = [(group["targets"], group["weights"]["num_bits"]) for group in groups.values()]
+    assert found == [(["Linear"], most), (["b"], few)]

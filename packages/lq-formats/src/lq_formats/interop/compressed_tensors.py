@@ -17,7 +17,7 @@ from lq_formats.interop.checkpoint_format import (
     split_schemes,
 )
 from lq_formats.layouts import COMPRESSED_TENSORS, AffineWeight
-from lq_formats.layouts.fields import expect_shape
+from lq_formats.layouts.fields import expect_shape, take
 
 _PACKED = "pack-quantized"
 _ZERO = "weight_zero_point"
@@ -80,10 +80,11 @@ class CompressedTensorsFormat(CheckpointFormat):
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> AffineWeight:
         """See :meth:`CheckpointFormat.unpack`."""
-        shape, packed, zero = tensors.get("weight_shape"), tensors.get("weight_packed"), tensors.get(_ZERO)
-        bits = 4
-        if shape is not None and shape.numel() == 2 and packed is not None and packed.dim() == 2:
-            bits = self._bits(int(shape[1]), packed.shape[1])
+        packed = take(tensors, "weight_packed", self.name, (torch.int32,), 2)
+        shape = take(tensors, "weight_shape", self.name, (torch.int64, torch.int32), 1)
+        # Of other lengths the layout says what is wrong.
+        bits = self._bits(int(shape[1]), packed.shape[1]) if shape.numel() == 2 else 4
+        zero = tensors.get(_ZERO)
         if zero is None or zero.dtype != torch.int8:
             return simplest_zero(COMPRESSED_TENSORS.unpack(tensors, bits))
         weight = COMPRESSED_TENSORS.unpack({name: t for name, t in tensors.items() if name != _ZERO}, bits)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.errors import DTypeError, FormatError, ShapeError
+from lq_formats.validation import check_tensor
 
 
 def take(
@@ -15,11 +16,12 @@ def take(
 
     Raises:
         FormatError: If it is missing.
-        DTypeError, ShapeError: If it is not of one of ``dtypes``, or not of rank ``rank`` (any, if None).
+        DTypeError, ShapeError: If it is no tensor, not of one of ``dtypes``, or not of rank ``rank`` (any, if None).
     """
     if name not in tensors:
         raise FormatError(f"{layout} layer has no tensor {name!r}: it has {sorted(tensors)}")
     tensor = tensors[name]
+    check_tensor(tensor, f"{layout} tensor {name!r}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise DTypeError(f"{layout} tensor {name!r} has dtype {tensor.dtype}: expected {expected}")

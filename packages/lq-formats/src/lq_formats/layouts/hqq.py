@@ -154,7 +154,7 @@ def _settings(bits: int, group_size: int, dtype: torch.dtype) -> dict[str, Tenso
 
 
 def _number(tensor: Tensor, name: str) -> int:
-    if tensor.numel() != 1 or tensor.is_floating_point():
+    if tensor.numel() != 1 or tensor.dtype not in (*_INTEGERS, torch.int16, torch.int8, torch.bool):
         raise FormatError(f"hqq tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype}: expected one integer")
     return int(tensor)
 
