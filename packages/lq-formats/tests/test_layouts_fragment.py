@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lq_formats import DTypeError, ShapeError
-from lq_formats.layouts import FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
+from lq_formats import DTypeError, GroupSizeError, ShapeError
+from lq_formats.layouts import FRAGMENT_A8_INT8, FRAGMENT_INT4, FRAGMENT_INT8, FragmentLayout
 
 LAYOUTS = [pytest.param(layout, id=layout.name) for layout in (FRAGMENT_INT4, FRAGMENT_INT8)]
 
@@ -105,8 +105,27 @@ def test_one_scale_a_row_is_one_row_of_them() -> None:
     arranged = FRAGMENT_INT4.arrange_scales(scale, 32, 32)
     assert tuple(arranged.shape) == (1, 32)
     assert torch.equal(FRAGMENT_INT4.restore_scales(arranged, 20, 32, 32), scale)
-    with pytest.raises(ShapeError, match="32 in features have 1 groups at most"):
+    with pytest.raises(ShapeError, match=r"\(20, 2\): expected \(N, 1\), one for each 32 of 32 in features"):
         FRAGMENT_INT4.arrange_scales(torch.randn(20, 2), 32, 32)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, FRAGMENT_A8_INT8])
+def test_as_many_groups_as_there_are_and_none_of_no_size(layout) -> None:
+    for present in (1, 7, 9):
+        with pytest.raises(ShapeError, match=rf"\(16, {present}\): expected \(N, 8\)"):
+            layout.arrange_scales(torch.ones(16, present), 256, 32)
+    # The kernels take a last group that is not full.
+    for present in (4, 5):
+        arranged = layout.arrange_scales(torch.ones(16, present), 136, 32)
+        assert int(arranged.sum()) == 16 * present
+    for group in (0, -1):
+        for call in (
+            lambda group=group: layout.arrange_scales(torch.ones(16, 1), 256, group),
+            lambda group=group: layout.scale_shape(16, 256, group),
+            lambda group=group: layout.restore_scales(torch.ones(1, 16), 16, 256, group),
+        ):
+            with pytest.raises(GroupSizeError, match=f"group_size={group}: expected at least 1, or 256 for"):
+                call()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

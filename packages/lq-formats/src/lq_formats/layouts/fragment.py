@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.bitpack import as_octets
-from lq_formats.errors import DTypeError, ShapeError, SpecError
+from lq_formats.errors import DTypeError, GroupSizeError, ShapeError, SpecError
 from lq_formats.validation import check_codes, check_elements, check_matrix
 
 BLOCK_ROWS = 16
@@ -143,7 +143,11 @@ class FragmentLayout:
         return codes.reshape(count, shape[0] * self.step)[:, :in_features].contiguous()
 
     def scale_shape(self, out_features: int, in_features: int, group_size: int) -> tuple[int, int]:
-        """Return the shape of arranged scales; ``group_size`` is in features per scale, K for one scale a row."""
+        """Return the shape of arranged scales; ``group_size`` is in features per scale, K for one scale a row.
+
+        Raises:
+            GroupSizeError: If ``group_size`` is not positive.
+        """
         groups, together = self._groups(in_features, group_size)
         return groups // together, -(-out_features // BLOCK_ROWS) * together * BLOCK_ROWS
 
@@ -151,13 +155,16 @@ class FragmentLayout:
         """Return scales or zeros ``(N, G)``, of any dtype, in the shape of :meth:`scale_shape`, padded with zeros.
 
         Raises:
-            ShapeError: If there are more groups than so many in features have.
+            ShapeError: If G is not the number of groups; in features after the last whole one may have one of their own.
+            GroupSizeError: As in :meth:`scale_shape`.
         """
         n, present = check_matrix(values, "values")
         groups, together = self._groups(in_features, group_size)
-        if present > groups:
+        whole, all_groups = max(in_features // group_size, 1), -(-in_features // group_size)
+        if present not in (whole, all_groups):
             raise ShapeError(
-                f"values has shape {tuple(values.shape)}: {in_features} in features have {groups} groups at most"
+                f"values has shape {tuple(values.shape)}: expected (N, {all_groups}), one for each {group_size} of "
+                f"{in_features} in features"
             )
         blocks = -(-n // BLOCK_ROWS)
         padded = torch.nn.functional.pad(values, (0, groups - present, 0, blocks * BLOCK_ROWS - n))
@@ -197,6 +204,8 @@ class FragmentLayout:
 
     def _groups(self, in_features: int, group_size: int) -> tuple[int, int]:
         """Return how many groups there are in whole K steps (one for one scale a row), and how many of a step lie together."""
+        if group_size < 1:
+            raise GroupSizeError(f"group_size={group_size}: expected at least 1, or {in_features} for one scale a row")
         if group_size == in_features:
             return 1, 1
         padded = -(-in_features // self.step) * self.step

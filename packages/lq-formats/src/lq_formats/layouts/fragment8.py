@@ -111,7 +111,8 @@ class Fragment8Layout:
         """Return scales ``(N, G)`` in the shape of :meth:`scale_shape`.
 
         Raises:
-            ShapeError: If there are more groups than so many in features have.
+            ShapeError: If G is not the number of groups.
+            GroupSizeError: If ``group_size`` is not positive.
         """
         return FRAGMENT_INT4.arrange_scales(values, in_features, group_size)
 
