@@ -1,6 +1,7 @@
 """GGUF files: what is written is read back, by lq and by the ``gguf`` package, and what that writes lq reads."""
 
 import math
+import os
 import secrets
 import struct
 import sys
@@ -220,6 +221,31 @@ def test_writing_replaces_a_file_whole_or_not_at_all(tmp_path):
     assert torch.equal(old, torch.zeros(4))  # of the file that was replaced
 
 
+def test_a_name_that_no_file_can_have_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch):
+    def unread():
+        pytest.fail("a tensor was read")
+
+    sources = {"t": TensorSource(ggml_type("f32"), (4,), unread)}
+    (tmp_path / "file").write_text("not a folder")
+    for path, message in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "no" / "x.gguf", "the folder .*no' is missing"),
+        (tmp_path / "file" / "x.gguf", "is no folder"),
+        (tmp_path / ("long" * 100) / "x.gguf", ""),
+    ):
+        with pytest.raises(SpecError, match=f"cannot write '.*': .*{message}; give the name of a file"):
+            write_gguf(path, {}, sources)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SpecError, match="may not be written; give"):
+        write_gguf(tmp_path / "x.gguf", {}, sources)
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_view_that_negates_is_written_as_its_values(tmp_path):
+    write_gguf(tmp_path / "x.gguf", {}, {"t": torch._neg_view(torch.arange(4.0))})
+    assert open_gguf(tmp_path / "x.gguf").tensor("t").tolist() == [0, -1, -2, -3]
+
+
 def test_one_tensor_is_held_at_a_time(tmp_path):
     read = []
 
@@ -257,6 +283,13 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
         ({"k": GGUFValue(ValueType.ARRAY, [[1]], ValueType.ARRAY)}, "ARRAY"),
         ({"k": array("u", "x")}, "type code"),
         ({3: "k"}, "metadata key 3 is no text"),
+        ({"\ud800": 1}, r"metadata key '\\ud800' is not UTF-8 \(surrogates not allowed\)"),
+        ({"k": "\ud800"}, "STRING"),
+        ({"k": GGUFValue(ValueType.BOOL, 5)}, "5 is not a GGUF value of type BOOL: 5 is no boolean"),
+        ({"k": GGUFValue(ValueType.BOOL, 1.0)}, "BOOL: .*float"),
+        ({"k": GGUFValue(ValueType.BOOL, "")}, "BOOL"),
+        ({"k": GGUFValue(ValueType.ARRAY, [0, 2], ValueType.BOOL)}, "ARRAY of BOOL: 2 is no boolean"),
+        ({"k": GGUFValue(ValueType.ARRAY, array("B", [1, 255]), ValueType.BOOL)}, "ARRAY of BOOL: 255 is no boolean"),
     ],
 )
 def test_metadata_that_gguf_cannot_hold_is_refused(tmp_path, metadata, message):
@@ -271,6 +304,7 @@ def test_metadata_that_gguf_cannot_hold_is_refused(tmp_path, metadata, message):
         ({"x" * 64: torch.zeros(1)}, SpecError, "64 bytes: expected 1 to 63"),
         ({"": torch.zeros(1)}, SpecError, "tensor name"),
         ({b"x": torch.zeros(1)}, SpecError, "tensor name b'x' is no text"),
+        ({"\udfff": torch.zeros(1)}, SpecError, r"tensor name '\\udfff' is not UTF-8"),
         ({"x": torch.zeros(1, dtype=torch.complex64)}, DTypeError, "complex64"),
         ({"x": [1.0]}, DTypeError, "list: expected a torch.Tensor"),
         ({"x": torch.zeros(1, device="meta")}, UnsupportedError, "meta"),
@@ -288,7 +322,7 @@ def test_tensors_that_gguf_cannot_hold_are_refused(tmp_path, tensors, error, mes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("alignment", [0, 1, 4, 24, -32])
+@pytest.mark.parametrize("alignment", [0, 1, 4, 24, -32, "a", 32.0, None, True, 2**32])
 def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
     with pytest.raises(SpecError, match="power of two"):
         write_gguf(tmp_path / "x.gguf", {}, {}, alignment=alignment)

@@ -5,6 +5,7 @@ elements``. Numbers of an array are kept as an ``array.array`` and its strings w
 more memory than its part of the file, whatever it holds.
 """
 
+import operator
 import reprlib
 import struct
 import sys
@@ -139,16 +140,26 @@ class GGUFValue:
         if self.type is ValueType.STRING:
             return encode_string(self.value)
         if self.type is not ValueType.ARRAY:
-            return _SCALARS[self.type].pack(self.value)
+            return _SCALARS[self.type].pack(_byte(self.value) if self.type is ValueType.BOOL else self.value)
         if self.element is None or self.element is ValueType.ARRAY:
             raise ValueError("an array has one element type, not ARRAY")
         head = _U32.pack(self.element) + _U64.pack(len(self.value))
         if self.element is ValueType.STRING:
             return head + b"".join(encode_string(item) for item in self.value)
+        if self.element is ValueType.BOOL:
+            return head + bytes(map(_byte, self.value))
         letter = _LETTERS[self.element]
         if sys.byteorder == "little" and isinstance(self.value, array) and self.value.typecode == letter:
             return head + self.value.tobytes()
         return head + struct.pack(f"<{len(self.value)}{letter}", *self.value)
+
+
+def _byte(value: Any) -> int:
+    """Return a boolean as its byte."""
+    number = operator.index(value)
+    if number not in (0, 1):
+        raise ValueError(f"{number} is no boolean: expected True or False")
+    return number
 
 
 def encode_string(text: str) -> bytes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.errors import DTypeError, FormatError, ShapeError, SpecError, UnsupportedError
+from lq_formats.folders import why_not_write
 from lq_formats.gguf.reader import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC
 from lq_formats.gguf.types import TYPES_BY_DTYPE, GGMLType, ggml_type
 from lq_formats.gguf.values import MAX_KEY, GGUFValue, ValueType, encode_string
@@ -93,13 +94,14 @@ def write_gguf(
         alignment: Of the tensors' bytes in the file: a power of two, 8 or more.
 
     Raises:
-        SpecError: If a key, a value, a name or the alignment is none that GGUF has.
+        SpecError: If a key, a value, a name or the alignment is none that GGUF has, or no file can be made at ``path``.
         DTypeError, ShapeError: If a tensor is of no such type or shape, or reads as another than announced.
         UnsupportedError: If a tensor has no values (``meta``), or is sparse.
     """
-    if alignment < 8 or alignment & alignment - 1:
-        raise SpecError(f"alignment={alignment}: expected a power of two of at least 8")
+    if type(alignment) is not int or not 8 <= alignment < 1 << 32 or alignment & alignment - 1:
+        raise SpecError(f"alignment={alignment!r:.80}: expected a power of two of at least 8, in 32 bits")
     target = Path(path)
+    _check_target(target)
     sources = {name: source_of(tensor) for name, tensor in tensors.items()}
     header = _header(metadata, sources, alignment)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -117,6 +119,21 @@ def write_gguf(
         with suppress(FileNotFoundError):
             partial.unlink()
         raise
+
+
+def _check_target(target: Path) -> None:
+    """Raise SpecError unless a file can take this name: before tensors are read, not after it."""
+    try:
+        if target.is_dir():
+            reason = "it is a folder"
+        elif not target.parent.exists():
+            reason = f"the folder {str(target.parent)!r} is missing"
+        else:
+            reason = why_not_write(target.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise SpecError(f"cannot write {str(target)!r}: {reason}; give the name of a file in a folder that is there")
 
 
 def source_of(tensor: Tensor | TensorSource) -> TensorSource:
@@ -142,7 +159,12 @@ def _header(metadata: Mapping[str, Any], sources: Mapping[str, TensorSource], al
 def _encode_name(name: str, what: str, limit: int) -> bytes:
     if not isinstance(name, str):
         raise SpecError(f"the {what} {name!r:.80} is no text: expected a str")
-    octets = encode_string(name)
+    try:
+        octets = encode_string(name)
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"the {what} {name!r:.80} is not UTF-8 ({error.reason}): expected text without surrogates"
+        ) from None
     if not 0 < len(octets) - 8 <= limit:
         raise SpecError(f"the {what} {name!r:.80} has {len(octets) - 8} bytes: expected 1 to {limit}")
     return octets
@@ -167,7 +189,7 @@ def _write_tensor(file: BufferedWriter, name: str, source: TensorSource) -> None
         raise ShapeError(
             f"{name!r} reads as {tuple(values.shape)} {values.dtype}: expected {shape} {dtype}, as announced"
         )
-    octets = values.cpu().contiguous().view(-1).view(torch.uint8)
+    octets = values.resolve_neg().cpu().contiguous().view(-1).view(torch.uint8)
     file.write(memoryview(octets.numpy()))  # type: ignore[arg-type]
 
 
