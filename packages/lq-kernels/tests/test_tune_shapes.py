@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -63,9 +64,18 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FormatError, match="configuration"):
         shapes.model_shapes(path)
-    for missing in ("missing.json", "x" * 300):
-        with pytest.raises(SpecError, match="cannot be read"):
+
+
+def test_what_cannot_be_read_is_named_with_its_folder(tmp_path):
+    for missing in ("missing.json", "no/model", "x" * 300):
+        with pytest.raises(SpecError, match=re.escape(f"{str(tmp_path / missing)!r} cannot be read (")):
             shapes.model_shapes(tmp_path / missing)
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(SpecError, match=re.escape(f"the folder {str(tmp_path)!r} has no config.json: expected")):
+            shapes.model_shapes(path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FormatError, match=re.escape(str(tmp_path / "config.json"))):
+        shapes.model_shapes(tmp_path)
 
 
 def test_forms_without_a_kernel_are_refused():

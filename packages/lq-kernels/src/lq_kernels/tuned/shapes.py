@@ -71,17 +71,23 @@ def model_shapes(path: Path) -> tuple[Shape, ...]:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{path.name} cannot be read ({error.strerror}): expected a model's config.json") from None
+        if isinstance(error, FileNotFoundError) and os.path.isdir(path.parent) and path.name == "config.json":
+            raise SpecError(
+                f"the folder {str(path.parent)!r} has no config.json: expected a model's folder, or its config.json"
+            ) from None
+        raise SpecError(
+            f"{str(path)!r} cannot be read ({error.strerror}): expected a model's folder, or its config.json"
+        ) from None
     try:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES} bytes")
         config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path.name} is not a model's configuration: {error}") from None
+        raise FormatError(f"{str(path)!r} is not a model's configuration: {error}") from None
     if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     if not isinstance(config, dict):
-        raise FormatError(f"{path.name} is not a model's configuration: expected a JSON object")
+        raise FormatError(f"{str(path)!r} is not a model's configuration: expected a JSON object")
     return linear_shapes(config)
 
 
