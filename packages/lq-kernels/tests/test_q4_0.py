@@ -228,6 +228,25 @@ def test_non_finite_activations_do_not_look_finite(device, value):
     assert torch.isfinite(y[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1.0, 1e30, 1e34, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_of_any_magnitude_are_as_near(dtype, magnitude):
+    generator = torch.Generator().manual_seed(3)
+    w = quantize_q4_0(torch.randn(16, 64, generator=generator) * 0.1)
+    x = (torch.randn(3, 64, generator=generator) * magnitude).to(dtype)
+    exact = x.double() @ dequantize_q4_0(w, torch.float64).T
+    for kernel in ("dequant-blas", "reference"):
+        y = q4_0_linear(x, w, kernel=kernel)
+        assert (y.double() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_tokens_are_divided_by_powers_that_float32_holds():
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([[64.0], [-65.0], [127.0], [largest], [2.0**-126], [2.0**-149], [0.0], [torch.inf], [torch.nan]])
+    exponents = q4_0._exponents(torch.cat((x, torch.zeros_like(x)), 1))[:, 0]
+    assert exponents.tolist() == [0, 0, 0, 121, -126, -126, 0, 0, 0]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_linear_is_quantize_multiply_round(device, dtype):

@@ -185,7 +185,8 @@ def _exponents(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], 1, dtype=torch.float32)
     largest = x.float().abs().amax(1, keepdim=True)
     exponent = torch.frexp(largest).exponent.float() - 7
-    return torch.where(largest.isfinite() & (largest > 0), exponent, 0.0).clamp_(-100.0, 100.0)
+    # Powers that a float32 holds, as their inverses; the largest token has 121.
+    return torch.where(largest.isfinite() & (largest > 0), exponent, 0.0).clamp_(-126.0, 126.0)
 
 
 def _int4(problem: Problem) -> Problem:
