@@ -211,6 +211,11 @@ def test_a_small_tensor_inside_a_large_one():
     refused(build(infos=infos, data=bytes(4096)), "'inside' begin at 1024, those of 'large' end at 2048")
 
 
+def test_an_empty_tensor_inside_a_large_one_hides_no_overlap():
+    infos = [info("large", (512,), offset=0), info("empty", (0,), offset=512), info("inside", (8,), offset=1024)]
+    refused(build(infos=infos, data=bytes(4096)), "'inside' begin at 1024, those of 'large' end at 2048")
+
+
 def test_empty_tensors_overlap_nothing():
     infos = [info("a", (64, 2)), info("b", (64, 0)), info("c", (0,), offset=32)]
     file = GGUFFile(build(infos=infos, data=bytes(512)))

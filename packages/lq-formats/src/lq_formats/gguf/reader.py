@@ -267,7 +267,8 @@ def _read_tensors(cursor: Cursor, number: int, alignment: int) -> dict[str, GGUF
                 f"{cursor.name}: the bytes of {quote(name)} begin at {offset}, those of {quote(previous)} end at {position}: "
                 "tensors overlap, the file is damaged"
             )
-        position, previous = max(position, offset + nbytes), name
+        if offset + nbytes > position:  # an empty one may lie inside another
+            position, previous = offset + nbytes, name
     return {
         name: GGUFTensor(name, shape, kind, start + offset, nbytes)
         for name, (shape, kind, offset, nbytes) in table.items()
