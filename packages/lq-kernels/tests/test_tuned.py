@@ -368,17 +368,30 @@ def test_a_model_does_not_win_against_measurements(folders, monkeypatch):
     assert select(flattered, "triton-splitk").name == "triton-splitk"
 
 
-def test_a_point_serves_fewer_tokens_down_to_half_as_many(folders):
+def test_a_point_serves_fewer_tokens_that_are_more_than_half_as_many(folders):
     points = [("prefill_a16", W4, Point(m, us, cuts("prefill_a16", m)[0])) for m, us in ((64, 10.0), (512, 40.0))]
     ship(folders, "h200", table_of(*points))
     asked = {m: prefill_a16.choice_of(problem(m)).measured for m in (1, 32, 33, 64, 65, 256, 500, 511, 512, 513)}
     served = {m: found and found.point.m for m, found in asked.items()}
+    assert not Point(64, 10.0).covers(32)
+    assert Point(64, 10.0).covers(33)
     assert served == {1: None, 32: None, 33: 64, 64: 64, 65: None, 256: None, 500: 512, 511: 512, 512: 512, 513: None}
     assert plans.prefill(problem(512)).us == 40.0
     between = plans.prefill(problem(300))
     expected = 40.0 * cost.prefill_us(problem(300)) / cost.prefill_us(problem(512))
     assert (between.us, between.source) == (pytest.approx(expected), "h200.json")
     assert between.us <= 40.0
+
+
+def test_fewer_tokens_take_no_more_than_was_measured_whatever_the_model_says(folders, monkeypatch):
+    ship(folders, "h200", table_of(("prefill_a16", W4, Point(512, 40.0, cuts("prefill_a16", 512)[0]))))
+    save(table_of(("decode_a16", W4, Point(32, 12.0, cuts("decode_a16", 32)[0]))))
+    for m, plan in ((300, plans.prefill), (17, plans.decode)):
+        assert plan(problem(m)).source != "model"  # the cut is chosen
+    monkeypatch.setattr(cost, "prefill_us", lambda problem: 1000.0 - problem.m)
+    monkeypatch.setattr(cost, "decode_us", lambda problem: 1000.0 - problem.m)
+    assert plans.prefill(problem(300)).us == 40.0
+    assert plans.decode(problem(17)).us == 12.0
 
 
 def test_decode_gains_less_from_fewer_tokens_than_its_model_says(folders):

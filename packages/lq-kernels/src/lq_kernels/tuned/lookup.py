@@ -32,7 +32,7 @@ class Measured:
     """A point of a table.
 
     Attributes:
-        point: Its tokens, cut and time; the tokens may be up to twice those that were asked for.
+        point: Its tokens, cut and time; the tokens may be almost twice those that were asked for.
         table: Name of the file.
         timed: Whether the time holds for this GPU; a table of another class gives cuts alone.
     """
@@ -96,7 +96,8 @@ def _distance(config: object, wanted: dict[str, int]) -> int:
 def measurements(kernel: str, m: int, weight: Weight, device: str, sm_count: int) -> Iterator[Measured]:
     """Yield what the tables of a GPU hold for a kernel and ``m`` tokens, the user's table first.
 
-    A point serves the numbers of tokens below it too, down to the next point or half as many: tiles are counted up.
+    A point serves the numbers of tokens below it too, down to the next point, while they are more than half as many:
+    tiles are counted up.
     """
     for table, name, timed in tables(device, sm_count):
         points = table.points.get((kernel, weight), ())

@@ -109,7 +109,7 @@ class Point:
     cut: Cut = ()
 
     def covers(self, m: int) -> bool:
-        """Return whether a table uses this point for ``m`` tokens: from half as many on, unless another is nearer."""
+        """Return whether a table uses this point for ``m`` tokens: more than half as many, and no more than it has."""
         return self.m < 2 * m <= 2 * self.m
 
 
