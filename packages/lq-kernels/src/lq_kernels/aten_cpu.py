@@ -31,8 +31,6 @@ def why_not_int4(problem: Problem) -> str | None:
         return f"takes groups of {', '.join(map(str, _GROUPS))}, not {problem.group_size}"
     if problem.n % 16:
         return f"needs out features divisible by 16, got {problem.n}"
-    if problem.k % 8:
-        return f"needs in features divisible by 8, got {problem.k}"
     if problem.dtype != torch.float32:
         if problem.spec.scale_dtype != problem.dtype:
             return f"scales of {problem.spec.scale_dtype} would be rounded to {problem.dtype}"
