@@ -177,6 +177,28 @@ def test_a_weight_on_the_grid_of_q4_k_is_kept() -> None:
     assert (form.dequantize(form.quantize(x)) - x).norm() < 0.02 * x.norm()
 
 
+@pytest.mark.parametrize(("name", "most"), [("q4_k", 1.003), ("q5_k", 1.008)])
+def test_factors_of_k_blocks_fit_their_codes(name: str, most: float) -> None:
+    """Least squares in float64: with these codes no ``d`` and ``dmin`` leave much less error."""
+    x, importance = heavy_tailed(0)
+    form = GGML_FORMATS[name]
+    data = form.quantize(x, importance)
+    d, dmin = data[..., :4].contiguous().view(torch.float16).double().unbind(-1)
+    scale, minimum = (each.double() for each in unpack_scale_min(data[..., 4:16]))
+    values, weight = (
+        x.double().view(-1, 256, 1),
+        importance.double().view(1, 2, 256).expand(48, 2, 256).reshape(-1, 256, 1),
+    )
+    against = minimum.repeat_interleave(32, -1).view(-1, 256)
+    dense = form.dequantize(data, torch.float64).view(-1, 256)
+    along = (dense + dmin.view(-1, 1) * against) / d.view(-1, 1)
+    assert torch.equal(along.round() % scale.repeat_interleave(32, -1).view(-1, 256), torch.zeros_like(along))
+    factors = torch.stack((along, -against), -1)
+    best = torch.linalg.lstsq(factors * weight.sqrt(), values * weight.sqrt()).solution
+    least = ((factors @ best - values).square() * weight).sum()
+    assert ((dense.unsqueeze(-1) - values).square() * weight).sum() < most * least
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SEARCHED)
 def test_cuda_searches_find_the_same_bytes(name: str) -> None:

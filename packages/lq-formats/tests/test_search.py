@@ -95,6 +95,26 @@ def test_the_clip_of_one_group_is_the_best_of_the_grid():
     assert error(w, scale, None, spec, power("mse", spec, w)) == pytest.approx(min(errors), rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "exponent"), [(8, 2), (32, 2), (64, 2.5), (128, 3), (256, 3.5), (512, 4), (2048, 4)])
+def test_an_error_counts_by_the_power_that_its_group_s_size_says(size, exponent):
+    """In float64, of every row: nothing on the grid is better by this power, though much is by others."""
+    spec = QuantSpec(4, "row", None, True, torch.float32)
+    w = weights(64, size, seed=size)
+    most = w.abs().amax(1, keepdim=True)
+    shares = torch.cat((torch.linspace(0.6, 1, 30), torch.linspace(1, 8 / 7, 13)[1:])) / 8
+    grid = most * torch.cat((torch.tensor([1 / 7]), shares, -shares))
+    scale, _ = search_qparams(w, spec, "mse")
+
+    def errors(scales, power):
+        wide = scales.double().unsqueeze(-1)
+        values = w.double().unsqueeze(1)
+        return ((values / wide).round().clamp(-8, 7) * wide - values).abs().pow(power).sum(-1)
+
+    assert bool((errors(scale, exponent)[:, 0] <= errors(grid, exponent).amin(1) * (1 + 1e-4)).all())
+    for other in (exponent - 0.25, exponent + 0.25):
+        assert bool((errors(scale, other)[:, 0] > errors(grid, other).amin(1) * (1 + 1e-4)).any())
+
+
 def test_a_scale_may_be_negative_where_the_far_end_is_above():
     w = torch.tensor([[8.0, -1, 2, 3, -4, 5, 6, -7]])
     spec = QuantSpec(4, "row", None, True, torch.float32)

@@ -50,6 +50,21 @@ def test_an_in_place_change_and_replaced_data_are_noticed():
     assert torch.equal(count(weight), torch.full((8,), 10.0))
 
 
+def test_a_change_while_it_is_made_is_noticed():
+    """As of another thread, after the weight was read: what was made is of the weight before."""
+    for mode in (torch.inference_mode(False), torch.inference_mode()):
+        with mode:
+            weight = torch.zeros(8)
+
+            def make(weight=weight):
+                made = weight.clone()
+                weight.fill_(5)
+                return made
+
+            assert torch.equal(derived(weight, "test", make), torch.zeros(8))
+            assert torch.equal(derived(weight, "test", make), torch.full((8,), 5.0))
+
+
 def test_changes_in_inference_mode_are_noticed():
     count = Counter()
     with torch.inference_mode():

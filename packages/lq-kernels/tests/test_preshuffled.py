@@ -222,6 +222,8 @@ def test_bad_arguments_are_named():
         preshuffled_linear(x, packed, scale, zeros, **{**arguments, "bits": 3})
     with pytest.raises(ShapeError, match="bias has shape"):
         preshuffled_linear(x, packed, scale, zeros, **arguments, bias=torch.zeros(3))
+    with pytest.raises(DeviceError, match="residual is on meta and the other tensors on cpu"):
+        preshuffled_linear(x, packed, scale, zeros, **arguments, residual=torch.zeros(2, 32, device="meta"))
     with pytest.raises(NoKernelError, match="needs a Hopper GPU"):
         preshuffled_linear(x, packed, scale, zeros, **arguments, kernel="cuda-decode")
     with pytest.raises(GroupSizeError):
