@@ -346,6 +346,10 @@ def test_asking_for_what_is_not_there(tmp_path):
     file = open_gguf(tmp_path / "x.gguf")
     with pytest.raises(SpecError, match="no tensor 'v'"):
         file.tensor("v")
+    with pytest.raises(SpecError, match=r"no tensor \['w'\]"):
+        file.blocks(["w"])
+    with pytest.raises(DTypeError, match="dtype=float: expected a floating dtype"):
+        file.dequantize("w", "float")
     with pytest.raises(UnsupportedError, match="iq2_xxs, which lq cannot read"):
         file.dequantize("w")
     assert file.blocks("w").shape == (1, 1, 66)

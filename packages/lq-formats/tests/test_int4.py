@@ -112,6 +112,8 @@ def test_bad_input_is_named():
         pack_int4(torch.full((1, 8), 16, dtype=torch.uint8))
     with pytest.raises(DTypeError, match="uint8"):
         pack_int4(torch.zeros(1, 8, dtype=torch.int8))
+    with pytest.raises(ShapeError, match=r"in_features=15\.5: expected an integer"):
+        unpack_int4(torch.zeros(2, 2, dtype=torch.int32), 15.5)
     with pytest.raises(ShapeError, match="2 words a row: in_features=17 needs 3"):
         unpack_int4(torch.zeros(1, 2, dtype=torch.int32), 17)
     with pytest.raises(DTypeError, match="int32 words"):

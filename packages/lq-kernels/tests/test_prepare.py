@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lq_formats import CompileError, QuantSpec
+from lq_formats import CompileError, QuantSpec, SpecError
 from lq_formats.layouts import FRAGMENT_A8_FP8, FRAGMENT_INT4, FRAGMENT_INT8
 from lq_kernels import Arch, Problem, select
 from lq_kernels.cuda import constraints, decode_a16, linear_a8, prefill_a16, quantize_q8_1, quantize_tokens
@@ -296,6 +296,9 @@ def test_the_longest_compilation_starts_first():
     ]
     wanted = [unit for problem in problems for unit in units(problem)]
     assert compile_units(wanted, started.append, threads=1) == len(set(wanted))
+    for threads in (-1, 1.5):
+        with pytest.raises(SpecError, match=f"threads={threads}: expected a positive integer"):
+            compile_units(wanted, started.append, threads=threads)
     tokens = [dict(define.split("=") for define in unit.defines).get("LQ_TOKENS") for unit in started]
     assert tokens[0] == "256"
     assert started[-1].source == "dequantize_fragment"

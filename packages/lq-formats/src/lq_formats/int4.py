@@ -63,6 +63,8 @@ def unpack_int4(qweight: Tensor, in_features: int) -> Tensor:
     _, words = check_matrix(qweight, "qweight")
     if qweight.dtype != torch.int32:
         raise DTypeError(f"qweight has dtype {qweight.dtype}: expected int32 words of eight codes")
+    if isinstance(in_features, float):  # a symbolic integer is not an int
+        raise ShapeError(f"in_features={in_features!r}: expected an integer")
     expected = -(-in_features // CODES_PER_WORD)
     if words != expected:
         raise ShapeError(f"qweight has {words} words a row: in_features={in_features} needs {expected}")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 import torch
+from lq_formats import SpecError
 
 from lq_kernels import q4_0
 from lq_kernels.cuda import constraints
@@ -207,6 +208,7 @@ def compile_units(
 
     Raises:
         CompileError: If one does not compile; the others are finished first.
+        SpecError: If ``threads`` is no number of threads.
     """
     with compiling(wanted, compiler, threads=threads) as wait:
         return wait(progress)
@@ -229,6 +231,8 @@ def compiling(
     """
     from lq_kernels.jit import processes
 
+    if type(threads) is not int or threads < 0:
+        raise SpecError(f"threads={threads!r}: expected a positive integer, or 0 for as many as there are processors")
     distinct = sorted(dict.fromkeys(wanted), key=_seconds, reverse=True)
     threads = threads or max(1, min(32, _processors()))
     with processes.helped(threads), ThreadPoolExecutor(threads) as pool:

@@ -140,7 +140,7 @@ class GGUFFile:
             DTypeError: If ``dtype`` is no floating dtype.
         """
         info = self._find(name)
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise DTypeError(f"dtype={dtype}: expected a floating dtype; weights are not dequantized to integers")
         if info.type.dtype is not None:
             return self.tensor(name).to(dtype, copy=True)
@@ -171,7 +171,7 @@ class GGUFFile:
             source.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _find(self, name: str) -> GGUFTensor:
-        found = self.tensors.get(name)
+        found = self.tensors.get(name) if isinstance(name, str) else None
         if found is None:
             raise SpecError(f"{self.name} has no tensor {name!r}; it has {len(self.tensors)}: {list(self.tensors)[:3]}")
         return found
