@@ -20,6 +20,7 @@ from lq_torch import (
 )
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, awq, awq_gptq, gptq
 from lq_torch.calibrate.blocks import find_blocks, record_stream, split_batches
+from lq_torch.calibrate.smoothing import find_folds
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -128,6 +129,81 @@ def test_scaled_channels_leave_the_function_and_help():
     reference = make()
     reference.model.embed_tokens.weight.data[:, ::7] *= 12
     assert change(scaled, reference, tokens) < change(model, reference, tokens)
+
+
+def names_of_folds(block, run, shared=frozenset()):
+    names = {id(module): name.rpartition(".")[2] for name, module in block.named_modules()}
+    folds = find_folds(block, set(shared), run)
+    return [(names[id(fold.source)], tuple(names[id(member)] for member in fold.members)) for fold in folds]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_massive_token_hides_no_wrong_fold(dtype, tokens):
+    """q is as wide as what o takes; in the norm of all outputs a change of it is nothing beside one channel of a token."""
+    model, cpu = make(dtype=dtype), torch.device("cpu")
+    model.model.embed_tokens.weight[tokens[0, 0], 7] = 1e6
+    ((_, block), *_) = blocks = find_blocks(model)
+    stream = record_stream(model, blocks, [tokens], cpu, cpu)
+    before = copy.deepcopy(block.state_dict())
+    assert names_of_folds(block, stream.runs(0, block)[0]) == [
+        ("input_layernorm", ("q_proj", "k_proj", "v_proj")),
+        ("post_attention_layernorm", ("gate_proj", "up_proj")),
+        ("up_proj", ("down_proj",)),
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+class Gelu(nn.Module):
+    """A block with a LayerNorm; what comes behind its activation is not proportional to what goes in."""
+
+    def __init__(self, add):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 96), nn.Linear(96, 64)
+        self.norm.bias.data.normal_()
+        self.add = add
+
+    def forward(self, x):
+        return self.add(x, self.down(nn.functional.gelu(self.up(self.norm(x)))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, y: x + y,
+        lambda x, y: x.add_(y),
+        lambda x, y: 2 * x + y,
+        lambda x, y: torch.cat([x, y], dim=-1),
+        lambda x, y: torch.cat([x, torch.zeros_like(x)]),
+    ],
+    ids=["residual", "in-place", "more", "wider", "unused"],
+)
+def test_folds_are_judged_by_what_layers_return_and_blocks_add(add):
+    """However much larger what the block hands on is."""
+    block, x = Gelu(add), 100 * torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    assert names_of_folds(block, lambda: block(x.clone())) == [("norm", ("up",))]
+
+
+@torch.no_grad()
+def test_a_norm_that_others_use_too_is_not_folded_into():
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    block = Gelu(lambda x, y: x + y)
+    assert names_of_folds(block, lambda: block(x), {id(block.norm.weight)}) == []  # another module's weight, too
+    block.add = lambda x, y: x + y + 0.1 * block.norm(x)
+    assert names_of_folds(block, lambda: block(x)) == []
+
+
+@torch.no_grad()
+def test_a_layer_norm_is_folded_with_its_bias():
+    """The block's function stays, whatever factors are folded."""
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    block = Gelu(lambda x, y: x + y)
+    before = block(x)
+    (fold,) = find_folds(block, set(), lambda: block(x))
+    fold.apply(torch.linspace(0.2, 5, 64))
+    torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("calibrate", [gptq, awq_gptq], ids=["gptq", "awq+gptq"])

@@ -6,7 +6,7 @@ recorded for each batch, and kept once where batches share it, while every block
 own code up to the last block runs, the work of the blocks does not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +113,7 @@ def record_stream(
 
     def receive(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = _HIDDEN in kwargs
-        hidden = kwargs[_HIDDEN] if named else args[0] if args else None
+        hidden = hidden_states(args, kwargs)
         if not isinstance(hidden, Tensor) or (number and hidden is not last[0]):
             raise UnsupportedError(
                 f"{blocks[number][0]} does not take the output of the block before it as its first argument; "
@@ -143,6 +143,11 @@ def record_stream(
             continue
         raise UnsupportedError(f"{type(model).__name__} does not run {blocks[-1][0]}, its last block")
     return found
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return which of a block's arguments its hidden states are; None if there is none."""
+    return kwargs[_HIDDEN] if _HIDDEN in kwargs else args[0] if args else None
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

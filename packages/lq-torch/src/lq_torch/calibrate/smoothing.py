@@ -5,8 +5,9 @@ then the channel's error shrinks with ``s_i``. ``s = rms(x)^alpha``, alpha by se
 where the module that makes the input can absorb it: a norm into its weight, a Linear into its rows (up -> down: the gated
 product is linear in up; v -> o: attention mixes tokens, not channels).
 
-Which module that is, is found by trying: factors are folded into a candidate, the block runs, and its output must not
-change. No architecture is known here, and nothing is folded that does not hold.
+Which module that is, is found by trying: factors are folded into a candidate, the block runs, and neither what the layers
+return may change nor what the block adds to the hidden states. No architecture is known here, and nothing is folded that
+does not hold.
 """
 
 from collections import Counter
@@ -18,15 +19,14 @@ import torch
 from lq_formats import choose_qparams
 from torch import Tensor, nn
 
+from lq_torch.calibrate.blocks import hidden_states
 from lq_torch.calibrate.moments import Moments
 from lq_torch.calibrate.options import AWQOptions
 from lq_torch.calibrate.solve import nearest_codes, output_error
 from lq_torch.calibrate.stages import measure
 from lq_torch.calibrate.target import Target
 
-_SAME = (
-    0.02  # relative change of a block's output that rounding (bf16 norms of 1 + weight) may make; a wrong fold makes 1
-)
+_SAME = 0.02  # relative change of a token that rounding (bf16 norms of 1 + weight) may make; a wrong fold makes about 1
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,25 @@ class Fold:
         for member in self.members:
             _set(member.weight, member.weight.float() * factors)
 
-    def holds(self, run: Callable[[], Tensor]) -> bool:
-        """Return whether the block's output stays when powers of two are folded; the weights are as before."""
+    def holds(self, block: nn.Module, run: Callable[[], Tensor]) -> bool:
+        """Return whether powers of two can be folded; the weights are as before.
+
+        Args:
+            block: What the modules are in.
+            run: Runs the block on a few tokens and returns its output.
+        """
         tensors = [self.source.weight, getattr(self.source, "bias", None), *(m.weight for m in self.members)]
         kept = [(tensor, tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
-        before = run()
+        before = _made(block, self.members, run)
         columns = self.members[0].in_features
-        powers = torch.arange(columns, device=before.device) * 5 % 7 % 3 - 1
+        powers = torch.arange(columns, device=self.members[0].weight.device) * 5 % 7 % 3 - 1
         self.apply(torch.exp2(powers.float()))
-        after = run()
-        for tensor, value in kept:
-            tensor.data.copy_(value)
-        change = (after.float() - before.float()).norm() / before.float().norm()
-        return bool(change < _SAME)
+        try:
+            after = _made(block, self.members, run)
+        finally:
+            for tensor, value in kept:
+                tensor.data.copy_(value)
+        return len(after) == len(before) and all(map(_same, after, before))
 
 
 def find_folds(block: nn.Module, shared: set[int], run: Callable[[], Tensor]) -> list[Fold]:
@@ -106,7 +112,7 @@ def find_folds(block: nn.Module, shared: set[int], run: Callable[[], Tensor]) ->
         ):
             continue
         for fold in _candidates(x, tuple(members), before, outputs):
-            if id(fold.source.weight) not in shared and fold.holds(run):
+            if id(fold.source.weight) not in shared and fold.holds(block, run):
                 found.append(fold)
                 break
     return found
@@ -153,6 +159,56 @@ def shared_parameters(model: nn.Module) -> set[int]:
     """Return the ids of parameters that more than one module has."""
     owners = Counter(id(item) for module in model.modules() for item in module._parameters.values() if item is not None)
     return {key for key, count in owners.items() if count > 1}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a layer returned or a block added, ``(..., N)``, and how much of it may be rounding, ``(..., 1)``."""
+
+    value: Tensor
+    rounding: Tensor
+
+
+def _made(block: nn.Module, members: Sequence[nn.Module], run: Callable[[], Tensor]) -> list[_Made]:
+    """Run a block; return what each call of some of its layers made, and last what the block adds to the hidden states."""
+    entered: list[Tensor] = []
+    found: list[_Made] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = hidden_states(args, kwargs)
+        if isinstance(hidden, Tensor):
+            entered.append(hidden.clone())  # a block may add to it in place
+
+    def add(output: Tensor, base: Tensor | None = None) -> None:
+        value = output.float()
+        rounding = torch.finfo(output.dtype).eps * value.norm(dim=-1, keepdim=True)
+        found.append(_Made(value if base is None else value - base.float(), rounding))
+
+    handles = [member.register_forward_hook(lambda _, __, output: add(output)) for member in members]
+    handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A block whose output is of another shape adds to nothing: its output is what it makes.
+    chained = bool(entered) and entered[0].shape == output.shape
+    add(output, entered[0] if chained else None)
+    return found
+
+
+def _same(after: _Made, before: _Made) -> bool:
+    """Return whether nothing but rounding changed, each token by its own size: a massive one hides nothing in the others.
+
+    The mean of squares, so that a few tokens (of an expert) that change by all they are cannot pass, as in a median.
+    """
+    if after.value.shape != before.value.shape:
+        return False
+    allowed = _SAME * before.value.norm(dim=-1, keepdim=True) + before.rounding
+    change = (after.value - before.value).norm(dim=-1, keepdim=True) / allowed.clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
+    return not change.numel() or bool(change.square().mean() < 1)
 
 
 def _candidates(
