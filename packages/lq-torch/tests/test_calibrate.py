@@ -282,6 +282,69 @@ def test_a_block_that_was_being_written_is_made_again(tokens, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00000", "block-00001", "calibration.json"]
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_processes_of_one_run_may_share_a_folder(first, tokens, tmp_path, monkeypatch):
+    """Another one has every block before this one has written, or renamed, its first."""
+    from lq_torch.calibrate import resume
+
+    def overtaken(module, folder):
+        monkeypatch.setattr(resume, "save_pretrained", save_pretrained)
+        if not first:
+            save_pretrained(module, folder)
+        assert gptq(make(), tokens, INT4, resume=tmp_path).resumed_blocks == 0
+        if first:
+            save_pretrained(module, folder)
+
+    monkeypatch.setattr(resume, "save_pretrained", overtaken)
+    whole, late = make(), make()
+    gptq(whole, tokens, INT4)
+    assert gptq(late, tokens, INT4, resume=tmp_path).resumed_blocks == LAYERS - 1
+    assert equal(bits(late), bits(whole))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00000", "block-00001", "calibration.json"]
+
+
+def test_what_cannot_be_written_is_no_state(tokens, tmp_path, monkeypatch):
+    from lq_torch.calibrate import resume
+
+    def full(file, text, **options):
+        file.write_bytes(text.encode()[:9])
+        raise OSError(28, "No space left on device")
+
+    def half(module, folder):
+        save_pretrained(module, folder)
+        full(next(folder.glob("*.safetensors")), "half")
+
+    for owner, name, function, left in (
+        (resume.Path, "write_text", full, []),
+        (resume, "save_pretrained", half, ["calibration.json"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, function)
+            with pytest.raises(OSError, match="No space"):
+                gptq(make(), tokens, INT4, resume=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == left
+
+
+def test_blocks_without_a_state_are_refused(tokens, tmp_path):
+    """They may be another model's."""
+    gptq(make(), tokens, INT4, resume=tmp_path)
+    (tmp_path / "calibration.json").unlink()
+    model = make(initializer_range=0.1)
+    with pytest.raises(FormatError, match=r"holds block-00000, but no calibration\.json"):
+        gptq(model, tokens, INT4, resume=tmp_path)
+    assert weights(model) == {}
+
+
+def test_options_of_awq_are_of_a_run(tokens, tmp_path):
+    awq(make(), tokens, INT4, AWQOptions(points=2), resume=tmp_path)
+    for case in (
+        lambda: awq(make(), tokens, INT4, resume=tmp_path),
+        lambda: gptq(make(), tokens, INT4, resume=tmp_path),
+    ):
+        with pytest.raises(SpecError, match="awq"):
+            case()
+
+
 def test_the_state_of_another_run_is_refused(tokens, tmp_path):
     gptq(make(), tokens, INT4, resume=tmp_path)
     for case, named in (

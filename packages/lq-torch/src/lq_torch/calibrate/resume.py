@@ -1,12 +1,13 @@
 """The state of an interrupted calibration: one lq checkpoint per finished block, in a folder that the user names.
 
-    calibration.json            what the run is: configuration, options, tokens, model
+    calibration.json            what the run is: configuration, options, tokens, model (a sample of the bits of its weights)
     sensitivity.json            what mixed precision has measured, layer by layer, and of which model and tokens
-    block-00000/                written under another name, then renamed: a block is there whole or not at all
+    block-00000/                written under a name of its own, then renamed: a block is there whole or not at all
         lq.json, model-...safetensors
         report.json             the reports of its layers
 
-Activations are not stored: running the finished blocks again gives the same ones.
+Activations are not stored: running the finished blocks again gives the same ones. Processes of the same run may share a
+folder: they make the same bits, and the first to finish a block keeps it.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from lq_formats import FormatError, SpecError
@@ -51,7 +53,7 @@ class ResumeFolder:
 
     Raises:
         SpecError: If the folder holds the state of another run.
-        FormatError: If its state cannot be read.
+        FormatError: If its state cannot be read, or is missing where there are blocks.
     """
 
     def __init__(
@@ -75,10 +77,18 @@ class ResumeFolder:
             "model": _model_digest(model),
         }
         file = self._folder / _STATE
-        if not file.exists():
-            file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        blocks = sorted(
+            self._folder.glob("block-*")
+        )  # before the state is looked for, which other processes write first
+        if file.exists():
+            _check_state(file, _read(file), state)
             return
-        _check_state(file, _read(file), state)
+        if blocks:
+            raise FormatError(
+                f"{self._folder} holds {blocks[0].name}, but no {_STATE}, which says of what model, tokens and options; delete "
+                "the folder, or name an empty one"
+            )
+        _write(file, json.dumps(state, indent=1) + "\n")
 
     def has(self, number: int) -> bool:
         """Return whether a block is finished."""
@@ -96,12 +106,19 @@ class ResumeFolder:
         return found
 
     def save(self, number: int, block: nn.Module, reports: Sequence[LayerReport]) -> None:
-        """Write a finished block."""
-        partial = self._folder / f"partial-{number:05d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        save_pretrained(block, partial)
-        (partial / _REPORT).write_text(json.dumps([asdict(report) for report in reports]), encoding="utf-8")
-        partial.rename(self._block(number))
+        """Write a finished block, unless another process of this run has."""
+        partial = self._folder / f"partial-{number:05d}-{token_hex(8)}"
+        try:
+            save_pretrained(block, partial)
+            (partial / _REPORT).write_text(json.dumps([asdict(report) for report in reports]), encoding="utf-8")
+            partial.rename(self._block(number))
+        except Exception:  # also where the other one has removed the partial folder, below
+            if not self.has(number):
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        # The block is there: nobody needs what others are writing of it, or left when they were killed.
+        for left in self._folder.glob(f"partial-{number:05d}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _block(self, number: int) -> Path:
         return self._folder / f"block-{number:05d}"
@@ -151,9 +168,7 @@ class SensitivityFile:
         """Keep the measurement of a layer."""
         self.known[path] = value
         if self._file is not None:
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps({**self._state, "layers": self.known}, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._file)
+            _write(self._file, json.dumps({**self._state, "layers": self.known}, indent=1) + "\n")
 
 
 def _check_state(file: Path, saved: Any, state: Mapping[str, Any]) -> None:
@@ -165,13 +180,27 @@ def _check_state(file: Path, saved: Any, state: Mapping[str, Any]) -> None:
         )
 
 
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever else writes it."""
+    partial = file.with_name(f"{file.name}.{token_hex(8)}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous()
     return hashlib.sha256(f"{tuple(content.shape)}".encode() + content.numpy().tobytes()).hexdigest()
 
 
 def _model_digest(model: nn.Module) -> str:
-    """Return a fingerprint of names, shapes, dtypes and a sample of the values of all parameters."""
+    """Return a fingerprint of names, shapes, dtypes and a sample of the values of all parameters.
+
+    Of their bits: weights made anew that differ by rounding (rotated by a random orthogonal matrix, with another number of
+    threads) are another model.
+    """
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
         flat = value.detach().flatten()
