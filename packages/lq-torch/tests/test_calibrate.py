@@ -21,6 +21,7 @@ from lq_torch import (
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, awq, awq_gptq, gptq
 from lq_torch.calibrate.blocks import find_blocks, record_stream, split_batches
 from lq_torch.calibrate.smoothing import find_folds
+from lq_torch.calibrate.stages import find_stages
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -400,6 +401,33 @@ class Mixture(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.lm_head(x)
+
+
+@torch.no_grad()
+def test_layers_behind_each_other_are_stages_and_experts_are_one():
+    """fc2 is measured with fc1 quantized; experts are measured together, those that no token reaches, too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.mlp = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+            shapes = {"w1": (64, 96), "w2": (96, 64), "w3": (64, 96)}
+            self.experts = nn.ModuleList(
+                nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()}) for _ in range(3)
+            )
+
+        def forward(self, x):
+            x = self.mlp(self.fc2(torch.relu(self.fc1(x))))
+            for expert, half in zip(self.experts, x.chunk(2, dim=-2), strict=False):
+                x = x + expert["w2"](expert["w1"](half) * expert["w3"](half)).sum()
+            return x
+
+    block = Block()
+    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    w1, w2, w3 = ([f"experts.{number}.w{i}" for number in range(3)] for i in (1, 2, 3))
+    found = find_stages(linears, lambda: block(torch.randn(2, 8, 64)))
+    assert [sorted(stage) for stage in found] == [["fc1"], ["fc2"], ["mlp.0"], ["mlp.2"], sorted(w1 + w3), w2]
 
 
 def test_an_idle_expert_and_what_is_outside_of_blocks_are_quantized_without_data_and_named(tokens):

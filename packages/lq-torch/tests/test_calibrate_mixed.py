@@ -95,6 +95,8 @@ def test_predictions_that_are_not_finite_are_refused_but_for_tokens_that_never_c
 def test_an_idle_expert_is_taken_for_one_of_its_like():
     measured = {"a.0.up": 3.0, "a.1.up": 0.0, "a.2.up": 1.0, "a.3.up": 2.0, "a.1.down": 0.0}
     assert fill_unreached(measured) == measured | {"a.1.up": 2.0}
+    measured = {"a.0.w1": 3.0, "a.1.w1": 0.0, "a.0.w2": 1.0, "a.1.w2": 0.0, "a.0.w3": 2.0}
+    assert fill_unreached(measured) == measured | {"a.1.w1": 3.0, "a.1.w2": 1.0}
 
 
 def test_what_was_measured_is_kept(tokens, tmp_path):

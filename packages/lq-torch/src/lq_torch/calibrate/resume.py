@@ -86,7 +86,7 @@ class ResumeFolder:
         if blocks:
             raise FormatError(
                 f"{self._folder} holds {blocks[0].name}, but no {_STATE}, which says of what model, tokens and options; delete "
-                "the folder, or name an empty one"
+                "the blocks, or name an empty folder"
             )
         _write(file, json.dumps(state, indent=1) + "\n")
 

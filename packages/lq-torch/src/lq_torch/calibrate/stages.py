@@ -1,10 +1,9 @@
 """The Linear layers of a block in the order in which they see data, and what enters them.
 
-Layers that take the same tensor (q, k, v; gate, up) are one stage and share their moments; so are experts: layers whose
-paths differ in numbers only. A stage is measured after the stages before it have been quantized.
+Layers that take the same tensor (q, k, v; gate, up) are one stage and share their moments; so are experts: layers of one
+shape whose paths differ in numbers only. A stage is measured after the stages before it have been quantized.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -32,14 +31,14 @@ def find_stages(linears: Mapping[str, nn.Linear], run: Callable[[], object]) -> 
     entered: dict[int, str] = {}  # which stage took this tensor first; calls keeps the tensors alive, so ids are unique
     stage_of: dict[str, str] = {}
     for path, x in calls:
-        like = kind(path)
+        like = _like(path, linears[path])
         stage = stage_of.setdefault(like, entered.get(id(x), like))
         entered.setdefault(id(x), stage)
         members = stages.setdefault(stage, [])
         if path not in members:
             members.append(path)
-    for path in linears:
-        members = stages.setdefault(stage_of.get(kind(path), ""), [])
+    for path, linear in linears.items():
+        members = stages.setdefault(stage_of.get(_like(path, linear), ""), [])
         if path not in members:
             members.append(path)
     # What nothing reached is last: "" was inserted after all others.
@@ -133,6 +132,14 @@ class _Hooks:
             handle.remove()
 
 
+def _like(path: str, linear: nn.Linear) -> str:
+    """Return what experts of one kind share; the layers of an nn.Sequential, up and down, have two shapes."""
+    return f"{kind(path)} {tuple(linear.weight.shape)}"
+
+
 def kind(path: str) -> str:
-    """Return the path with its numbers blanked out: experts of one kind have one."""
-    return re.sub(r"\d+", "*", path)
+    """Return the path with its numbers blanked out: experts of one kind have one.
+
+    Only whole parts of a path count their like; fc1 and fc2, or w1 and w3, are layers of two kinds.
+    """
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
