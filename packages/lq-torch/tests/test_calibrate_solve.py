@@ -198,17 +198,24 @@ def test_what_the_float_model_would_see_is_made_up_for():
     assert float((found["w"].weight.dequantize() / w).median()) == pytest.approx(2.0, rel=0.01)
 
 
-def test_inputs_that_are_always_zero_lose_their_weights_and_are_reported():
-    x = _inputs(300, 64)
+@pytest.mark.parametrize("options", [GPTQOptions(), None], ids=["gptq", "searched"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_inputs_that_are_always_zero_lose_their_weights_and_are_reported(symmetric, options):
+    """Zero is certain to be a value of symmetric groups only."""
+    x, w = _inputs(300, 64), _weight(8, 64)
     x[:, [3, 40]] = 0
     moments = Moments(members=["w"])
     moments.add(x)
-    found = quantize_together(
-        {"w": _weight(8, 64)}, moments, target_of(Int4WeightOnlyConfig(32), torch.float32), GPTQOptions()
-    )
+    config = Int4WeightOnlyConfig(32, symmetric=symmetric)
+    found = quantize_together({"w": w}, moments, target_of(config, torch.float32), options)
     assert found is not None
-    assert "2 of 64 inputs" in found["w"].note
-    assert bool((found["w"].weight.dequantize()[:, [3, 40]] == 0).all())
+    assert found["w"].note == "2 of 64 inputs are always 0: their weights were taken for 0"
+    stored = found["w"].weight.dequantize()
+    if symmetric:
+        assert bool((stored[:, [3, 40]] == 0).all())
+    # Nothing is multiplied by them, so the error is that of the others.
+    y, wanted = x.double() @ stored.double().t(), x.double() @ w.double().t()
+    assert found["w"].error == pytest.approx(float((y - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
 
 
 def test_moments_add_up_and_name_what_is_not_finite():

@@ -51,7 +51,9 @@ def quantize_together(
     w = wanted.masked_fill(dead, 0.0)
     hessian.diagonal().masked_fill_(dead, 1.0)
     notes = (
-        [f"{int(dead.sum())} of {len(dead)} inputs are always 0: their weights became 0"] if bool(dead.any()) else []
+        [f"{int(dead.sum())} of {len(dead)} inputs are always 0: their weights were taken for 0"]
+        if bool(dead.any())
+        else []
     )
     damping = None
     if options is None:
