@@ -498,6 +498,12 @@ def test_wrong_arguments_are_named(arguments, error, match):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "2", None, True])
+def test_a_batch_size_that_is_no_number_of_windows_is_named(batch_size, tokens):
+    with pytest.raises(SpecError, match=f"batch_size={batch_size!r}: expected"):
+        gptq(make(), tokens, INT4, batch_size=batch_size)
+
+
 def test_inference_mode_changes_no_bit(tokens):
     models = [make(num_hidden_layers=1), make(num_hidden_layers=1)]
     gptq(models[0], tokens[:2], INT4)
@@ -568,7 +574,17 @@ def test_arguments_that_batches_share_are_kept_once(tokens):
         assert extras[0] is extras[1]
 
 
-@pytest.mark.parametrize("options", [{"damping": 0}, {"damping": float("nan")}, {"sweeps": -1}, {"correct_inputs": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": 0},
+        {"damping": float("nan")},
+        {"sweeps": -1},
+        {"correct_inputs": 2},
+        {"activation_order": "false"},
+        {"activation_order": 1},
+    ],
+)
 def test_options_are_validated(options):
     with pytest.raises(SpecError, match=next(iter(options))):
         GPTQOptions(**options)

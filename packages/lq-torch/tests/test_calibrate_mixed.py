@@ -150,6 +150,20 @@ def test_the_budget_is_kept_and_used(target, symmetric, tokens):
         assert type(model.get_submodule(path).weight) is kind
 
 
+@pytest.mark.parametrize("options", [None, GPTQOptions()], ids=["data-free", "gptq"])
+def test_a_layer_of_no_out_features_takes_nothing_of_the_budget(options, tokens):
+    model, whole = Model(), Model()
+    for block in model.blocks:
+        block.side = nn.Linear(64, 0)
+        block.forward = lambda x, block=block: Block.forward(block, x) + block.side(x).sum()
+    configs = mixed_precision(model, tokens, 4.5, gptq=options)
+    assert configs.keys() >= {"blocks.0.side", "blocks.1.side"}
+    assert configs.items() >= mixed_precision(whole, tokens, 4.5, gptq=options).items()
+    gptq(model, tokens, configs)
+    used, weights = nbytes(model)
+    assert used <= 4.5 * weights / 8
+
+
 def test_tokens_beyond_the_vocabulary_are_named(tokens):
     with pytest.raises(SpecError, match=f"and {int(tokens.max()) + 1000} is asked for"):
         mixed_precision(Model(), tokens + 1000, 4.0)

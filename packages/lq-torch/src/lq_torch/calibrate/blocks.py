@@ -218,15 +218,15 @@ def split_batches(tokens: Tensor, batch_size: int) -> list[Tensor]:
     """Cut calibration windows ``(W, T)`` into batches.
 
     Raises:
-        SpecError: If ``tokens`` are no windows of token ids, or there is none, or ``batch_size`` is not positive.
+        SpecError: If ``tokens`` are no windows of token ids, or there is none, or ``batch_size`` is no positive number.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         came = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise SpecError(f"tokens is {came}: expected calibration windows (windows, length) of integer token ids")
     if tokens.numel() == 0:
         raise SpecError(f"tokens has shape {tuple(tokens.shape)}: expected at least one window of one token")
-    if batch_size < 1:
-        raise SpecError(f"batch_size={batch_size}: expected at least 1")
+    if type(batch_size) is not int or batch_size < 1:
+        raise SpecError(f"batch_size={batch_size!r}: expected a number of windows, at least 1")
     return list(torch.split(tokens, batch_size))
 
 

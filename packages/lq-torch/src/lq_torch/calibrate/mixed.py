@@ -171,7 +171,7 @@ def _candidates(
                     )
                 )
                 packed = config.quantize(sample)
-                nbytes = packed.packed_nbytes // sample.shape[0] * w.shape[0]
+                nbytes = packed.packed_nbytes // max(sample.shape[0], 1) * w.shape[0]
                 ratio = _squared_error(sample, packed) / coarse if coarse else 0.0
                 found.append(Candidate(config, nbytes, measured * ratio))
         if not found:

@@ -29,6 +29,8 @@ class GPTQOptions:
     def __post_init__(self) -> None:
         if not _number(self.damping) or not 0 < self.damping <= 1:
             raise SpecError(f"damping={self.damping!r}: expected a share of the mean diagonal, above 0 and at most 1")
+        if type(self.activation_order) is not bool:
+            raise SpecError(f"activation_order={self.activation_order!r}: expected True or False")
         if type(self.sweeps) is not int or self.sweeps < 0:
             raise SpecError(f"sweeps={self.sweeps!r}: expected a number of passes, 0 for none")
         if not _number(self.correct_inputs) or not 0 <= self.correct_inputs <= 1:
