@@ -90,6 +90,19 @@ def test_rotations_are_orthogonal_and_told_by_their_seed(matrix, size):
         )
 
 
+def test_rotations_do_not_depend_on_the_number_of_threads_but_for_rounding():
+    found = {}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found[threads] = random_rotation(256, seed=3), random_rotation(300, "orthogonal", seed=3)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1][0], found[2][0])
+    torch.testing.assert_close(found[1][1], found[2][1], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("heads", [True, False], ids=["heads", "stream"])
 @pytest.mark.parametrize(
     ("family", "changes"),

@@ -198,8 +198,8 @@ def _digest(tensor: Tensor) -> str:
 def _model_digest(model: nn.Module) -> str:
     """Return a fingerprint of names, shapes, dtypes and a sample of the values of all parameters.
 
-    Of their bits: weights made anew that differ by rounding (rotated by a random orthogonal matrix, with another number of
-    threads) are another model.
+    Of their bits: weights that were made anew and differ by rounding are another model, such as those of a rotation on
+    another processor or with another number of threads.
     """
     digest = hashlib.sha256()
     for name, value in model.named_parameters():

@@ -44,7 +44,10 @@ def hadamard(order: int) -> Tensor:
 
 
 def random_rotation(size: int, matrix: MatrixKind = "hadamard", seed: int = 0) -> Tensor:
-    """Return an orthogonal matrix ``(size, size) float64``, the same for the same seed on every machine.
+    """Return an orthogonal matrix ``(size, size) float64``, told by its seed.
+
+    A Hadamard matrix is the same on every machine, bit for bit. A random one is so up to rounding: LAPACK's sums, and with
+    them the last bits, depend on the processor and on the number of threads.
 
     Args:
         size: Of the space.
