@@ -21,7 +21,7 @@ from lq_torch import (
 from lq_torch.calibrate import AWQOptions, CalibrationReport, GPTQOptions, awq, awq_gptq, gptq
 from lq_torch.calibrate.blocks import find_blocks, record_stream, split_batches
 from lq_torch.calibrate.smoothing import find_folds
-from lq_torch.calibrate.stages import find_stages
+from lq_torch.calibrate.stages import find_stages, measure
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -401,6 +401,43 @@ class Mixture(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.lm_head(x)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_twice_is_measured_twice_in_every_batch():
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+    batches = [torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(number)) for number in range(3)]
+    found = measure({"a": a, "b": b}, [lambda x=x: b(a(torch.relu(a(x)))) for x in batches])
+    assert {moments.members[0]: moments.tokens for moments in found} == {"a": 30, "b": 15}
+
+
+@torch.no_grad()
+def test_a_block_may_add_in_place(tokens):
+    """Its input is the batch's, which other runs of the block take too."""
+
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return x.add_(self.layer(x))
+
+    model, cpu = Mixture(), torch.device("cpu")
+    model.blocks = nn.ModuleList(Adding() for _ in range(2))
+    blocks, batches = find_blocks(model), split_batches(tokens, 4)
+    stream = record_stream(model, blocks, batches, cpu, cpu)
+    exact = stream.copy()
+    for _ in range(2):
+        for batch, hidden, run in zip(batches, stream.hidden, stream.runs(0, blocks[0][1]), strict=True):
+            entering = model.project(model.embed(batch))
+            assert torch.equal(run(), entering + model.blocks[0].layer(entering))
+            assert torch.equal(hidden, entering)
+    for number, (path, block) in enumerate(blocks):
+        stream.advance(number, path, block)
+    for batch, hidden, entering in zip(batches, stream.hidden, exact.hidden, strict=True):
+        assert torch.equal(entering, model.project(model.embed(batch)))
+        torch.testing.assert_close(model.lm_head(hidden), model(batch))
 
 
 @torch.no_grad()

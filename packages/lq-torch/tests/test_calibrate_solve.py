@@ -218,6 +218,41 @@ def test_inputs_that_are_always_zero_lose_their_weights_and_are_reported(symmetr
     assert found["w"].error == pytest.approx(float((y - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
 
 
+def test_columns_with_the_largest_inputs_come_first_where_that_is_asked_for():
+    """Where they are first already, nothing changes; where they are last, codes do."""
+    x = _inputs(400, 64)
+    rising = x[:, x.square().sum(0).argsort()]
+    codes = {}
+    for case, inputs in (("rising", rising), ("falling", rising.flip(1))):
+        moments = Moments(members=["w"])
+        moments.add(inputs)
+        for ordered in (True, False):
+            options = GPTQOptions(activation_order=ordered, sweeps=0)
+            found = quantize_together(
+                {"w": _weight(16, 64)}, moments, target_of(Int4WeightOnlyConfig(32), torch.float32), options
+            )
+            assert found is not None
+            codes[case, ordered] = found["w"].weight.to_tensors()["qdata"]
+    assert torch.equal(codes["falling", True], codes["falling", False])
+    assert not torch.equal(codes["rising", True], codes["rising", False])
+
+
+def test_drift_is_of_all_tokens_or_there_is_none():
+    """Of part of the tokens it would be taken for that of all."""
+    x, x_float = _inputs(20, 16), _inputs(20, 16, seed=1)
+    whole = Moments()
+    for part, part_float in zip(x.split(10), x_float.split(10), strict=True):
+        whole.add(part, part_float)
+    expected = (x_float - x).double().t() @ x.double()
+    torch.testing.assert_close(whole.drift, expected.float(), rtol=1e-5, atol=1e-3)
+    for case in ([x_float, None], [None, x_float], [None, x_float, x_float], [x_float, None, x_float], [x_float[:3]]):
+        moments = Moments()
+        for each in case:
+            moments.add(x, each)
+        assert moments.drift is None
+        assert moments.tokens == 20 * len(case)
+
+
 def test_moments_add_up_and_name_what_is_not_finite():
     x = _inputs(60, 16)
     moments = Moments(members=["up", "gate"])

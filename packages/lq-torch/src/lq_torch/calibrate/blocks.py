@@ -130,7 +130,8 @@ def record_stream(
         if number == len(blocks) - 1:
             raise _LastBlock
         if not shape:
-            shape.append(_output_shape(blocks[0][1], hidden.to(device), extras))
+            # A copy, as in Stream._run: this is what the first batch starts from.
+            shape.append(_output_shape(blocks[0][1], hidden.to(device, copy=True), extras))
         return shape[0](hidden)
 
     options: dict[str, Any] = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
