@@ -27,6 +27,7 @@ from lq_torch.calibrate.stages import measure
 from lq_torch.calibrate.target import Target
 
 _SAME = 0.02  # relative change of a token that rounding (bf16 norms of 1 + weight) may make; a wrong fold makes about 1
+_SAMPLE = 256  # out features of a layer that are looked at, for want of memory
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,15 @@ def _made(block: nn.Module, members: Sequence[nn.Module], run: Callable[[], Tens
         if isinstance(hidden, Tensor):
             entered.append(hidden.clone())  # a block may add to it in place
 
-    def add(output: Tensor, base: Tensor | None = None) -> None:
+    def add(output: Tensor, base: Tensor | float = 0.0) -> None:
         value = output.float()
         rounding = torch.finfo(output.dtype).eps * value.norm(dim=-1, keepdim=True)
-        found.append(_Made(value if base is None else value - base.float(), rounding))
+        found.append(_Made(value - base, rounding))  # no view of what may be changed in place later
 
-    handles = [member.register_forward_hook(lambda _, __, output: add(output)) for member in members]
+    def sample(_: nn.Module, __: Any, output: Tensor) -> None:
+        add(output[..., :: max(1, output.shape[-1] // _SAMPLE)])
+
+    handles = [member.register_forward_hook(sample) for member in members]
     handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
     try:
         output = run()
@@ -193,7 +197,7 @@ def _made(block: nn.Module, members: Sequence[nn.Module], run: Callable[[], Tens
             handle.remove()
     # A block whose output is of another shape adds to nothing: its output is what it makes.
     chained = bool(entered) and entered[0].shape == output.shape
-    add(output, entered[0] if chained else None)
+    add(output, entered[0] if chained else 0.0)
     return found
 
 
