@@ -77,9 +77,7 @@ class ResumeFolder:
             "model": _model_digest(model),
         }
         file = self._folder / _STATE
-        blocks = sorted(
-            self._folder.glob("block-*")
-        )  # before the state is looked for, which other processes write first
+        blocks = sorted(self._folder.glob("block-*"))  # before the state: other processes write that first
         if file.exists():
             _check_state(file, _read(file), state)
             return

@@ -209,9 +209,8 @@ def _same(after: _Made, before: _Made) -> bool:
     if after.value.shape != before.value.shape:
         return False
     allowed = _SAME * before.value.norm(dim=-1, keepdim=True) + before.rounding
-    change = (after.value - before.value).norm(dim=-1, keepdim=True) / allowed.clamp_min(
-        torch.finfo(torch.float32).tiny
-    )
+    change = (after.value - before.value).norm(dim=-1, keepdim=True)
+    change /= allowed.clamp_min(torch.finfo(torch.float32).tiny)
     return not change.numel() or bool(change.square().mean() < 1)
 
 
