@@ -211,8 +211,11 @@ def test_a_layer_norm_is_folded_with_its_bias():
 def test_layers_of_one_input_may_have_bits_of_their_own(calibrate, tokens):
     model = make()
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
-    configs = {path: IntxWeightOnlyConfig(bits=2 + number % 5, group_size=32) for number, path in enumerate(paths)}
-    fine = dict.fromkeys(paths, IntxWeightOnlyConfig(bits=8, group_size=32))
+    configs = {
+        path: IntxWeightOnlyConfig(bits=2 + number % 5, group_size=32, symmetric=False)
+        for number, path in enumerate(paths)
+    }
+    fine = dict.fromkeys(paths, IntxWeightOnlyConfig(bits=8, group_size=32, symmetric=False))
     report = calibrate(model, tokens, configs)
     assert sorted(layer.path for layer in report.layers) == sorted(paths)
     for layer in report.layers:
