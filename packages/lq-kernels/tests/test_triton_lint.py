@@ -103,6 +103,7 @@ def record(case, arch, monkeypatch):
                 arguments = dict(zip(self.kernel.arg_names, args, strict=False))
                 arguments.update({key: options.pop(key) for key in list(options) if key in self.kernel.arg_names})
                 assert set(arguments) == set(self.kernel.arg_names)
+                assert "enable_fp_fusion" in options, "its default is about to change in Triton"
                 found[name] = Launch(self.kernel, arguments, options)
 
             return launch

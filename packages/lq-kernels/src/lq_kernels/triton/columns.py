@@ -104,7 +104,7 @@ def fix_columns(
     with same_device(free):
         _fix_kernel[(triton.cdiv(rows, _ROWS),)](
             free, codes, scales, zeros, groups, factor.contiguous(), rows, columns, float(max_code), COLUMNS, _ROWS,
-            num_warps=1,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -122,5 +122,6 @@ def improve_columns(gradient: Tensor, codes: Tensor, scale: Tensor, hessian: Ten
     columns, rows = gradient.shape
     with same_device(gradient):
         _improve_kernel[(triton.cdiv(rows, _ROWS),)](
-            gradient, codes, scale, hessian.contiguous(), rows, columns, float(max_code), COLUMNS, _ROWS, num_warps=1
-        )
+            gradient, codes, scale, hessian.contiguous(), rows, columns, float(max_code), COLUMNS, _ROWS,
+            num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -154,7 +154,7 @@ def gemv(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_s
         _gemv_kernel[(triton.cdiv(n, config.block_n), m)](
             x.contiguous(), qweight, scale, scale if zero is None else zero, out, m, n, k, words, groups, group_size,
             zero is not None, group_size % 8 == 0 or group_size == k, config.block_n, config.block_k // 8,
-            num_warps=config.num_warps,
+            num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -189,7 +189,7 @@ def _dot(
             triton.cdiv(triton.cdiv(k, step), config.split_k),
             triton_dtype(x.dtype), shares_scale(group_size, k), zero is not None,
             config.block_m, config.block_n, step, config.split_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         if parts is not out:
             reduce_split(parts, out)
@@ -208,7 +208,7 @@ def dequantize_int4(
         _dequantize_kernel[(triton.cdiv(words, 32), triton.cdiv(n, 16))](
             qweight.contiguous(), scale.contiguous(), scale if zero is None else zero.contiguous(), out,
             n, in_features, words, scale.shape[1], group_size,
-            zero is not None, group_size % 8 == 0 or group_size == in_features, 16, 32, num_warps=4,
+            zero is not None, group_size % 8 == 0 or group_size == in_features, 16, 32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

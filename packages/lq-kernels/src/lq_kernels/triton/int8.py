@@ -96,7 +96,7 @@ def gemv(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     with same_device(x):
         _gemv_kernel[(triton.cdiv(n, config.block_n), m)](
             x.contiguous(), qweight.contiguous(), scale, out, m, n, k, scale.dim() == 1, config.block_n, config.block_k,
-            num_warps=config.num_warps,
+            num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -129,7 +129,7 @@ def _dot(x: Tensor, qweight: Tensor, scale: Tensor, split: bool, tokens: int = 0
             triton.cdiv(triton.cdiv(k, config.block_k), config.split_k),
             triton_dtype(x.dtype), scale.dim() == 1,
             config.block_m, config.block_n, config.block_k, config.split_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         if parts is not out:
             reduce_split(parts, out)
@@ -144,6 +144,6 @@ def dequantize_int8(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
         return out
     with same_device(qweight):
         _dequantize_kernel[(triton.cdiv(k, 256), triton.cdiv(n, 16))](
-            qweight.contiguous(), scale, out, n, k, scale.dim() == 1, 16, 256, num_warps=4
+            qweight.contiguous(), scale, out, n, k, scale.dim() == 1, 16, 256, num_warps=4, enable_fp_fusion=True
         )
     return out

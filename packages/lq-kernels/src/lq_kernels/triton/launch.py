@@ -50,4 +50,6 @@ def _reduce_kernel(parts, out, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
 def reduce_split(parts: Tensor, out: Tensor) -> None:
     """Add ``parts: (split, M, N) float32`` into ``out: (M, N)``, in order."""
     count = out.numel()
-    _reduce_kernel[(triton.cdiv(count, 1024),)](parts, out, count, parts.shape[0], 1024, num_warps=4)
+    _reduce_kernel[(triton.cdiv(count, 1024),)](
+        parts, out, count, parts.shape[0], 1024, num_warps=4, enable_fp_fusion=True
+    )
