@@ -1,4 +1,7 @@
-"""Calibration of whole models: what comes out, what is reported, interruptions and bad input."""
+"""Calibration of whole models: what comes out, what is reported, interruptions and bad input.
+
+One long file: all of it is tried on the same small models of many makes, compared by the same few functions.
+"""
 
 import copy
 import json

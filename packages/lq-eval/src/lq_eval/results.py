@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from lq_formats import FormatError, SpecError
-from lq_formats.folders import why_not_write
+from lq_formats.folders import why_not_place
 
 from lq_eval import env
 
@@ -104,11 +104,9 @@ def check_target(path: str | Path) -> None:
 
 
 def _why_not_write(target: Path) -> str:
-    if target.is_dir():
-        return "it is a folder"
-    if target.exists():
+    if target.exists() and not target.is_dir():
         return "" if os.access(target, os.W_OK) else "it may not be written"
-    return why_not_write(target.parent)
+    return why_not_place(target)
 
 
 def append_record(path: str | Path, bench: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -4,6 +4,14 @@ import os
 from pathlib import Path
 
 
+def why_not_place(file: Path) -> str:
+    """Return why a file that was written beside it cannot take this name, or an empty text; as :func:`why_not_write`."""
+    try:
+        return "it is a folder" if file.is_dir() else why_not_write(file.parent)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def why_not_write(folder: Path) -> str:
     """Return why no files can be made in a folder, or an empty text. Nothing is created.
 

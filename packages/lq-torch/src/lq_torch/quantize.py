@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -85,10 +85,9 @@ def quantize_(
             layer.weight = nn.Parameter(quantized, requires_grad=False)
             bar.advance(task)
     if lost:
-        some = ", ".join(repr(path) for path in lost[:3])
         warnings.warn(
-            f"quantize_ lost most of the weights of {len(lost)} layers, among them {some}: their scales are too small for "
-            "their dtype; leave these layers out, or take a scheme with scales in bfloat16 or float32",
+            f"quantize_ lost most of the weights of {len(lost)} layers, among them {_some(lost)}: their scales are too small "
+            "for their dtype; leave these layers out, or take a scheme with scales in bfloat16 or float32",
             stacklevel=2,
         )
     if filter_fn is None and (left := what_stayed(model)):
@@ -132,9 +131,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if isinstance(module, Int4PackedLinear | Int8Linear)
     ]
     if packed:
-        some = ", ".join(repr(path) for path in packed[:3])
         warnings.warn(
-            f"dequantize_ left {len(packed)} modules that hold packed weights of their own, among them {some}: put "
+            f"dequantize_ left {len(packed)} modules that hold packed weights of their own, among them {_some(packed)}: put "
             "nn.Linear layers with what their dequantize() returns in their places",
             stacklevel=2,
         )
@@ -217,7 +215,7 @@ def why_none(model: nn.Module, filter_fn: FilterFn | None) -> str:
     dense = [path for path, module in linears.items() if not isinstance(module.weight, LowBitTensor)]
     if not dense:
         return f"all {len(linears)} are quantized already"
-    some = ", ".join(repr(path) for path in dense[:3])
+    some = _some(dense)
     if filter_fn is not None:
         return f"filter_fn took none of {len(dense)}, among them {some}"
     quantized = f"{len(linears) - len(dense)} are quantized already, and " if len(dense) < len(linears) else ""
@@ -243,8 +241,12 @@ def what_stayed(model: nn.Module) -> str | None:
     dense = sum(stacked.values())
     if dense == 0 or dense < _MUCH * total:
         return None
-    paths = ", ".join(repr(path) for path in list(stacked)[:3])
-    return f"{dense / total:.0%} of the weights stay dense, in parameters of 3 or more dimensions such as {paths}"
+    some = _some(list(stacked))
+    return f"{dense / total:.0%} of the weights stay dense, in parameters of 3 or more dimensions such as {some}"
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(map(repr, paths[:3]))
 
 
 def _is_of_torch(module: nn.Module) -> bool:

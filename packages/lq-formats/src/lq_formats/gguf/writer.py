@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lq_formats.errors import DTypeError, FormatError, ShapeError, SpecError, UnsupportedError
-from lq_formats.folders import why_not_write
+from lq_formats.folders import why_not_place
 from lq_formats.gguf.reader import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC
 from lq_formats.gguf.types import TYPES_BY_DTYPE, GGMLType, ggml_type
 from lq_formats.gguf.values import MAX_KEY, GGUFValue, ValueType, encode_string
@@ -123,15 +123,9 @@ def write_gguf(
 
 def _check_target(target: Path) -> None:
     """Raise SpecError unless a file can take this name: before tensors are read, not after it."""
-    try:
-        if target.is_dir():
-            reason = "it is a folder"
-        elif not target.parent.exists():
-            reason = f"the folder {str(target.parent)!r} is missing"
-        else:
-            reason = why_not_write(target.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    reason = why_not_place(target)
+    if not reason and not target.parent.exists():
+        reason = f"the folder {str(target.parent)!r} is missing"
     if reason:
         raise SpecError(f"cannot write {str(target)!r}: {reason}; give the name of a file in a folder that is there")
 

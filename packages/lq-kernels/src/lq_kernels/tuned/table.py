@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from lq_formats import FormatError, SpecError
 from lq_formats.errors import UnknownVersionError
-from lq_formats.folders import why_not_write
+from lq_formats.folders import why_not_place
 
 FORMAT, VERSION = "lq-tuned", 1
 SOURCES: Mapping[str, str] = {
@@ -236,11 +236,7 @@ def check_target(path: Path) -> None:
 
     Nothing is created. Folders that are missing are no reason; the first one that is there decides.
     """
-    try:
-        reason = "it is a folder" if path.is_dir() else why_not_write(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason:
+    if reason := why_not_place(path):
         raise SpecError(f"cannot write {str(path)!r}: {reason}; give another file with --output")
 
 
