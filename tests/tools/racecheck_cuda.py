@@ -193,6 +193,13 @@ def _prefill() -> Launches:
         yield f"prefill-teams-{tokens}", functools.partial(_run_prefill, VARIANTS[i], epilogue, config, k=1664)
     config = prefill_cuts.PrefillConfig(16, 3, 1, 2, 3, teams=2)
     yield "prefill-teams-shared", functools.partial(_run_prefill, VARIANTS[2], "none", config)
+    for i, each in (
+        (1, _whole(16, teams=2)),
+        (2, _whole(32, split=True)),
+        (2, _whole(64, multicast=True)),
+        (8, prefill_cuts.PrefillConfig(16, 3, 1, 2, 3)),
+    ):
+        yield f"prefill-scaled-{each.tokens}-variant{i}", functools.partial(_run_prefill, VARIANTS[i], "none", each)
     yield "prefill-wide", functools.partial(_run_prefill, VARIANTS[6], "none", _whole(64, wide=True))
     for epilogue in EPILOGUES:
         if epilogue != "none":

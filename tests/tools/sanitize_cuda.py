@@ -209,6 +209,7 @@ def prefill(selection: Selection) -> int:
     forms += [(VARIANTS[0], epilogue, tokens) for epilogue in EPILOGUES if epilogue != "none" for tokens in (16, 64)]
     fp16_scales = [v for v in VARIANTS[1:] if v.groups == 0 or v.x != torch.float16 or v.scale == v.x]
     forms += [(v, "none", (32, 128)[i % 2]) for i, v in enumerate(fp16_scales)]
+    forms += [(VARIANTS[i], "none", tokens) for i, tokens in ((2, 16), (2, 32), (2, 64), (8, 16))]  # scaled sums
     runs = 0
     for at, (variant, epilogue, tokens) in enumerate(forms):
         for full in (True, False):

@@ -119,6 +119,22 @@ PRODUCTS = {
     "teams-transposed": Product(
         30, 136, 128, (whole(16, 1, teams=2),), {"epilogue": "transposed", "bias": False, "group": 32, "scale": FP16}
     ),
+    # Sums of groups are scaled: of a step, of two and of half a one; parts begin within a group, and a team may have no step.
+    "scaled": Product(
+        37, 140, 648,
+        (whole(16, 2), whole(32, 2, teams=2), shared(32, 12, 2, 12, teams=2), whole(64, 1, multicast=True)), {"zero": "zeros"},
+    ),
+    "scaled-long": Product(
+        35, 140, 1152, (whole(32, 1, split=True), shared(16, 7, 3, 7), shared(64, 3, 1, 3, multicast=True)),
+        {"zero": "zeros", "group": 256, "scale": FP32, "epilogue": "residual"},
+    ),
+    "scaled-short": Product(
+        20, 72, 328, (whole(16, 1), whole(16, 2, teams=2), whole(32, 1, teams=2)),
+        {"zero": "zeros", "group": 64, "x": FP16, "scale": FP16, "epilogue": "silu_mul"},
+    ),
+    "scaled-fp16": Product(
+        20, 72, 392, (whole(32, 1, split=True), whole(16, 1, teams=2)), {"x": FP16, "scale": FP16, "epilogue": "transposed"}
+    ),
 }  # fmt: skip
 SELDOM = (
     "halved-transposed",
@@ -135,8 +151,8 @@ SELDOM = (
 @pytest.mark.exhaustive(where=lambda product: any(product is PRODUCTS[name] for name in SELDOM))
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_products(host, product):
-    case = Case(product.m, product.n, product.k, rounded=True, **product.options).guard(host.guard)
     for config in product.cuts:
+        case = Case.of_prefill(config, product.m, product.n, product.k, **product.options).guard(host.guard)
         host.seed = 0
         first = case.run(prefill_a16.linear, config)
         case.check(first)

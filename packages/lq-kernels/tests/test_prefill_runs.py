@@ -18,7 +18,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def in_runs(tokens, parts, m, n, ctas=66, multicast=False, wide=False):
-    whole = PrefillConfig(tokens, 0, 2, 0, parts, multicast, wide=wide)
+    whole = PrefillConfig(tokens, 0, 2, 0, parts, multicast, wide=wide, rounded=True)
     row_tiles, token_tiles = whole.tiles(m, n)
     return replace(whole, ctas=min(ctas, row_tiles * token_tiles))
 
@@ -26,7 +26,7 @@ def in_runs(tokens, parts, m, n, ctas=66, multicast=False, wide=False):
 def shared(tokens, parts, m, n, multicast=False, wide=False):
     row_tiles, token_tiles = PrefillConfig(tokens, 0, 2, 0, 0, multicast).tiles(m, n)
     tiles = row_tiles * token_tiles
-    return PrefillConfig(tokens, parts * tiles, 2, tiles, parts * tiles, multicast, wide=wide)
+    return PrefillConfig(tokens, parts * tiles, 2, tiles, parts * tiles, multicast, wide=wide, rounded=True)
 
 
 # ---- without a GPU ----

@@ -76,6 +76,7 @@ USUAL = {
             if tokens == 128 or epilogue == "none"
         ),
         *((number, 128, "none") for number in (2, 4, 5, 6, 10, 12)),
+        (2, 32, "none"),
         (6, 32, "silu_mul"),
     ],
 )
@@ -83,7 +84,7 @@ def test_it_compiles_without_spills_and_waits_for_the_memory_only_where_parts_ar
     number, tokens, epilogue, disassemble
 ):
     variant = VARIANTS[number]
-    defines = (*variant.defines, f"LQ_TOKENS={tokens}", "LQ_SPLIT=1", *EPILOGUES[epilogue])
+    defines = (*PrefillConfig(tokens, 1, 1, 0, 0, split=True).macros(variant), *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
@@ -262,7 +263,9 @@ def another_gpu():
 class Case:
     """A weight in fragment order, an epilogue, and the product of what the kernel makes of them, in float64."""
 
-    def __init__(self, m, n, k, bits=4, group=128, x=BF16, scale=BF16, zero=False, epilogue="none", bias=True):
+    def __init__(
+        self, m, n, k, bits=4, group=128, x=BF16, scale=BF16, zero=False, epilogue="none", bias=True, rounded=True
+    ):
         rows = 2 * n if epilogue == "silu_mul" else n
         self.m, self.n, self.bits, self.group, self.epilogue = m, n, bits, k if group == -1 else group, epilogue
         codes = torch.randint(0, 1 << bits, (rows, k), device="cuda", dtype=torch.uint8)
@@ -278,9 +281,10 @@ class Case:
             factor = scales.double().T
             w = w if zeros is None else w + 8 - zeros.double()
         else:
-            w *= spread(scales.to(x))
-            w = w if zeros is None else w + spread(((8 - zeros.double()) * scales.double()).float().to(x))
-        w = w.to(x).double()
+            w *= spread(scales.to(x) if rounded else scales)
+            offsets = None if zeros is None else (8 - zeros.double()) * scales.double()
+            w = w if offsets is None else w + spread(offsets.float().to(x) if rounded else offsets)
+        w = w.to(x).double() if rounded else w
         self.x = (torch.randn(m, k, device="cuda") / (w.norm(dim=1) * factor).mean()).to(x)
         self.bias = torch.randn(rows, device="cuda").to(x) if bias else None
         self.residual = torch.randn(m, n, device="cuda").to(x) if epilogue == "residual" else None
@@ -366,7 +370,9 @@ class TestOnHopper:
     @pytest.mark.parametrize("zero", [False, True], ids=["sym", "asym"])
     @pytest.mark.parametrize(("x", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32)])
     def test_int4(self, tokens, group, zero, x, scale):
-        case = Case(100, 264, 768, 4, group, x, scale, zero)
+        variant = Variant.of(x, scale, 4, 768 if group == -1 else group, 768, zero)
+        scaled = split(tokens, 100, 264, 2).scales_sums(variant)
+        case = Case(100, 264, 768, 4, group, x, scale, zero, rounded=not scaled)
         case.check(case.run(tokens, 2))
 
     @pytest.mark.parametrize("epilogue", EPILOGUES)

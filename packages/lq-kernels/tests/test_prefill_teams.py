@@ -37,7 +37,7 @@ def teams(tokens, ctas, raster=3, shared=0, workers=0):
 # ---- without a GPU ----
 
 
-USUAL = {(0, 16, "none"), (0, 32, "none"), (4, 32, "none"), (0, 32, "residual"), (10, 32, "none")}
+USUAL = {*((number, 32, "none") for number in (0, 2, 4, 10)), (0, 16, "none"), (1, 16, "none"), (0, 32, "residual")}
 """What is compiled in every run of the tests: variant, tokens, epilogue."""
 
 
@@ -47,7 +47,7 @@ USUAL = {(0, 16, "none"), (0, 32, "none"), (4, 32, "none"), (0, 32, "residual"),
 @pytest.mark.parametrize("tokens", TEAM_TOKENS)
 @pytest.mark.parametrize("number", INT4)
 def test_it_compiles_without_spills_and_with_registers_for_all(number, tokens, epilogue, disassemble):
-    defines = (*VARIANTS[number].defines, *teams(tokens, 1).defines, *EPILOGUES[epilogue])
+    defines = (*teams(tokens, 1).macros(VARIANTS[number]), *EPILOGUES[epilogue])
     result = compiler.compile_source(compiler.source("prefill_a16"), "sm_90a", "prefill_a16", defines)
     (used,) = result.usage().values()
     assert (used.spills, used.stack) == (0, 0)
@@ -182,7 +182,8 @@ class TestOnHopper:
     def test_weights(self, tokens, group, zero, x, scale):
         if zero == "minima" and group == -1:
             pytest.skip("minima are of groups")
-        case = Case(2 * tokens - 3, 392, 2304, 4, group, x, scale, zero, rounded=True).cuda()
+        options = {"group": group, "x": x, "scale": scale, "zero": zero}
+        case = Case.of_prefill(teams(tokens, 1), 2 * tokens - 3, 392, 2304, **options).cuda()
         for config in (teams(tokens, 2), teams(tokens, 8), teams(tokens, 16, 3, 8, 16), teams(tokens, 7, 3, 2, 7)):
             case.check(run(case, config))
 

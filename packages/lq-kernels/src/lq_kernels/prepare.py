@@ -115,7 +115,7 @@ def _a16(problem: Problem) -> Iterator[Unit]:
     if constraints.why_not_prefill(problem) is None:
         sizes = (problem.n, problem.k, spec.bits, variant.scale_bytes, _sms(problem))
         for cut in (invariant if problem.batch_invariant else prefill_cuts).forms(*sizes):
-            yield Unit("prefill_a16", (*variant.defines, *cut.defines, *epilogue))
+            yield Unit("prefill_a16", (*cut.macros(variant), *epilogue))
     if problem.op.startswith("preshuffled") or constraints.why_not_fragment(problem) is None:
         yield Unit("dequantize_fragment", tuple(each.replace("LQ_X=", "LQ_OUT=") for each in variant.defines))
 

@@ -34,7 +34,7 @@ class Case:
         bias: bool = True,
         rounded: bool = False,
     ) -> None:
-        """Draw one; ``rounded`` says that weights are rounded to x's dtype, as in prefill."""
+        """Draw one; ``rounded`` says that weights are rounded to x's dtype, as in prefill (but see :meth:`of_prefill`)."""
         draw = torch.Generator().manual_seed(m * 31 + n * 17 + k)
         rows = 2 * n if epilogue == "silu_mul" else n
         self.m, self.n, self.k, self.bits, self.epilogue, self.minimum = m, n, k, bits, epilogue, zero == "minima"
@@ -82,6 +82,12 @@ class Case:
         self.packed, self.scales = layout.pack(codes), layout.arrange_scales(scales, k, group)
         self.zeros = None if zeros is None else layout.arrange_scales(zeros, k, group)
         self.variant = Variant.of(x, scale, bits, group, k, zeros is not None, self.minimum)
+
+    @classmethod
+    def of_prefill(cls, config: Any, *sizes: int, **options: Any) -> "Case":
+        """Draw one for a cut of prefill: its weights are rounded, unless the sums of groups are scaled."""
+        case = cls(*sizes, rounded=True, **options)
+        return cls(*sizes, **options) if config.scales_sums(case.variant) else case
 
     @property
     def blocks(self) -> int:

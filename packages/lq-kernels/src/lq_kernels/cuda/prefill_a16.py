@@ -104,7 +104,8 @@ def linear(
 ) -> Tensor:
     """Return ``x (M, K) @ w.T + bias``, ``(M, out_features)`` in x's dtype; bitwise reproducible.
 
-    A group's scale and zero are rounded to x's dtype; one scale a row is not.
+    A group's scale and zero are rounded to x's dtype; one scale a row is not, nor that of groups whose sums are scaled
+    (:meth:`PrefillConfig.scales_sums`).
 
     Args:
         x: ``(M, K)`` bf16 or fp16, K a multiple of 8.
@@ -222,7 +223,7 @@ def _prepare(
         (m, n, k, blocks, divisor(steps_of_group), stages, *shares, steps_of_group),
         cluster=config.pair if config.pair > 1 else 0,
         dependent=True,
-        defines=(*variant.defines, *config.defines, *EPILOGUES[epilogue]),
+        defines=(*config.macros(variant), *EPILOGUES[epilogue]),
     )
     share = config.tokens // config.sharers
     partials = 2 * config.workers * config.sharers * config.tokens * config.rows

@@ -71,6 +71,11 @@ class Variant:
         return Variant(x, scale, bits, groups, zero, minimum)
 
     @functools.cached_property
+    def unfused(self) -> bool:
+        """Whether it takes two operations to make a weight of an int4 code of a group: with zeros, and in fp16."""
+        return self.bits == 4 and self.groups > 0 and not self.minimum and (self.zero or self.x != torch.bfloat16)
+
+    @functools.cached_property
     def scale_bytes(self) -> int:
         """Bytes of scales and zeros beside the codes of a block of 16 rows and a K step."""
         return self.groups * BLOCK_ROWS * self.scale.itemsize * (2 if self.zero else 1)

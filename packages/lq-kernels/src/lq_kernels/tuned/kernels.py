@@ -145,7 +145,7 @@ class _Prefill:
         return prefill_cuts.orders(config, m, weight.n)
 
     def unit(self, weight: Weight, m: int, config: Any) -> Unit:
-        return Unit("prefill_a16", (*variant_of(weight).defines, *config.defines, *epilogue_of(weight)))
+        return Unit("prefill_a16", (*config.macros(variant_of(weight)), *epilogue_of(weight)))
 
 
 class _A8:

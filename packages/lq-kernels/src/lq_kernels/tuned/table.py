@@ -191,8 +191,9 @@ def _made(ms: list[int], times: list[float], cut: dict[str, list[int]]) -> tuple
 
 
 def cut_of(config: Any) -> Cut:
-    """Return the fields of a kernel's configuration, a dataclass of integers and booleans."""
-    return tuple(sorted((each.name, int(getattr(config, each.name))) for each in fields(config)))
+    """Return the fields of a kernel's configuration, a dataclass of integers and booleans; not those marked as not tuned."""
+    tuned = [each.name for each in fields(config) if each.metadata.get("tuned", True)]
+    return tuple(sorted((name, int(getattr(config, name))) for name in tuned))
 
 
 def read(path: Path) -> Table:

@@ -35,11 +35,14 @@
 //   each is always the same team's: or a team could take one that is not yet filled for what it was two rounds before.
 // - Tiles are numbered in bands of `raster` row tiles, all tokens of a band before the next: what runs at once shares weights and
 //   tokens in L2.
+// - LQ_SCALED: one operation makes an int4 code, less its zero, a fragment, and the sums of a group are scaled, when they are complete:
+//   few tokens have fewer of them than a thread has codes.
 //
 // Accuracy: a weight is (u - 8) * scale rounded once, as a dequantized weight is; u - 8 is exact. Zeros make it an fma with
 // (8 - zero) * scale, which is rounded by itself as well: nothing, where zero is 8 less or more a power of two. With one scale a row,
 // 8 - zero and its sum with u - 8 are rounded (exact for an integer zero) and the fp32 sum is scaled. A minimum is added likewise, as
-// minimum + 8 * scale: the middle of a group is less than its minimum, and so is what rounding it to bf16 costs. Sums are fp32.
+// minimum + 8 * scale: the middle of a group is less than its minimum, and so is what rounding it to bf16 costs. Where sums of groups are
+// scaled, in fp32, u - 8 and u - zero are exact, or u - zero rounded once, and nothing else is rounded. Sums are fp32.
 // Bitwise reproducible: the order of all sums is fixed.
 //
 // How it came about (H200; clocks for 16 in features of 128 rows):
@@ -73,8 +76,8 @@
 // LQ_STEP (128; 64 with 8 bits, where 128 takes one scale a row and up to 128 tokens), LQ_TRANSPOSED (1: y is fp32 (n, m), as ggml's
 // products are here; 0), LQ_RESIDUAL (1: `residual` (m, n) is added before y is rounded; 0), LQ_GATED (1: rows of a gate and an up
 // projection alternate by eights, y (m, n) is silu(gate) * up of the fp32 sums, and bias has n values for gates, then n for ups; 0),
-// LQ_MULTICAST (0, 1), LQ_SPLIT (0, 1), LQ_RUNS (1: K in runs, of tiles of 64, 96 and 128 tokens; 0) and LQ_TEAMS (2: up to 32 tokens, no
-// pairs that share K; 1).
+// LQ_MULTICAST (0, 1), LQ_SPLIT (0, 1), LQ_RUNS (1: K in runs, of tiles of 64, 96 and 128 tokens; 0), LQ_TEAMS (2: up to 32 tokens, no
+// pairs that share K; 1) and LQ_SCALED (1: int4 in groups, up to 64 tokens; 0).
 
 #include "lq/bulk_store.cuh"
 #include "lq/epilogue.cuh"
@@ -172,10 +175,15 @@ constexpr int kBatch = kStep == 64 || kTokens > 128 ? 1 : 2;  // k16 steps in a 
 constexpr int kHalves = kTokens > 128 && kStep == 128 ? 2 : 1;
 constexpr int kBatches = kSlices / kBatch / kHalves;                         // of the loop's body
 constexpr int kBodyGroups = kGroups < kHalves ? kGroups : kGroups / kHalves;  // ... whose scales are in registers
+#ifndef LQ_SCALED
+#define LQ_SCALED 0
+#endif
+constexpr bool kScaled = LQ_SCALED != 0;  // sums, not weights
+static_assert(!kScaled || (kBits == 4 && !kPerRow && !kMinimum && !kRuns && kTokens <= 64), "sums of groups of int4 are scaled, of few tokens");
 // What is left to multiply sums with. Weights of bf16 in groups are multiplied straight from their subnormal bits: with 2^-32, both
 // that factor (the scale times 2^101) and its product with 8 are numbers for scales from 2^-97 to 2^26.
-constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero;
-constexpr float kUnit = kFused ? 4294967296.0f : fragment_unit(X{});
+constexpr bool kFused = kSame<X, Bf16> && !kPerRow && !kZero && !kScaled;
+constexpr float kUnit = kFused ? 4294967296.0f : kScaled && kZero ? zero_unit(X{}) : fragment_unit(X{});
 // Groups of wgmmas in flight while the next is unpacked, and sets of registers for A. A group of many tokens takes long enough alone, and
 // so does one beside another team's; but where unpacking takes longer, two.
 constexpr int kPending = kTokens > 128 || (kTeams > 1 && kFused) ? 1 : 2;
@@ -239,6 +247,7 @@ static_assert(!kAside || kRows == 128, "a tile's results are two boxes, or one")
 // first unpacking waited for the last of them, in kernels that store in bulk, which ptxas gives a scoreboard less for loads.
 constexpr bool kLater = kPieces == 2 && !kSplit;
 static_assert(kBatches % kSets == 0, "a group's registers are known at compile time");
+constexpr int kGroupBatches = kScaled ? kBatches / kBodyGroups : kBatches;  // whose sums are scaled together
 
 template <int kValue>
 struct Int {
@@ -277,6 +286,7 @@ struct Weights {
   static constexpr int kScales = kPerRow ? 1 : kBodyGroups;
   u32 words[8 * kPieces / kHalves];
   u32 scale[kScales][2], offset[kScales][2];  // a weight is a code in its place times the one plus the other
+  float2 sum_scale[kScales];                  // where sums are scaled: a code in its place times a constant plus the offset is exact
 
   __device__ __forceinline__ void load(const u8* codes, const u8* scales) {
     load_codes(codes);
@@ -302,7 +312,16 @@ struct Weights {
     for (int group = 0; group < kBodyGroups; ++group) {
       const u8* const scale_at = scales + group * kScaleBytes;
       const u8* const zero_at = scale_at + kZeros;
-      if constexpr (kSame<X, Scale>) {
+      if constexpr (kScaled && kSame<X, Scale>) {
+        sum_scale[group] = to_floats(X{}, *reinterpret_cast<const u32*>(scale_at));
+        if constexpr (kZero) spread(offset[group], less_zero(X{}, *reinterpret_cast<const u32*>(zero_at)));
+      } else if constexpr (kScaled) {
+        sum_scale[group] = load_two(scale_at);
+        if constexpr (kZero) {
+          const float2 zero = load_two(zero_at);
+          spread(offset[group], float2{zero.x * (-1.0f / zero_unit(X{})), zero.y * (-1.0f / zero_unit(X{}))});
+        }
+      } else if constexpr (kSame<X, Scale>) {
         const u32 pair = *reinterpret_cast<const u32*>(scale_at);
         spread(scale[group], pair);
         if constexpr (kZero) spread(offset[group], offset_of(*reinterpret_cast<const u32*>(zero_at), pair));
@@ -325,6 +344,13 @@ struct Weights {
   // The A fragment of k16 step `slice` of what was loaded.
   __device__ __forceinline__ void fragment(u32 (&a)[4], int slice) const {
     const int group = kPerRow ? 0 : slice * kBodyGroups / (kBatches * kBatch);
+    if constexpr (kScaled) {
+      if constexpr (kZero)
+        int4_fragment(X{}, a, words[slice], offset[group]);
+      else
+        int4_fragment(X{}, a, words[slice]);
+      return;
+    }
     if constexpr (kBits == 8 && kFused)
       int8_places(a, words[2 * slice], words[2 * slice + 1]);
     else if constexpr (kBits == 8)
@@ -712,7 +738,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
     pin_sums(acc);
     // Of runs: the sums of those that are done, from zero on as where parts are added up, and the K steps of the present one.
-    [[maybe_unused]] float total[kRuns ? kTokens / 2 : 1] = {};
+    [[maybe_unused]] float total[kRuns || kScaled ? kTokens / 2 : 1] = {};
+    // Where sums are scaled: what those of the present group are to be multiplied by, when they go to the total.
+    [[maybe_unused]] float2 scale_of_sums = {};
+    [[maybe_unused]] const auto scale_sums = [&] {
+      wgmma_wait<0>();
+      pin_sums(acc);
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) total[i] = fmaf(acc[i], i / 2 % 2 ? scale_of_sums.y : scale_of_sums.x, total[i]);
+    };
     [[maybe_unused]] int run = 0, run_begin = 0, run_end = 0;
     const auto next_run = [&] {
       run_begin = run_end;
@@ -740,12 +774,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
         for (int batch = 0; batch < kBatches; ++batch) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) weights.fragment(a[batch % kSets][i], batch * kBatch + i);
+          if constexpr (kScaled)
+            if (batch % kGroupBatches == 0) {
+              scale_sums();
+              scale_of_sums = weights.sum_scale[batch / kGroupBatches];
+            }
           wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
             const int slice = batch * kBatch + i;
             const u64 at = tokens + (slice / 4 * kBoxBytes + slice % 4 * 32) / 16;
-            Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], at, !kRuns || slice > 0 || step > run_begin);
+            const bool adds = !(kScaled && i == 0 && batch % kGroupBatches == 0) && (!kRuns || slice > 0 || step > run_begin);
+            Wgmma<kTokens>::run(X{}, acc, a[batch % kSets][i], at, adds);
           }
           wgmma_commit();
           if (kLater && batch == 0) weights.load_piece(my_codes + last * kStage, 1);
@@ -785,9 +825,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
           for (int i = 0; i < kTokens / 2; ++i) total[i] += acc[i];
         }
     }
+    if constexpr (kScaled) scale_sums();
     wgmma_wait<0>();
     pin_sums(acc);
-    if constexpr (kRuns)
+    if constexpr (kRuns || kScaled)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = total[i];
     if (kTeams == 1 || first < work.end) release(last);
