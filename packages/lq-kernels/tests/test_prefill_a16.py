@@ -147,7 +147,8 @@ class Case:
         if zero == "integer":
             zeros = torch.randint(0, 16, (n, groups), generator=generator, device="cuda").to(scale)
         elif zero == "float":
-            zeros = (torch.rand(n, groups, generator=generator, device="cuda") * 15).to(scale)
+            # Not so small that a 512th is subnormal in fp16, where sums are scaled.
+            zeros = (0.25 + 14.5 * torch.rand(n, groups, generator=generator, device="cuda")).to(scale)
         self.bias = torch.randn(n, generator=generator, device="cuda").to(x) if bias else None
         layout = FRAGMENT_INT4 if bits == 4 else FRAGMENT_INT8
         self.packed = layout.pack(codes)
