@@ -186,8 +186,8 @@ class PrefillConfig:
 
         Where a code takes two operations to become a weight (:attr:`Variant.unfused`) one is left then, and a multiplication of
         each sum, of which a thread has half as many as there are tokens, for 64 codes: up to 32 tokens take 2 to 10% less, in
-        groups of 64 with 16 or two teams 1 to 9%. With 64 tokens zeros take up to 2% less where pairs share tokens, 1 to 5% more
-        where they share K, and fp16 about the same; 96 and 128 tokens take 1 to 20% more (H200; ``docs/kernel-notes.md``).
+        groups of 64 with 16, or two teams, 1 to 9%. With 64 tokens zeros take up to 2% less where pairs share tokens, 1 to 5%
+        more where they share K, and fp16 about the same; 96 and 128 tokens take 1 to 20% more (H200, ``docs/kernel-notes.md``).
         """
         if self.rounded or self.runs > 1 or self.rows != ROWS or not variant.unfused:
             return False
