@@ -6,6 +6,7 @@ Their cuts and code without a GPU, their results on one.
 import math
 import re
 
+import cuda_host.cases
 import pytest
 import torch
 from lq_formats import CompileError, ShapeError
@@ -263,9 +264,7 @@ def another_gpu():
 class Case:
     """A weight in fragment order, an epilogue, and the product of what the kernel makes of them, in float64."""
 
-    def __init__(
-        self, m, n, k, bits=4, group=128, x=BF16, scale=BF16, zero=False, epilogue="none", bias=True, rounded=True
-    ):
+    def __init__(self, m, n, k, bits=4, group=128, x=BF16, scale=BF16, zero=False, epilogue="none", bias=True):
         rows = 2 * n if epilogue == "silu_mul" else n
         self.m, self.n, self.bits, self.group, self.epilogue = m, n, bits, k if group == -1 else group, epilogue
         codes = torch.randint(0, 1 << bits, (rows, k), device="cuda", dtype=torch.uint8)
@@ -281,10 +280,9 @@ class Case:
             factor = scales.double().T
             w = w if zeros is None else w + 8 - zeros.double()
         else:
-            w *= spread(scales.to(x) if rounded else scales)
-            offsets = None if zeros is None else (8 - zeros.double()) * scales.double()
-            w = w if offsets is None else w + spread(offsets.float().to(x) if rounded else offsets)
-        w = w.to(x).double() if rounded else w
+            w *= spread(scales.to(x))
+            w = w if zeros is None else w + spread(((8 - zeros.double()) * scales.double()).float().to(x))
+        w = w.to(x).double()
         self.x = (torch.randn(m, k, device="cuda") / (w.norm(dim=1) * factor).mean()).to(x)
         self.bias = torch.randn(rows, device="cuda").to(x) if bias else None
         self.residual = torch.randn(m, n, device="cuda").to(x) if epilogue == "residual" else None
@@ -367,13 +365,12 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("tokens", SPLIT_TOKENS)
     @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
-    @pytest.mark.parametrize("zero", [False, True], ids=["sym", "asym"])
+    @pytest.mark.parametrize("zero", ["", "zeros"], ids=["sym", "asym"])
     @pytest.mark.parametrize(("x", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32)])
     def test_int4(self, tokens, group, zero, x, scale):
-        variant = Variant.of(x, scale, 4, 768 if group == -1 else group, 768, zero)
-        scaled = split(tokens, 100, 264, 2).scales_sums(variant)
-        case = Case(100, 264, 768, 4, group, x, scale, zero, rounded=not scaled)
-        case.check(case.run(tokens, 2))
+        options, config = {"group": group, "x": x, "scale": scale, "zero": zero}, split(tokens, 100, 272, 2)
+        case = cuda_host.cases.Case.of_prefill(config, 100, 264, 768, **options).cuda()
+        case.check(case.run_over_nan(linear, config))
 
     @pytest.mark.parametrize("epilogue", EPILOGUES)
     @pytest.mark.parametrize("bits", [4, 8])
@@ -408,11 +405,10 @@ class TestOnHopper:
                 for parts in (2, 3, 4):
                     for shared in {1, min(2, -(-case.packed.shape[1] * 16 // rows) * -(-m // tokens))}:
                         for ctas in (66, 2):
-                            y = case.run(tokens, ctas, 2, rows, bits == 8, shared=shared, parts=parts)
+                            cut = {"shared": shared, "parts": parts}
+                            y, again = (case.run(tokens, ctas, 2, rows, bits == 8, **cut) for _ in range(2))
                             case.check(y)
-                            assert torch.equal(
-                                case.run(tokens, ctas, 2, rows, bits == 8, shared=shared, parts=parts), y
-                            )
+                            assert torch.equal(again, y)
 
     @pytest.mark.parametrize("epilogue", EPILOGUES)
     @pytest.mark.parametrize(

@@ -152,12 +152,6 @@ def cuts(tokens, m, rows, steps):
                 yield teams(tokens, max(workers, min(tiles - shared, H200)), 2, shared, workers)
 
 
-def run(case, config):
-    poison = torch.full(case.exact.shape, torch.nan, device="cuda", dtype=FP32)
-    del poison  # what the result will be allocated over
-    return case.run(linear, config)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif("another_gpu()", reason="needs compute capability 9.0")
 class TestOnHopper:
@@ -171,9 +165,9 @@ class TestOnHopper:
                     m, n, 128 * steps - 24, group=-1 if steps == 1 else 128, epilogue=epilogue, rounded=True
                 ).cuda()
                 for config in cuts(tokens, m, 16 * case.blocks, steps):
-                    y = run(case, config)
+                    y = case.run_over_nan(linear, config)
                     case.check(y)
-                    assert torch.equal(run(case, config), y)
+                    assert torch.equal(case.run_over_nan(linear, config), y)
 
     @pytest.mark.parametrize("tokens", TEAM_TOKENS)
     @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
@@ -185,7 +179,7 @@ class TestOnHopper:
         options = {"group": group, "x": x, "scale": scale, "zero": zero}
         case = Case.of_prefill(teams(tokens, 1), 2 * tokens - 3, 392, 2304, **options).cuda()
         for config in (teams(tokens, 2), teams(tokens, 8), teams(tokens, 16, 3, 8, 16), teams(tokens, 7, 3, 2, 7)):
-            case.check(run(case, config))
+            case.check(case.run_over_nan(linear, config))
 
     @pytest.mark.parametrize("tokens", TEAM_TOKENS)
     def test_equal_bits_a_thousand_times(self, tokens):
@@ -193,7 +187,7 @@ class TestOnHopper:
         cases = [Case(tokens, n, k, rounded=True).cuda() for n, k in ((4096, 2048), (1000, 2176))]
         for ctas in (132, 5):
             configs = [teams(tokens, min(ctas, math.prod(teams(tokens, 1).tiles(tokens, case.n)))) for case in cases]
-            first = [run(case, config) for case, config in zip(cases, configs, strict=True)]
+            first = [case.run_over_nan(linear, config) for case, config in zip(cases, configs, strict=True)]
             for case, y in zip(cases, first, strict=True):
                 case.check(y)
             for _ in range(500):

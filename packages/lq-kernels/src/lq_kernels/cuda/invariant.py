@@ -118,8 +118,8 @@ def _alike(cuts: Iterable[PrefillConfig], parts: int = 1) -> list[PrefillConfig]
     """Return those of prefill's cuts that this mode can have: rows in tiles of one size, and K, where it is cut, in such steps.
 
     Larger tiles than runs can have are too dear to share, and take int8 in smaller steps: uncut, that is the same order. Tiles
-    that are compiled for some weights alone are left out: they win where CTAs have whole tiles. Weights are
-    rounded in all.
+    that are compiled for some weights alone are left out: they win where CTAs have whole tiles. Weights are rounded
+    in all.
     """
     most = (prefill_cuts.TOKENS if parts == 1 else prefill_cuts.RUNS_TOKENS)[-1]
     sizes = [tokens for tokens in prefill_cuts.TOKENS if tokens <= most]

@@ -737,9 +737,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
     pin_sums(acc);
-    // Of runs: the sums of those that are done, from zero on as where parts are added up, and the K steps of the present one.
+    // The sums of runs that are done, from zero on as where parts are added up, or of groups, scaled.
     [[maybe_unused]] float total[kRuns || kScaled ? kTokens / 2 : 1] = {};
-    // Where sums are scaled: what those of the present group are to be multiplied by, when they go to the total.
+    // What the sums of the present group are multiplied by, when they go to the total.
     [[maybe_unused]] float2 scale_of_sums = {};
     [[maybe_unused]] const auto scale_sums = [&] {
       wgmma_wait<0>();
@@ -747,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) LQ_PAIRS
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) total[i] = fmaf(acc[i], i / 2 % 2 ? scale_of_sums.y : scale_of_sums.x, total[i]);
     };
-    [[maybe_unused]] int run = 0, run_begin = 0, run_end = 0;
+    [[maybe_unused]] int run = 0, run_begin = 0, run_end = 0;  // the present run's K steps
     const auto next_run = [&] {
       run_begin = run_end;
       run_end = work.by_workers(++run * work.steps);
